@@ -1,0 +1,1 @@
+"""The cache: the only part of the package, besides `evaluation`, that touches transformers."""

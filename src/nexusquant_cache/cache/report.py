@@ -1,0 +1,162 @@
+"""What a cache holds, in bytes of storage, and what a plain cache would."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, is_dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+DENSE_BYTES_PER_CHANNEL = 2
+"""Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
+
+
+def tensors_of(thing: object) -> Iterator[torch.Tensor]:
+    """Yield every tensor reachable through containers, dataclasses and objects of this package."""
+    seen: set[int] = set()
+    stack = [thing]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            yield item
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+        elif is_dataclass(item) or type(item).__module__.startswith("nexusquant_cache."):
+            stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
+
+
+def storage_bytes(*things: object) -> int:
+    """Return the bytes of all distinct storages behind the tensors reachable from these objects."""
+    storages = {}
+    for tensor in tensors_of(things):
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr(), tensor.device] = storage.nbytes()
+    return sum(storages.values())
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of a `MemoryReport`; sizes in bytes.
+
+    Attributes:
+        layer_idx: Index of the layer in the model.
+        kind: ``"compressed"`` for layers of ours, else the name of transformers' layer class.
+        seen_tokens: Tokens seen.
+        kept_tokens: Tokens stored.
+        exact_bytes: Sinks and tail in full precision; everything, for layers that are not compressed.
+        code_bytes: Packed codes and scales, with the room they have to grow.
+        other_bytes: Positions of kept tokens and what the transforms hold.
+        dense_bytes: What a plain 16-bit cache would hold.
+    """
+
+    layer_idx: int
+    kind: str
+    seen_tokens: int
+    kept_tokens: int
+    exact_bytes: int
+    code_bytes: int
+    other_bytes: int
+    dense_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Sum of the parts."""
+        return self.exact_bytes + self.code_bytes + self.other_bytes
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """Bytes really held by a cache: the storages of all its tensors, unused room included.
+
+    Attributes:
+        layers: One row per layer.
+        shared_bytes: Tables that all layers share (rotary phases).
+        peak_bytes: The most that was held at once between updates, usually the exact prompt just before it was
+            compressed.  Temporaries of attention and of the model are not the cache's and not counted.
+        preset: Name of the preset, or ``"custom"``.
+    """
+
+    layers: tuple[LayerReport, ...]
+    shared_bytes: int
+    peak_bytes: int
+    preset: str
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes held now."""
+        return sum(layer.held_bytes for layer in self.layers) + self.shared_bytes
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of a plain cache of the same tokens in 16 bit."""
+        return sum(layer.dense_bytes for layer in self.layers)
+
+    @property
+    def compression_factor(self) -> float:
+        """``dense_bytes / held_bytes``; 1.0 for an empty cache."""
+        return self.dense_bytes / self.held_bytes if self.dense_bytes and self.held_bytes else 1.0
+
+    @property
+    def seen_tokens(self) -> int:
+        """Tokens seen by the compressed layers (by all, if none is compressed)."""
+        return max((layer.seen_tokens for layer in self._main()), default=0)
+
+    @property
+    def kept_tokens(self) -> int:
+        """Tokens stored by the compressed layers (by all, if none is compressed)."""
+        return max((layer.kept_tokens for layer in self._main()), default=0)
+
+    def _main(self) -> tuple[LayerReport, ...]:
+        ours = tuple(layer for layer in self.layers if layer.kind == "compressed")
+        return ours or self.layers
+
+    def __str__(self) -> str:
+        """Return a table: one line per group of equal layers, then the totals."""
+        header = f"{'layers':>9} {'kind':<24} {'seen':>8} {'kept':>8} {'exact':>10} {'codes':>10} {'other':>10} {'factor':>7}"
+        lines = [f"NexusQuantCache, preset {self.preset}", header]
+        for first, last, row in self._groups():
+            name = str(first) if first == last else f"{first}-{last}"
+            factor = row.dense_bytes / row.held_bytes if row.held_bytes else 1.0
+            lines.append(
+                f"{name:>9} {row.kind:<24} {row.seen_tokens:>8,} {row.kept_tokens:>8,} {_size(row.exact_bytes):>10} "
+                f"{_size(row.code_bytes):>10} {_size(row.other_bytes):>10} {factor:>6.1f}x"
+            )
+        lines.append(
+            f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) in place of "
+            f"{_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
+        )
+        return "\n".join(lines)
+
+    def _groups(self) -> list[tuple[int, int, LayerReport]]:
+        """Return runs of layers that differ in nothing but their index; sizes are those of one layer."""
+        groups: list[tuple[int, int, LayerReport]] = []
+        for layer in self.layers:
+            if groups and _same(groups[-1][2], layer):
+                groups[-1] = (groups[-1][0], layer.layer_idx, layer)
+            else:
+                groups.append((layer.layer_idx, layer.layer_idx, layer))
+        return groups
+
+
+def _same(a: LayerReport, b: LayerReport) -> bool:
+    def key(row: LayerReport) -> tuple[object, ...]:
+        return (row.kind, row.seen_tokens, row.kept_tokens, row.exact_bytes, row.code_bytes, row.other_bytes)
+
+    return key(a) == key(b)
+
+
+def _size(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:  # noqa: PLR2004 - binary prefixes
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

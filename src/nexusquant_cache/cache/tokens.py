@@ -1,0 +1,164 @@
+"""Storage of compressed tokens: append-only buffers, original positions, and the two together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from nexusquant_cache.codec.base import PackedVectors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Bool, Int
+    from torch import Tensor
+
+    from nexusquant_cache.codec.transform import VectorTransform
+
+_LEAST_ROOM = 32  # tokens
+_ROOM_SHARE = 256  # room to grow, as a part of what is stored
+
+
+@dataclass
+class TokenBuffer:
+    """A tensor ``[batch, kv_heads, tokens, ...]`` that grows along the tokens without copying every time.
+
+    When it is full it is replaced by one with 1/256 more room (at least 32 tokens): the room that is held
+    and not used stays below half a percent, and a stored byte is copied once per 1/256 of growth, far
+    less often than attention reads it.
+    """
+
+    data: Tensor
+    tokens: int
+
+    @classmethod
+    def of(cls, data: Tensor) -> TokenBuffer:
+        """Return a full buffer holding this tensor."""
+        return cls(data.contiguous(), data.shape[2])
+
+    def view(self) -> Tensor:
+        """Return the stored tokens; shares memory."""
+        return self.data[:, :, : self.tokens]
+
+    def append(self, new: Tensor) -> None:
+        """Store further tokens behind the others."""
+        total = self.tokens + new.shape[2]
+        if total > self.data.shape[2]:
+            room = total + max(_LEAST_ROOM, total // _ROOM_SHARE)
+            shape = (*self.data.shape[:2], room, *self.data.shape[3:])
+            grown = self.data.new_empty(shape)
+            grown[:, :, : self.tokens] = self.view()
+            self.data = grown
+        self.data[:, :, self.tokens : total] = new
+        self.tokens = total
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the stored tokens by the result of ``function``, dropping unused room."""
+        self.data = function(self.view()).contiguous()
+
+
+@dataclass
+class PackedSide:
+    """The compressed keys or the compressed values of one layer."""
+
+    transform: VectorTransform
+    words: TokenBuffer
+    scales: TokenBuffer
+
+    @classmethod
+    def of(cls, packed: PackedVectors, transform: VectorTransform) -> PackedSide:
+        """Start with these tokens."""
+        return cls(transform, TokenBuffer.of(packed.words), TokenBuffer.of(packed.scales))
+
+    def append(self, packed: PackedVectors) -> None:
+        """Add tokens encoded with this side's transform."""
+        self.words.append(packed.words)
+        self.scales.append(packed.scales)
+
+    def packed(self) -> PackedVectors:
+        """Return all codes; shares memory."""
+        return PackedVectors(self.words.view(), self.scales.view())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to every tensor; all of them have the batch as first axis."""
+        self.words.map(function)
+        self.scales.map(function)
+        self.transform = self.transform.map_batch(function)
+
+
+@dataclass
+class PositionMap:
+    """Which of the tokens seen since ``start`` are kept, at one bit per token and head where any are evicted.
+
+    Attributes:
+        start: Position of the first token covered.
+        covered: Tokens seen that ``bitmap`` covers.
+        bitmap: Bit ``i % 8`` of byte ``i // 8`` says whether token ``start + i`` is kept; None while all are.
+        kept: Tokens kept among the covered ones, equal in all heads.
+        dense: Tokens after the covered ones, all kept.
+    """
+
+    start: int
+    covered: int = 0
+    kept: int = 0
+    dense: int = 0
+    bitmap: Tensor | None = field(default=None)
+
+    @property
+    def tokens(self) -> int:
+        """Number of kept tokens."""
+        return self.kept + self.dense
+
+    def append_all(self, tokens: int) -> None:
+        """Add tokens that are all kept."""
+        self.dense += tokens
+
+    def append(self, keep: Bool[Tensor, "b h n"]) -> None:
+        """Add tokens of which these are kept, the same number in every head."""
+        batch, heads, _ = keep.shape
+        earlier = keep.new_ones(batch, heads, self.dense)
+        bits = torch.cat([self._bits(keep), earlier, keep], -1)
+        self.covered, self.dense = bits.shape[-1], 0
+        self.kept = int(bits[0, 0].sum())
+        padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(batch, heads, -1, 8)
+        weights = (1 << torch.arange(8, device=keep.device)).to(torch.uint8)
+        self.bitmap = (padded * weights).sum(-1, dtype=torch.uint8)
+
+    def _bits(self, like: Tensor) -> Bool[Tensor, "b h covered"]:
+        if self.bitmap is None:
+            return like.new_ones(*like.shape[:2], self.covered, dtype=torch.bool)
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
+        bits = (self.bitmap[..., None] >> shifts & 1).flatten(-2)
+        return bits[..., : self.covered].bool()
+
+    def positions(self, device: torch.device) -> Int[Tensor, "*heads tokens"]:
+        """Return the kept positions, ascending: ``[tokens]`` if all are kept, else ``[b, h, tokens]``."""
+        end = self.start + self.covered
+        if self.bitmap is None:
+            return torch.arange(self.start, end + self.dense, device=device)
+        bits = self._bits(self.bitmap)
+        kept = bits.nonzero()[:, -1].view(*bits.shape[:2], self.kept) + self.start
+        dense = torch.arange(end, end + self.dense, device=device).expand(*bits.shape[:2], -1)
+        return torch.cat([kept, dense], -1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to the bitmap, whose first axis is the batch."""
+        if self.bitmap is not None:
+            self.bitmap = function(self.bitmap)
+
+
+@dataclass
+class PackedTokens:
+    """The compressed tokens of one layer, all at the same rate."""
+
+    keys: PackedSide
+    values: PackedSide
+    positions: PositionMap
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to every tensor; all of them have the batch as first axis."""
+        self.keys.map(function)
+        self.values.map(function)
+        self.positions.map(function)

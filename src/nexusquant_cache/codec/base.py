@@ -1,0 +1,70 @@
+"""What a codec is: vectors to packed words and back, one vector at a time."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
+
+    from nexusquant_cache.codec.transform import VectorTransform
+
+
+@dataclass(frozen=True)
+class PackedVectors:
+    """The codes of the keys or values of some tokens.
+
+    Attributes:
+        words: Packed codes, one row of bytes per vector.
+        scales: One scale code per vector (`codec.scale`).
+    """
+
+    words: UInt8[Tensor, "b h n bytes"]
+    scales: UInt8[Tensor, "b h n"]
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.words.shape[2]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> PackedVectors:
+        """Return the result of applying ``function`` to every tensor."""
+        return PackedVectors(function(self.words), function(self.scales))
+
+    @staticmethod
+    def cat(parts: list[PackedVectors]) -> PackedVectors:
+        """Return the tokens of all parts in a row."""
+        return PackedVectors(torch.cat([p.words for p in parts], 2), torch.cat([p.scales for p in parts], 2))
+
+
+class VectorCodec(ABC):
+    """Encodes vectors of one side (keys or values) of one layer.
+
+    `fit` looks at the tokens of the first compression and freezes what all tokens share; `encode` and
+    `decode` then treat every vector on its own, so that encoding a concatenation is the concatenation of
+    encodings and no stored code is ever touched again.
+    """
+
+    @abstractmethod
+    def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
+        """Return what the tokens of this layer will share; ``vectors`` excludes the sinks."""
+
+    @abstractmethod
+    def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
+        """Return the codes of finite vectors."""
+
+    @abstractmethod
+    def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
+        """Return the vectors of the codes as a new float32 tensor."""
+
+    @property
+    @abstractmethod
+    def bytes_per_vector(self) -> int:
+        """Bytes held per vector: words and scale."""

@@ -1,0 +1,174 @@
+"""The E8 codec: rotation, one scale per vector, parity-coset block codes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.scale import decode_scales, encode_scales
+from nexusquant_cache.codec.transform import HadamardRotation, Rotation, VectorTransform
+from nexusquant_cache.errors import OptionError, ShapeError, suggest
+from nexusquant_cache.layout import BLOCK, CodeLayout
+from nexusquant_cache.reference.blocks import nearest_codes, nearest_values
+from nexusquant_cache.reference.packing import pack
+from nexusquant_cache.reference.tables import covered_stages, decode_rows
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, Int
+    from torch import Tensor
+
+GainRule = Literal["least_squares", "norm", "unbiased"]
+
+_CHUNK = 4096  # vectors encoded together: their temporaries stay in the cache of a core
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass(frozen=True)
+class E8Codec(VectorCodec):
+    """Codes vectors block by block after centring and rotating them.
+
+    A vector ``y`` with root mean square ``r`` is coded at the scale ``r * c`` for each candidate ``c``; the
+    candidate with the least error at its best gain wins.  The gain that is stored for the decoded
+    ``q`` is
+
+    - ``least_squares``: ``<y, q> / <q, q>``, the least error, which shrinks inner products;
+    - ``norm``: ``|y| / |q|``, which keeps the vector's norm;
+    - ``unbiased``: ``<y, y> / <y, q>``, which keeps the inner product with the vector's own direction.
+
+    Args:
+        layout: Bits of every block.
+        gain: The gain rule.
+        candidates: Scales to try, relative to the root mean square.
+        center: Whether `fit` removes the mean over tokens.
+        seed: Of the random signs.
+
+    Raises:
+        OptionError: If the gain rule is unknown or a candidate is not positive.
+    """
+
+    layout: CodeLayout
+    gain: GainRule = "norm"
+    candidates: tuple[float, ...] = (1.0,)
+    center: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if self.gain not in get_args(GainRule):
+            msg = f"unknown gain rule {self.gain!r}. {suggest(str(self.gain), get_args(GainRule))}"
+            raise OptionError(msg)
+        if not self.candidates or min(self.candidates) <= 0:
+            msg = f"scale candidates must be positive numbers, at least one, got {self.candidates!r}"
+            raise OptionError(msg)
+
+    @property
+    def bytes_per_vector(self) -> int:
+        """Packed codes and one byte of scale."""
+        return self.layout.bytes_per_vector + 1
+
+    def make_rotation(self, vectors: Float[Tensor, "b h n d"]) -> Rotation:
+        """Return the rotation for these (centred) vectors; override it for a basis of your own."""
+        del vectors
+        return HadamardRotation(self.layout.head_dim, self.seed)
+
+    def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
+        """Freeze the mean (if centring), the rotation and the reference scale of each head."""
+        self._check(vectors)
+        mean = None
+        if self.center:
+            # Any rounding of the mean is harmless: what is subtracted is what is added back.
+            mean = vectors.mean(2, keepdim=True, dtype=torch.float32)
+            mean = mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
+        centred = vectors.float() if mean is None else vectors.float() - mean
+        # The median of the tokens' scales, so that no outlier moves the grid; 1 for a head of zeros.
+        reference = centred.square().mean(-1).sqrt().median(-1, keepdim=True).values
+        return VectorTransform(self.make_rotation(centred), mean, torch.where(reference > 0, reference, 1.0))
+
+    def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
+        """Return the codes of finite vectors; see the class for the search."""
+        self._check(vectors)
+        shape = vectors.shape[:3]
+        channels = transform.forward(vectors).reshape(-1, self.layout.head_dim).T
+        parts = [self._encode_chunk(part.contiguous()) for part in channels.split(_CHUNK, dim=1)]
+        if not parts:
+            parts = [self._encode_chunk(channels)]
+        words = torch.cat([pack(codes, self.layout) for codes, _ in parts]).view(*shape, -1)
+        gains = torch.cat([gain for _, gain in parts]).view(shape)
+        return PackedVectors(words, encode_scales(gains, transform.reference))
+
+    def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
+        """Return the vectors of the codes as a new float32 tensor."""
+        shape = packed.scales.shape
+        done = covered_stages(self.layout, transform.rotation.first_stride)
+        rows = decode_rows(packed.words.reshape(-1, self.layout.bytes_per_vector), self.layout, done)
+        scales = decode_scales(packed.scales, transform.reference)
+        return transform.inverse(rows.view(*shape, self.layout.head_dim), scales, done)
+
+    def _check(self, vectors: Tensor) -> None:
+        if vectors.ndim != 4 or vectors.shape[-1] != self.layout.head_dim:  # noqa: PLR2004 - b h n d
+            msg = f"expected [batch, kv_heads, tokens, {self.layout.head_dim}], got shape {tuple(vectors.shape)}"
+            raise ShapeError(msg)
+
+    def _encode_chunk(self, y: Float[Tensor, "d rows"]) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "rows"]]:
+        """Return codes and gains of channel-major vectors."""
+        power = _row_sum(y.square())
+        rms = (power / self.layout.head_dim).sqrt()
+        inverse = torch.where(rms > 0, 1 / rms, 0.0)
+        scale = inverse / self.candidates[0]
+        if len(self.candidates) > 1:
+            best = None
+            for candidate in self.candidates:
+                q = self._quantize(y * (inverse / candidate))
+                # The error at the best gain is <y,y> - <y,q>^2 / <q,q>: the least has the largest quotient.
+                score = _row_sum(y * q).square() / _row_sum(q.square()).clamp_min(1e-30)
+                better = score > best if best is not None else torch.ones_like(score, dtype=torch.bool)
+                scale = torch.where(better, inverse / candidate, scale)
+                best = score if best is None else torch.maximum(score, best)
+        codes, q = self._codes(y * scale)
+        return codes, self._gain(power, _row_sum(y * q), _row_sum(q.square()))
+
+    def _gain(self, power: Tensor, inner: Tensor, norm: Tensor) -> Tensor:
+        tiny = torch.finfo(torch.float32).tiny
+        norm, inner = norm.clamp_min(tiny), inner.clamp_min(tiny)
+        if self.gain == "least_squares":
+            gain = inner / norm
+        elif self.gain == "norm":
+            gain = (power / norm).sqrt()
+        else:
+            gain = power / inner
+        return torch.where(power > 0, gain, 0.0)
+
+    def _rates(self) -> list[tuple[int, list[int]]]:
+        plan = self.layout.block_bits
+        return [(bits, [i for i, b in enumerate(plan) if b == bits]) for bits in sorted(set(plan) - {0})]
+
+    def _quantize(self, x: Float[Tensor, "d rows"]) -> Float[Tensor, "d rows"]:
+        blocks = x.view(self.layout.blocks, BLOCK, -1)
+        if self.layout.is_uniform:
+            return nearest_values(blocks, self.layout.block_bits[0]).view(x.shape)
+        q = torch.zeros_like(blocks)
+        for bits, index in self._rates():
+            q[index] = nearest_values(blocks[index], bits)
+        return q.view(x.shape)
+
+    def _codes(self, x: Float[Tensor, "d rows"]) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "d rows"]]:
+        blocks = x.view(self.layout.blocks, BLOCK, -1)
+        codes = torch.zeros(self.layout.blocks, x.shape[1], dtype=torch.int64, device=x.device)
+        q = torch.zeros_like(blocks)
+        for bits, index in self._rates():
+            codes[index], q[index] = nearest_codes(blocks[index], bits)
+        return codes.T, q.view(x.shape)
+
+
+def _row_sum(x: Float[Tensor, "d rows"]) -> Float[Tensor, "rows"]:
+    """Sum over channels, by halves: the order does not depend on how many rows there are."""
+    while x.shape[0] > 1:
+        half = x.shape[0] // 2
+        rest = x[2 * half :]
+        x = x[:half] + x[half : 2 * half]
+        if rest.shape[0]:
+            x = torch.cat([x, rest])
+    return x[0]

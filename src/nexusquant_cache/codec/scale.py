@@ -1,0 +1,51 @@
+"""One 8-bit logarithmic scale per vector."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from jaxtyping import Float, UInt8
+    from torch import Tensor
+
+STEPS_PER_OCTAVE = 16
+_CENTRE = 128
+
+
+@lru_cache(maxsize=16)
+def _levels(device: torch.device) -> Float[Tensor, "256"]:
+    exponent = (torch.arange(256, dtype=torch.float64) - _CENTRE) / STEPS_PER_OCTAVE
+    levels = exponent.exp2()
+    levels[0] = 0.0
+    return levels.float().to(device)
+
+
+@lru_cache(maxsize=16)
+def _cuts(device: torch.device) -> Float[Tensor, "254"]:
+    exponent = (torch.arange(1, 255, dtype=torch.float64) + 0.5 - _CENTRE) / STEPS_PER_OCTAVE
+    return exponent.exp2().float().to(device)
+
+
+def encode_scales(
+    scales: Float[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]
+) -> UInt8[Tensor, "b h n"]:
+    """Return the nearest code of each scale on a grid of 16 steps per octave around ``reference``.
+
+    Code ``c`` stands for ``reference * 2 ** ((c - 128) / 16)`` and 0 for a vector of zeros, so the
+    grid reaches from 1/252 to 246 times the reference; scales beyond it take its end.  The comparison
+    with exact thresholds, in place of a logarithm, makes the code independent of a platform's
+    ``log2``.
+    """
+    relative = scales / reference
+    codes = torch.bucketize(relative.contiguous(), _cuts(scales.device)) + 1
+    return torch.where(relative > 0, codes, 0).to(torch.uint8)
+
+
+def decode_scales(
+    codes: UInt8[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]
+) -> Float[Tensor, "b h n"]:
+    """Return the scale of each code (see `encode_scales`)."""
+    return _levels(codes.device).index_select(0, codes.flatten().int()).view(codes.shape) * reference

