@@ -4,13 +4,8 @@ Every message says what was given, what is allowed and what to do.  Where a call
 builtin error (``ValueError`` for a bad option, ``TypeError`` for a wrong dtype), ours is one too.
 """
 
-from __future__ import annotations
-
 import difflib
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from collections.abc import Iterable
 
 
 class NexusQuantError(Exception):

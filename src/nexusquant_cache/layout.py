@@ -19,8 +19,6 @@ kernel one multiplication and no table.
 little-endian 16-bit words per block, in block order, then one byte for each block of odd ``b``.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from struct import pack, unpack
@@ -118,7 +116,7 @@ class CodeLayout:
                 BlockCode(bits)
 
     @classmethod
-    def uniform(cls, head_dim: int, bits: int) -> CodeLayout:
+    def uniform(cls, head_dim: int, bits: int) -> "CodeLayout":
         """Return the layout that gives every block ``bits`` bits per channel."""
         return cls(head_dim, (bits,) * max(head_dim // BLOCK, 0))
 
@@ -145,9 +143,7 @@ class CodeLayout:
     @cached_property
     def byte_sources(self) -> tuple[tuple[int, int], ...]:
         """For each byte of the row, its block and the position of its lowest bit in that block's code."""
-        words = [
-            (block, 8 * byte) for block, bits in enumerate(self.block_bits) for byte in range(2 * (bits // 2))
-        ]
+        words = [(block, 8 * byte) for block, bits in enumerate(self.block_bits) for byte in range(2 * (bits // 2))]
         tail = [(block, 8 * (bits - 1)) for block, bits in enumerate(self.block_bits) if bits % 2]
         return (*words, *tail)
 

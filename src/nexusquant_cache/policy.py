@@ -4,20 +4,15 @@ A policy is one class with one method, `EvictionPolicy.score`.  Protection (sink
 kept counts, top-k and checks are the same for all of them and live in `EvictionPolicy.select`.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 
 from nexusquant_cache.errors import NonFiniteError, OptionError, ShapeError
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,12 @@
 """Settings of a cache and the named presets."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, get_args
+from typing import Any, get_args
 
 from nexusquant_cache.codec.e8 import GainRule
 from nexusquant_cache.errors import OptionError, suggest
 from nexusquant_cache.layout import MAX_BITS
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 @dataclass(frozen=True)
@@ -70,7 +66,7 @@ class CacheConfig:
                 msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(GainRule))}"
                 raise OptionError(msg)
 
-    def override(self, options: Mapping[str, Any]) -> CacheConfig:
+    def override(self, options: Mapping[str, Any]) -> "CacheConfig":
         """Return a copy with these options changed.
 
         Raises:
@@ -101,7 +97,7 @@ PRESETS: dict[str, CacheConfig] = {
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 
 
-def resolve_preset(preset: str | CacheConfig) -> CacheConfig:
+def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
     """Return the settings of a preset name, or the settings given.
 
     Raises:

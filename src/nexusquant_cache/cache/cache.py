@@ -1,31 +1,30 @@
 """`NexusQuantCache`: a transformers cache that keeps packed E8 codes in place of keys and values."""
 
-from __future__ import annotations
-
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
-from transformers.cache_utils import DYNAMIC_LAYER_TYPE_MAPPING, Cache, DynamicCache, get_layer_types_and_kwargs
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import (
+    DYNAMIC_LAYER_TYPE_MAPPING,
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    get_layer_types_and_kwargs,
+)
 
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import rotary_phase
+from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import OptionError
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
-    from transformers import PretrainedConfig
-    from transformers.cache_utils import CacheLayerMixin
-
-    from nexusquant_cache.codec.base import VectorCodec
-    from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.reference.rope import RotaryPhase
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,9 +80,7 @@ class NexusQuantCache(DynamicCache):
             return []
         kinds, options = get_layer_types_and_kwargs(self.model_config)
         return [
-            NexusQuantLayer(self, index)
-            if kind == "full_attention"
-            else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
+            NexusQuantLayer(self, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
             for index, (kind, arguments) in enumerate(zip(kinds, options, strict=True))
         ]
 
@@ -133,7 +130,12 @@ class NexusQuantCache(DynamicCache):
     # The interface of transformers
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any  # noqa: ANN401
+        self,
+        key_states: Tensor,
+        value_states: Tensor,
+        layer_idx: int,
+        *args: Any,
+        **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
         """Store the new tokens of a layer and return everything it keeps, decoded, for attention.
 
@@ -203,7 +205,9 @@ class NexusQuantCache(DynamicCache):
     # Accounting
 
     def _note_peak(self) -> None:
-        self._peak_bytes = max(self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._phases))
+        self._peak_bytes = max(
+            self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._phases)
+        )
 
     def memory_report(self) -> MemoryReport:
         """Return the bytes held, layer by layer, against a plain 16-bit cache; ``print`` shows a table."""

@@ -1,33 +1,27 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from math import ceil
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.cache.tokens import PackedSide, PackedTokens, PositionMap
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import CacheStateError, DtypeError, NonFiniteError, ShapeError, UnsupportedError
-from nexusquant_cache.policy import ScoreInputs
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Bool, Float, Int
-    from torch import Tensor
-
-    from nexusquant_cache.codec.base import PackedVectors, VectorCodec
-    from nexusquant_cache.codec.transform import VectorTransform
-    from nexusquant_cache.policy import EvictionPolicy
-    from nexusquant_cache.presets import CacheConfig
-    from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
+from nexusquant_cache.presets import CacheConfig
+from nexusquant_cache.reference.rope import RotaryPhase
 
 Side = Literal["keys", "values"]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
 
 
+@runtime_checkable
 class LayerOwner(Protocol):
     """What a layer asks of its cache."""
 
@@ -144,9 +138,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
     # Updates
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_: object, **__: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store new tokens and return all kept keys and values, decoded, for this forward's attention.
 
         Raises:
@@ -392,8 +384,8 @@ class NexusQuantLayer(CacheLayerMixin):
             # The largest squared norm: one number tells about NaN, infinity and overflow in the codec.
             if states.numel() and not bool(torch.isfinite(states.float().square().sum(-1).amax())):
                 msg = (
-                    f"NaN, infinity or an overflow in the {name} of layer {self.layer_idx} ({where}). The cache was not "
-                    "changed. Look for overflow in the model: float16 weights often need bfloat16."
+                    f"NaN, infinity or an overflow in the {name} of layer {self.layer_idx} ({where}). The cache was "
+                    "not changed. Look for overflow in the model: float16 weights often need bfloat16."
                 )
                 raise NonFiniteError(msg)
 

@@ -1,14 +1,9 @@
 """What a cache holds, in bytes of storage, and what a plain cache would."""
 
-from __future__ import annotations
-
+from collections.abc import Iterator
 from dataclasses import dataclass, is_dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
@@ -120,7 +115,8 @@ class MemoryReport:
 
     def __str__(self) -> str:
         """Return a table: one line per group of equal layers, then the totals."""
-        header = f"{'layers':>9} {'kind':<24} {'seen':>8} {'kept':>8} {'exact':>10} {'codes':>10} {'other':>10} {'factor':>7}"
+        sizes = "".join(f" {name:>10}" for name in ("exact", "codes", "other"))
+        header = f"{'layers':>9} {'kind':<24} {'seen':>8} {'kept':>8}{sizes} {'factor':>7}"
         lines = [f"NexusQuantCache, preset {self.preset}", header]
         for first, last, row in self._groups():
             name = str(first) if first == last else f"{first}-{last}"
@@ -130,8 +126,8 @@ class MemoryReport:
                 f"{_size(row.code_bytes):>10} {_size(row.other_bytes):>10} {factor:>6.1f}x"
             )
         lines.append(
-            f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) in place of "
-            f"{_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
+            f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) "
+            f"in place of {_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
         )
         return "\n".join(lines)
 

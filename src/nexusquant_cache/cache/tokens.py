@@ -1,21 +1,14 @@
 """Storage of compressed tokens: append-only buffers, original positions, and the two together."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Bool, Int
-    from torch import Tensor
-
-    from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.codec.transform import VectorTransform
 
 _LEAST_ROOM = 32  # tokens
 _ROOM_SHARE = 256  # room to grow, as a part of what is stored
@@ -34,7 +27,7 @@ class TokenBuffer:
     tokens: int
 
     @classmethod
-    def of(cls, data: Tensor) -> TokenBuffer:
+    def of(cls, data: Tensor) -> "TokenBuffer":
         """Return a full buffer holding this tensor."""
         return cls(data.contiguous(), data.shape[2])
 
@@ -68,7 +61,7 @@ class PackedSide:
     scales: TokenBuffer
 
     @classmethod
-    def of(cls, packed: PackedVectors, transform: VectorTransform) -> PackedSide:
+    def of(cls, packed: PackedVectors, transform: VectorTransform) -> "PackedSide":
         """Start with these tokens."""
         return cls(transform, TokenBuffer.of(packed.words), TokenBuffer.of(packed.scales))
 

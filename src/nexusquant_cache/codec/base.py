@@ -1,20 +1,14 @@
 """What a codec is: vectors to packed words and back, one vector at a time."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Float, UInt8
-    from torch import Tensor
-
-    from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.codec.transform import VectorTransform
 
 
 @dataclass(frozen=True)
@@ -34,12 +28,12 @@ class PackedVectors:
         """Number of tokens."""
         return self.words.shape[2]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> PackedVectors:
+    def map(self, function: Callable[[Tensor], Tensor]) -> "PackedVectors":
         """Return the result of applying ``function`` to every tensor."""
         return PackedVectors(function(self.words), function(self.scales))
 
     @staticmethod
-    def cat(parts: list[PackedVectors]) -> PackedVectors:
+    def cat(parts: "list[PackedVectors]") -> "PackedVectors":
         """Return the tokens of all parts in a row."""
         return PackedVectors(torch.cat([p.words for p in parts], 2), torch.cat([p.scales for p in parts], 2))
 

@@ -1,11 +1,11 @@
 """The E8 codec: rotation, one scale per vector, parity-coset block codes."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, get_args
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
@@ -15,10 +15,6 @@ from nexusquant_cache.layout import BLOCK, CodeLayout
 from nexusquant_cache.reference.blocks import nearest_codes, nearest_values
 from nexusquant_cache.reference.packing import pack
 from nexusquant_cache.reference.tables import covered_stages, decode_rows
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int
-    from torch import Tensor
 
 GainRule = Literal["least_squares", "norm", "unbiased"]
 

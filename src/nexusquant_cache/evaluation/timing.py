@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from nexusquant_cache.evaluation.caches import CacheFactory, Progress, compress, fill
 
@@ -39,10 +39,9 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
 ) -> dict[str, StepTime]:
     """Time generation steps of several caches in turn, the plain one always among them.
 
-    All caches start from the same tokens.  Each round times ``steps`` steps of every cache, one cache after
-    the other and in alternating order, so that all meet the same load of the machine.  The first step, which
-    compresses, is not counted.  With 16 steps a round includes one encoding of tokens that leave the exact
-    tail (`CacheConfig.flush_length`).
+    All caches start from the same tokens and take single steps in turn, in alternating order, so that all meet
+    the same load of the machine.  Compression and the first step are not counted.  With 16 steps a round
+    includes one encoding of tokens that leave the exact tail (`CacheConfig.flush_length`).
 
     Args:
         model: A causal language model of transformers.
@@ -50,23 +49,26 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
         factories: The caches to time, by name.
         rounds: Rounds.
         steps: Steps per round.
-        progress: Called after every cache and round with the steps done and the total.
+        progress: Called after every step of all caches with the steps done and the total.
 
     Returns:
         The times by name; the plain cache's under ``"plain"``.
     """
     makers: dict[str, CacheFactory] = {"plain": DynamicCache, **factories}
     caches = {name: fill(factory, plain) for name, factory in makers.items()}
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
     for cache in caches.values():
         compress(cache)
-        _run(model, cache, token, 1)
-    times: dict[str, list[float]] = {name: [] for name in caches}
-    for turn in range(rounds):
-        for place, name in enumerate(caches if turn % 2 == 0 else reversed(caches)):
-            times[name].append(1000 * _run(model, caches[name], token, steps) / steps)
-            if progress is not None:
-                progress(turn * len(caches) + place + 1, rounds * len(caches))
+    tokens = {name: torch.zeros(1, 1, dtype=torch.long, device=model.device) for name in caches}
+    spent: dict[str, list[float]] = {name: [] for name in caches}
+    for turn in range(rounds * steps + 1):
+        for name in caches if turn % 2 == 0 else reversed(caches):
+            start = _now()
+            logits = model(input_ids=tokens[name], past_key_values=caches[name], use_cache=True).logits
+            tokens[name] = logits[:, -1].argmax(-1, keepdim=True)
+            spent[name].append(1000 * (_now() - start))
+        if progress is not None:
+            progress(turn, rounds * steps)
+    times = {name: _round_means(taken[1:], steps) for name, taken in spent.items()}
     return {
         name: StepTime(
             milliseconds=statistics.median(taken),
@@ -89,13 +91,8 @@ def encode_throughput(plain: DynamicCache, factory: CacheFactory, *, rounds: int
     return statistics.median(speeds)
 
 
-def _run(model: PreTrainedModel, cache: Cache, token: torch.Tensor, steps: int) -> float:
-    """Generate greedily and return the seconds taken."""
-    start = _now()
-    for _ in range(steps):
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True).logits
-        token = logits[:, -1].argmax(-1, keepdim=True)
-    return _now() - start
+def _round_means(taken: list[float], steps: int) -> list[float]:
+    return [statistics.fmean(taken[start : start + steps]) for start in range(0, len(taken), steps)]
 
 
 def _now() -> float:

@@ -10,19 +10,14 @@ and sums over channels have a fixed order: the code of a vector does not depend 
 beside it.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor
 
 from nexusquant_cache.layout import BLOCK, block_code
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, Int, UInt8
-    from torch import Tensor
 
 
 def decode_blocks(codes: Int[Tensor, "*rows"], bits: int) -> Float[Tensor, "*rows 8"]:
@@ -107,7 +102,9 @@ def _tree_sum(x: Tensor) -> Tensor:
     return x[..., 0, :] + x[..., 1, :]
 
 
-def _cheapest(cost: Float[Tensor, "*blocks 8 rows"]) -> tuple[Float[Tensor, "*blocks rows"], Int[Tensor, "*blocks rows"]]:
+def _cheapest(
+    cost: Float[Tensor, "*blocks 8 rows"],
+) -> tuple[Float[Tensor, "*blocks rows"], UInt8[Tensor, "*blocks rows"]]:
     """Return the least cost over the 8 channels and the first channel that has it."""
     least, channel = cost[..., 0, :], torch.zeros_like(cost[..., 0, :], dtype=torch.uint8)
     for i in range(1, BLOCK):

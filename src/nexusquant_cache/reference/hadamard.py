@@ -12,19 +12,14 @@ References:
     Paley (1933), "On orthogonal matrices", J. Math. and Physics 12, 311-320 (both constructions).
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nexusquant_cache.errors import ShapeError
 from nexusquant_cache.layout import BLOCK
-
-if TYPE_CHECKING:
-    from jaxtyping import Float
-    from torch import Tensor
 
 
 def _is_prime(n: int) -> bool:
@@ -113,9 +108,7 @@ def random_signs(head_dim: int, seed: int, device: torch.device) -> Float[Tensor
     return torch.tensor(signs[:head_dim], device=device)
 
 
-def apply_hadamard(
-    x: Float[Tensor, "d rows"], *, transpose: bool = False
-) -> Float[Tensor, "d rows"]:
+def apply_hadamard(x: Float[Tensor, "d rows"], *, transpose: bool = False) -> Float[Tensor, "d rows"]:
     """Multiply channel-major vectors by the unnormalised Hadamard matrix of their dimension."""
     outer, order = hadamard_factors(x.shape[0])
     y = hadamard_stages(x, 1, order, rows=x.shape[1])

@@ -1,19 +1,13 @@
 """Pack block codes into rows of bytes and back: bits only, as `layout.CodeLayout` lays them out."""
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor
 
 from nexusquant_cache.errors import ShapeError
-
-if TYPE_CHECKING:
-    from jaxtyping import Int, UInt8
-    from torch import Tensor
-
-    from nexusquant_cache.layout import CodeLayout
+from nexusquant_cache.layout import CodeLayout
 
 
 @lru_cache(maxsize=64)

@@ -7,23 +7,16 @@ Hadamard stages, which stay inside the looked-up channels (see `hadamard.apply_h
 Tables are process-wide constants like code: at most 2 MiB each, shared by every cache.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
-from nexusquant_cache.layout import BLOCK, block_code
+from nexusquant_cache.layout import BLOCK, CodeLayout, block_code
 from nexusquant_cache.reference.blocks import decode_blocks
 from nexusquant_cache.reference.hadamard import hadamard_stages
 from nexusquant_cache.reference.packing import unpack
-
-if TYPE_CHECKING:
-    from jaxtyping import Float, UInt8
-    from torch import Tensor
-
-    from nexusquant_cache.layout import CodeLayout
 
 _WORD = 16
 _HALF = 12  # bits of the four fields that a 3-bit table looks up

