@@ -67,7 +67,10 @@ def factory_of(
 
 def describe(settings: CacheConfig, policy: EvictionPolicy | None = None) -> dict[str, Any]:
     """Return the settings of a cache as they stand in a result file."""
-    return json.loads(json.dumps({**asdict(settings), "policy": repr(policy) if policy else "default"}))
+    plain: dict[str, Any] = json.loads(
+        json.dumps({**asdict(settings), "policy": repr(policy) if policy else "default"})
+    )  # tuples become lists, as in the file
+    return plain
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -80,4 +83,5 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return a result file, empty if there is none yet."""
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return content

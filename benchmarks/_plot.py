@@ -9,7 +9,7 @@ from _summary import CacheSummary, summaries
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from nexusquant_cache.evaluation import Interval
 
 _PREDECESSOR = "predecessor@"
-_STYLES = {
+_STYLES: dict[str, dict[str, Any]] = {
     "presets": {"color": "#0b6e4f", "marker": "o", "linestyle": "-"},
     "predecessor's recipe, same bytes": {"color": "#b5530a", "marker": "s", "linestyle": "--"},
 }
@@ -40,7 +40,10 @@ def plot_quality(content: dict[str, Any], path: Path) -> None:
     for panel, (label, value, scale) in zip(axes, panels, strict=True):
         _panel(panel, rows, label, value)
         panel.set_yscale(scale, **({"linthresh": 1} if scale == "symlog" else {}))
+        if scale == "log":
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        panel.yaxis.set_minor_formatter(NullFormatter())
     axes[2].set_ylim(-0.03, 1.03)
     axes[0].legend(loc="best", frameon=False)
     settings = content["settings"]
@@ -65,7 +68,8 @@ def _panel(panel: Axes, rows: list[CacheSummary], label: str, value: Callable[[C
             continue
         held, intervals, names = zip(*points, strict=True)
         means = [at.mean for at in intervals]
-        bars = [[at.mean - at.low for at in intervals], [at.high - at.mean for at in intervals]]
+        # rounding may put an end a hair beyond its mean
+        bars = [[max(0, at.mean - at.low) for at in intervals], [max(0, at.high - at.mean) for at in intervals]]
         panel.errorbar(
             held, means, yerr=bars, label=family, capsize=2, elinewidth=0.8, linewidth=1, markersize=5, **style
         )
@@ -73,9 +77,10 @@ def _panel(panel: Axes, rows: list[CacheSummary], label: str, value: Callable[[C
             for x, y, name in zip(held, means, names, strict=True):
                 panel.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=8)
     panel.set_xscale("log")
+    panel.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     panel.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g} %"))
     panel.xaxis.set_minor_formatter(NullFormatter())
-    panel.set_xticks([3, 5, 7, 10, 15, 20])
+    panel.margins(x=0.15)
     panel.set_xlabel("bytes held, of a plain 16-bit cache")
     panel.set_ylabel(label)
     panel.grid(visible=True, alpha=0.3)

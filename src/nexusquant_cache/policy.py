@@ -120,7 +120,8 @@ class KeyKeyPolicy(EvictionPolicy):
         keys = inputs.keys.float()
         keys = keys - keys[:, :, inputs.sink_tokens :].mean(2, keepdim=True)
         queries = keys[:, :, -self.observation_window :]
-        return (queries @ keys.mT * keys.shape[-1] ** -0.5).softmax(-1)
+        logits: Tensor = queries @ keys.mT * keys.shape[-1] ** -0.5
+        return logits.softmax(-1)
 
     def _pool(self, scores: Float[Tensor, "b h n"]) -> Float[Tensor, "b h n"]:
         return F.max_pool1d(scores, self.pool, stride=1, padding=self.pool // 2)
@@ -154,4 +155,5 @@ class KeyNormPolicy(EvictionPolicy):
 
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the negative norm of each key."""
-        return -inputs.keys.float().norm(dim=-1)
+        norms: Tensor = inputs.keys.float().norm(dim=-1)
+        return -norms

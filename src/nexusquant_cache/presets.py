@@ -44,7 +44,7 @@ class CacheConfig:
     remove_rope: bool = True
     key_gain: GainRule = "norm"
     value_gain: GainRule = "norm"
-    scale_candidates: tuple[float, ...] = (1.0,)
+    scale_candidates: tuple[float, ...] = (0.92, 1.1)
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -52,7 +52,7 @@ class CacheConfig:
             _check_whole(name, getattr(self, name), 1, MAX_BITS)
         for name, least in (("sink_tokens", 0), ("residual_length", 1), ("flush_length", 1), ("min_tokens", 1)):
             _check_whole(name, getattr(self, name), least)
-        ratio = self.keep_ratio
+        ratio: object = self.keep_ratio  # whatever the annotation says
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             msg = f"keep_ratio must be in (0, 1], the part of the tokens that is kept; got {ratio!r}"
             raise OptionError(msg)

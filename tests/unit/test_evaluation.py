@@ -434,22 +434,23 @@ class TestModels:
             load_model(str(tmp_path))
 
 
-class TestDemo:
-    @pytest.fixture(scope="class")
-    def result(self, loaded):
-        options = DemoOptions(presets=("quant", "max"), tokens=800, predictions=50, new_tokens=4, rounds=1)
-        return run_demo(loaded, PROSE, options, name="prose")
+@pytest.fixture(scope="module")
+def demo_result(loaded):
+    options = DemoOptions(presets=("quant", "max"), tokens=800, predictions=50, new_tokens=4, rounds=1)
+    return run_demo(loaded, PROSE, options, name="prose")
 
-    def test_has_a_row_per_cache(self, result):
-        assert [row.name for row in result.rows] == ["plain", "quant", "max"]
-        plain, quant, shortest = (row.footprint for row in result.rows)
+
+class TestDemo:
+    def test_has_a_row_per_cache(self, demo_result):
+        assert [row.name for row in demo_result.rows] == ["plain", "quant", "max"]
+        plain, quant, shortest = (row.footprint for row in demo_result.rows)
         assert plain.kept_tokens == quant.kept_tokens == plain.seen_tokens
         assert shortest.kept_tokens < quant.kept_tokens
         assert shortest.held_bytes < quant.held_bytes < plain.held_bytes
-        assert all(row.needle and row.time for row in result.rows)
+        assert all(row.needle and row.time for row in demo_result.rows)
 
-    def test_is_json(self, result):
-        content = json.loads(json.dumps(result.to_dict()))
+    def test_is_json(self, demo_result):
+        content = json.loads(json.dumps(demo_result.to_dict()))
         assert content["rows"][2]["compression_factor"] > content["rows"][1]["compression_factor"]
         assert content["rows"][0]["quality"]["dppl_percent"] == 0
 

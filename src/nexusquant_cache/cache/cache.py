@@ -10,7 +10,6 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import (
     DYNAMIC_LAYER_TYPE_MAPPING,
     Cache,
-    CacheLayerMixin,
     DynamicCache,
     get_layer_types_and_kwargs,
 )
@@ -63,8 +62,9 @@ class NexusQuantCache(DynamicCache):
         """Make an empty cache."""
         self.cache_config = resolve_preset(preset).override(overrides)
         self.preset = preset if isinstance(preset, str) and not overrides else "custom"
-        if policy is not None and not isinstance(policy, EvictionPolicy):
-            msg = f"policy must be an EvictionPolicy instance, got {policy!r}; write KeyKeyPolicy(), not KeyKeyPolicy"
+        given: object = policy  # whatever the annotation says
+        if given is not None and not isinstance(given, EvictionPolicy):
+            msg = f"policy must be an EvictionPolicy instance, got {given!r}; write KeyKeyPolicy(), not KeyKeyPolicy"
             raise OptionError(msg)
         self.policy = policy
         self.model_config = None if config is None else config.get_text_config(decoder=True)
@@ -74,7 +74,7 @@ class NexusQuantCache(DynamicCache):
         # Cache's constructor in place of DynamicCache's, which would make layers of its own.
         Cache.__init__(self, layers=self._make_layers())
 
-    def _make_layers(self) -> list[CacheLayerMixin]:
+    def _make_layers(self) -> list[Any]:
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
@@ -149,15 +149,15 @@ class NexusQuantCache(DynamicCache):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         before = layer.seen
         try:
-            if layer_idx == self._first_compressed():
+            if layer is next(self._compressed_layers()):
                 self._observe(layer, key_states)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
             self._roll_back(before)
             raise
 
-    def _first_compressed(self) -> int:
-        return next(i for i, layer in enumerate(self.layers) if isinstance(layer, NexusQuantLayer))
+    def _compressed_layers(self) -> Iterator[NexusQuantLayer]:
+        return (layer for layer in self.layers if isinstance(layer, NexusQuantLayer))
 
     def _observe(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
         """Look at what a forward brings before any layer has changed."""
@@ -174,10 +174,9 @@ class NexusQuantCache(DynamicCache):
 
     def _roll_back(self, seen: int) -> None:
         """Take the tokens of an unfinished forward out of the layers that already have them."""
-        for layer in self.layers:
-            excess = layer.get_seq_length() - seen if isinstance(layer, NexusQuantLayer) else 0
-            if excess > 0:
-                layer.crop(-excess)
+        for layer in self._compressed_layers():
+            if layer.seen > seen:
+                layer.crop(seen - layer.seen)
 
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
@@ -186,13 +185,12 @@ class NexusQuantCache(DynamicCache):
         compression, or with too few, this does nothing.
         """
         self._note_peak()
-        for layer in self.layers:
-            if isinstance(layer, NexusQuantLayer):
-                layer.compress()
+        for layer in self._compressed_layers():
+            layer.compress()
 
     def reset(self) -> None:
         """Forget everything seen, so that the cache can serve another prompt."""
-        super().reset()
+        super().reset()  # type: ignore[no-untyped-call]
         self.may_evict = True
         self._phases = []
         self._peak_bytes = 0
@@ -200,7 +198,11 @@ class NexusQuantCache(DynamicCache):
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Yield decoded keys, decoded values and the sliding window of each layer."""
         for layer in self.layers:
-            yield layer.keys, layer.values, getattr(layer, "_sliding_window_tensor", None)
+            yield (
+                getattr(layer, "keys", None),
+                getattr(layer, "values", None),
+                getattr(layer, "_sliding_window_tensor", None),
+            )
 
     # Accounting
 
@@ -229,14 +231,14 @@ def looks_padded(keys: Tensor) -> bool:
     return bool((keys[:, :, 0] == keys[:, :, 1]).all(-1).all(-1).any())
 
 
-def _content(layer: CacheLayerMixin) -> object:
+def _content(layer: object) -> object:
     """Return what a layer stores, without its owner and the tables it shares with other layers."""
     if isinstance(layer, NexusQuantLayer):
         return layer.sinks, layer.tail, layer.body
     return vars(layer)
 
 
-def _layer_report(index: int, layer: CacheLayerMixin) -> LayerReport:
+def _layer_report(index: int, layer: object) -> LayerReport:
     if not isinstance(layer, NexusQuantLayer):
         held = storage_bytes(_content(layer))
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -184,12 +184,12 @@ class NexusQuantLayer(CacheLayerMixin):
         return keys, values
 
     @property
-    def keys(self) -> Tensor | None:
+    def keys(self) -> Tensor | None:  # type: ignore[override]
         """All kept keys, decoded anew at each access; None before the first update."""
         return self.dense()[0] if self.is_initialized else None
 
     @property
-    def values(self) -> Tensor | None:
+    def values(self) -> Tensor | None:  # type: ignore[override]
         """All kept values, decoded anew at each access; None before the first update."""
         return self.dense()[1] if self.is_initialized else None
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
@@ -12,7 +12,7 @@ from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import HadamardRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
 from nexusquant_cache.layout import BLOCK, CodeLayout
-from nexusquant_cache.reference.blocks import nearest_codes, nearest_values
+from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
 from nexusquant_cache.reference.tables import covered_stages, decode_rows
 
@@ -47,7 +47,7 @@ class E8Codec(VectorCodec):
 
     layout: CodeLayout
     gain: GainRule = "norm"
-    candidates: tuple[float, ...] = (1.0,)
+    candidates: tuple[float, ...] = (0.92, 1.1)
     center: bool = False
     seed: int = 0
 
@@ -113,18 +113,40 @@ class E8Codec(VectorCodec):
         power = _row_sum(y.square())
         rms = (power / self.layout.head_dim).sqrt()
         inverse = torch.where(rms > 0, 1 / rms, 0.0)
-        scale = inverse / self.candidates[0]
-        if len(self.candidates) > 1:
-            best = None
-            for candidate in self.candidates:
-                q = self._quantize(y * (inverse / candidate))
-                # The error at the best gain is <y,y> - <y,q>^2 / <q,q>: the least has the largest quotient.
-                score = _row_sum(y * q).square() / _row_sum(q.square()).clamp_min(1e-30)
-                better = score > best if best is not None else torch.ones_like(score, dtype=torch.bool)
-                scale = torch.where(better, inverse / candidate, scale)
-                best = score if best is None else torch.maximum(score, best)
-        codes, q = self._codes(y * scale)
-        return codes, self._gain(power, _row_sum(y * q), _row_sum(q.square()))
+        best = self._try(y, inverse / self.candidates[0])
+        for candidate in self.candidates[1:]:
+            other = self._try(y, inverse / candidate)
+            better = other[0] > best[0]
+            best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
+        _, inner, norm, choices = best
+        return self._codes(choices), self._gain(power, inner, norm)
+
+    def _try(self, y: Float[Tensor, "d rows"], scale: Float[Tensor, "rows"]) -> tuple[Tensor, ...]:
+        """Return fit, inner product, squared norm and choices of the nearest codewords at this scale.
+
+        The error at the best gain is ``<y,y> - <y,q>^2 / <q,q>``: the best fit has the largest quotient.
+        """
+        blocks = (y * scale).view(self.layout.blocks, BLOCK, -1)
+        q, choices = torch.zeros_like(blocks), torch.zeros_like(blocks, dtype=torch.uint8)
+        for bits, index in self._rates():
+            q[index], choices[index] = nearest(blocks[index], bits)
+        q = q.view(y.shape)
+        inner, norm = _row_sum(y * q), _row_sum(q.square())
+        fit = inner.square() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        return fit, inner, norm, choices
+
+    def _codes(self, choices: UInt8[Tensor, "blocks 8 rows"]) -> Int[Tensor, "rows blocks"]:
+        codes = torch.zeros(self.layout.blocks, choices.shape[-1], dtype=torch.int64, device=choices.device)
+        for bits, index in self._rates():
+            codes[index] = codes_of(choices[index], bits)
+        return codes.T
+
+    def _rates(self) -> list[tuple[int, slice | list[int]]]:
+        """Return each rate of the plan with the blocks that have it."""
+        plan = self.layout.block_bits
+        if self.layout.is_uniform:
+            return [(plan[0], slice(None))]
+        return [(bits, [i for i, b in enumerate(plan) if b == bits]) for bits in sorted(set(plan) - {0})]
 
     def _gain(self, power: Tensor, inner: Tensor, norm: Tensor) -> Tensor:
         tiny = torch.finfo(torch.float32).tiny
@@ -136,27 +158,6 @@ class E8Codec(VectorCodec):
         else:
             gain = power / inner
         return torch.where(power > 0, gain, 0.0)
-
-    def _rates(self) -> list[tuple[int, list[int]]]:
-        plan = self.layout.block_bits
-        return [(bits, [i for i, b in enumerate(plan) if b == bits]) for bits in sorted(set(plan) - {0})]
-
-    def _quantize(self, x: Float[Tensor, "d rows"]) -> Float[Tensor, "d rows"]:
-        blocks = x.view(self.layout.blocks, BLOCK, -1)
-        if self.layout.is_uniform:
-            return nearest_values(blocks, self.layout.block_bits[0]).view(x.shape)
-        q = torch.zeros_like(blocks)
-        for bits, index in self._rates():
-            q[index] = nearest_values(blocks[index], bits)
-        return q.view(x.shape)
-
-    def _codes(self, x: Float[Tensor, "d rows"]) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "d rows"]]:
-        blocks = x.view(self.layout.blocks, BLOCK, -1)
-        codes = torch.zeros(self.layout.blocks, x.shape[1], dtype=torch.int64, device=x.device)
-        q = torch.zeros_like(blocks)
-        for bits, index in self._rates():
-            codes[index], q[index] = nearest_codes(blocks[index], bits)
-        return codes.T, q.view(x.shape)
 
 
 def _row_sum(x: Float[Tensor, "d rows"]) -> Float[Tensor, "rows"]:

@@ -69,7 +69,8 @@ class HadamardRotation(Rotation):
         return hadamard_factors(self.head_dim)[1]
 
     def _signs(self, device: torch.device) -> Tensor:
-        return random_signs(self.head_dim, self.seed, device) * self.head_dim**-0.5
+        scale: float = self.head_dim**-0.5
+        return random_signs(self.head_dim, self.seed, device) * scale
 
     def rotate(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """Return the rotated channels, channel-major in memory."""

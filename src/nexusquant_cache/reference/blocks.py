@@ -57,7 +57,7 @@ class _Cells:
 
     thresholds: tuple[float, ...]
     values: Float[Tensor, "4 cells"]
-    odd: UInt8[Tensor, "2 cells"]  # parity of k of the first choice in each coset
+    odd: UInt8[Tensor, "cells"]  # parity of k of the first choice: coset 0 in bit 0, coset 1 in bit 4
     codes: Int[Tensor, "8 4*cells"]  # the field of the choice at its place in the code, by channel
 
 
@@ -90,7 +90,7 @@ def _cells(bits: int, device: torch.device) -> _Cells:
     return _Cells(
         thresholds=tuple(thresholds.tolist()),
         values=torch.stack(values).float().to(device),
-        odd=torch.stack(odd).to(torch.uint8).to(device),
+        odd=(odd[0] + (odd[1] << 4)).to(torch.uint8).to(device),
         codes=code_bits.sum(-1).to(device),
     )
 
@@ -114,14 +114,33 @@ def _cheapest(
     return least, channel
 
 
-def _nearest(
-    x: Float[Tensor, "*blocks 8 rows"], cells: _Cells
-) -> tuple[Float[Tensor, "*blocks 8 rows"], Int[Tensor, "*blocks 8 rows"]]:
-    """Return the nearest codeword and, per channel, which entry of `_Cells` it uses."""
+def nearest(
+    x: Float[Tensor, "*blocks 8 rows"], bits: int
+) -> tuple[Float[Tensor, "*blocks 8 rows"], UInt8[Tensor, "*blocks 8 rows"]]:
+    """Return the codeword nearest to each block and the choice that each channel makes in it.
+
+    `codes_of` turns choices into codes; a search over scales does so for its winner only.
+
+    Args:
+        x: Channels of unit variance, float32, finite.  Axis -2 holds the 8 channels of a block: the
+            channel-major order keeps every operation vectorized over vectors.
+        bits: Bits per channel, 1 to 4.
+
+    Returns:
+        The values of the codeword with the least Euclidean distance, and the choices.  Of two equally near
+        codewords one in coset 0 is chosen before one in coset 1.
+
+    References:
+        Conway & Sloane (1982), "Fast quantizing and decoding algorithms for lattice quantizers and
+        codes", IEEE Trans. Inf. Theory 28(2), section III (decoding D_n by one repair, and unions of
+        cosets); here with unequal levels and a finite number of them.
+    """
+    cells = _cells(bits, x.device)
     cell = torch.zeros_like(x, dtype=torch.uint8)
     for threshold in cells.thresholds:
         cell += x > threshold
     index = cell.long()
+    odd = _tree_sum(cells.odd.take(index))  # low half: coset 0, high half: coset 1
 
     best: tuple[Tensor, ...] | None = None
     for coset in (0, 1):
@@ -129,7 +148,7 @@ def _nearest(
         error = (x - first).square_()
         least, channel = _cheapest((x - second).square_().sub_(error))
         # Coset 0 wants an even sum of k, coset 1 an odd one.
-        repair = _tree_sum(cells.odd[coset].take(index)) & 1 != coset
+        repair = (odd >> (4 * coset)) & 1 != coset
         total = _tree_sum(error) + repair * least
         channel = channel.masked_fill(~repair, BLOCK)  # BLOCK: no channel takes its second choice
         if best is None:
@@ -142,33 +161,20 @@ def _nearest(
     wide = coset1[..., None, :]
     values = torch.where(moved, torch.where(wide, second, best[2]), torch.where(wide, first, best[1]))
     count = len(cells.thresholds) + 1
-    return values, index + (2 * count) * wide + count * moved
+    return values, cell + wide * torch.tensor(2 * count, dtype=torch.uint8) + moved * torch.tensor(
+        count, dtype=torch.uint8
+    )
 
 
-def nearest_values(x: Float[Tensor, "*blocks 8 rows"], bits: int) -> Float[Tensor, "*blocks 8 rows"]:
-    """Return the codeword nearest to each block, without its code (see `nearest_codes`)."""
-    return _nearest(x, _cells(bits, x.device))[0]
+def codes_of(choices: UInt8[Tensor, "*blocks 8 rows"], bits: int) -> Int[Tensor, "*blocks rows"]:
+    """Return the code (int64) of each block from the choices of `nearest`."""
+    cells = _cells(bits, choices.device)
+    return _tree_sum(torch.stack([cells.codes[i].take(choices[..., i, :].long()) for i in range(BLOCK)], -2))
 
 
 def nearest_codes(
     x: Float[Tensor, "*blocks 8 rows"], bits: int
 ) -> tuple[Int[Tensor, "*blocks rows"], Float[Tensor, "*blocks 8 rows"]]:
-    """Return the code and the codeword nearest to each block, in Euclidean distance.
-
-    Args:
-        x: Channels of unit variance, float32, finite.  Axis -2 holds the 8 channels of a block: the
-            channel-major order keeps every operation vectorized over vectors.
-        bits: Bits per channel, 1 to 4.
-
-    Returns:
-        The codes (int64) and the values they decode to.  Of two equally near codewords one in coset 0 is
-        chosen before one in coset 1.
-
-    References:
-        Conway & Sloane (1982), "Fast quantizing and decoding algorithms for lattice quantizers and
-        codes", IEEE Trans. Inf. Theory 28(2), section III (decoding D_n by one repair, and unions of
-        cosets); here with unequal levels and a finite number of them.
-    """
-    cells = _cells(bits, x.device)
-    values, entry = _nearest(x, cells)
-    return _tree_sum(torch.stack([cells.codes[i].take(entry[..., i, :]) for i in range(BLOCK)], -2)), values
+    """Return the code (int64) and the values of the codeword nearest to each block (see `nearest`)."""
+    values, choices = nearest(x, bits)
+    return codes_of(choices, bits), values

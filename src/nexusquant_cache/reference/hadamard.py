@@ -97,7 +97,8 @@ def random_signs(head_dim: int, seed: int, device: torch.device) -> Float[Tensor
     generators", OOPSLA), because stored codes outlive the generators of any library.
     """
     mask = (1 << 64) - 1
-    signs, state = [], seed & mask
+    signs: list[float] = []
+    state = seed & mask
     while len(signs) < head_dim:
         state = (state + 0x9E3779B97F4A7C15) & mask
         z = state

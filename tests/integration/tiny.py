@@ -1,0 +1,155 @@
+"""Tiny random models, prompts and codecs for the tests of the cache, and two ways to look inside it."""
+
+import gc
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": 4096,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,  # generation runs to its full length
+    "initializer_range": 0.1,  # logits far enough apart that rounding does not choose the token
+}
+# Settings under which a prompt of some fifty tokens is compressed.
+SMALL: dict[str, Any] = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}
+
+
+def tiny_config(**options: Any) -> LlamaConfig:
+    return LlamaConfig(**(TINY | options))
+
+
+def tiny_llama(attention: str = "sdpa", **options: Any) -> LlamaForCausalLM:
+    """Build a random Llama; the weights depend on the options alone, whatever the attention."""
+    state = torch.get_rng_state()
+    torch.manual_seed(7)
+    model = LlamaForCausalLM(tiny_config(**options)).eval()
+    torch.set_rng_state(state)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def prompt(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Draw random token ids, none of them special."""
+    return torch.randint(3, TINY["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def random_states(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Draw keys with a common component, as real ones have, and values."""
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.randn(shape, generator=generator) + 3 * torch.randn(shape[-1], generator=generator)
+    return keys.to(dtype), torch.randn(shape, generator=generator).to(dtype)
+
+
+class LosslessCodec(VectorCodec):
+    """Stores the bytes of float32 in place of codes, so that only the bookkeeping of the cache is left to test."""
+
+    def __init__(self, head_dim: int) -> None:
+        self.head_dim = head_dim
+
+    def fit(self, vectors: Tensor) -> VectorTransform:
+        return VectorTransform(HadamardRotation(self.head_dim), None, torch.ones(*vectors.shape[:2], 1))
+
+    def encode(self, vectors: Tensor, transform: VectorTransform) -> PackedVectors:
+        del transform
+        words = vectors.to(torch.float32, copy=True).contiguous().view(torch.uint8)
+        return PackedVectors(words, torch.zeros(vectors.shape[:3], dtype=torch.uint8))
+
+    def decode(self, packed: PackedVectors, transform: VectorTransform) -> Tensor:
+        del transform
+        return packed.words.clone(memory_format=torch.contiguous_format).view(torch.float32)
+
+    @property
+    def bytes_per_vector(self) -> int:
+        return 4 * self.head_dim + 1
+
+
+class LosslessCache(NexusQuantCache):
+    """A cache that loses nothing but what it evicts."""
+
+    def make_codec(self, side: str, head_dim: int, layer_idx: int) -> VectorCodec:
+        del side, layer_idx
+        return LosslessCodec(head_dim)
+
+
+def lossless_cache(config: PreTrainedConfig | None = None, **overrides: Any) -> LosslessCache:
+    return LosslessCache("quant", config=config, **(SMALL | overrides))
+
+
+def reachable_tensors(thing: object) -> Iterator[Tensor]:
+    """Yield every tensor that Python's garbage collector reaches from here, not going through classes and code."""
+    opaque = (type, types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.CodeType)
+    seen, stack = {id(thing)}, [thing]
+    while stack:
+        for item in gc.get_referents(stack.pop()):
+            if id(item) not in seen and not isinstance(item, opaque):
+                seen.add(id(item))
+                stack.append(item)
+                if isinstance(item, Tensor):
+                    yield item
+
+
+def reachable_bytes(thing: object) -> int:
+    """Return the bytes of all storages reachable from here, each counted once."""
+    storages = (tensor.untyped_storage() for tensor in reachable_tensors(thing))
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def fingerprint(cache: NexusQuantCache) -> list[object]:
+    """Return all that a cache holds and counts, in a form that compares with ``==``, NaN included."""
+
+    def frozen(x: object) -> object:
+        if isinstance(x, Tensor):
+            return (x.dtype, tuple(x.shape), x.contiguous().view(torch.uint8).numpy().tobytes())
+        return tuple(frozen(y) for y in x) if isinstance(x, tuple) else x
+
+    def side(packed: Any) -> object:
+        transform = packed.transform
+        return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
+
+    rows: list[object] = [cache.may_evict]
+    for layer in cache.layers:
+        row = [layer.is_initialized, layer.seen, layer.kept, layer.pending, frozen(layer.sinks), frozen(layer.tail)]
+        if layer.body is not None:
+            positions = layer.body.positions.positions(torch.device("cpu"))
+            row += [side(layer.body.keys), side(layer.body.values), frozen(positions)]
+        rows.append(row)
+    return rows
+
+
+def kept_positions(cache: NexusQuantCache, layer_idx: int) -> Tensor:
+    """Return the original positions of all kept tokens, ``[batch, kv_heads, kept]``."""
+    layer = cache.layers[layer_idx]
+    shape = layer.tail[0].shape[:2]
+    tail = torch.arange(layer.seen - layer.tail_tokens, layer.seen).expand(*shape, -1)
+    if layer.body is None:
+        return tail
+    body = layer.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
+    return torch.cat([torch.arange(layer.sinks[0].shape[2]).expand(*shape, -1), body, tail], -1)
+
+
+def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 12, **options: Any) -> Tensor:
+    """Generate greedily (unless told otherwise) and return the full sequence."""
+    mask = options.pop("attention_mask", torch.ones_like(ids))
+    settings = {"do_sample": False, "max_new_tokens": tokens} | options
+    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+
+
+@torch.no_grad()
+def logits(model: LlamaForCausalLM, ids: Tensor, cache: object, **options: Any) -> Tensor:
+    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
