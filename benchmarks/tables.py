@@ -61,6 +61,33 @@ def _with_interval(value: Interval, spec: str) -> str:
     return f"{value.mean:{spec}} ({bounds})" if value.low == value.low else f"{value.mean:{spec}}"
 
 
+def choices_table(content: dict[str, Any]) -> str:
+    """Return the quality of one changed choice after the other."""
+    head = ("choice", "bits held per channel", "dPPL, %", "KL, nats", "top-1, %")
+    rows = (
+        (
+            row.name,
+            f"{16 / row.quality.compression_factor:.2f}",
+            f"{row.quality.dppl_percent.mean:+.1f}",
+            _with_interval(row.quality.kl, ".4f"),
+            f"{100 * row.quality.top1.mean:.1f}",
+        )
+        for row in summaries(content)
+        if row.name != "plain"
+    )
+    return markdown(head, rows)
+
+
+def levels_table(content: dict[str, Any]) -> str:
+    """Return the distortion of every level table tried; the best of a rate is the one in use, or nearly."""
+    head = ("bits", "step", "offset", "unit", "distortion")
+    rows = (
+        [str(row["bits"]), str(row["step"]), str(row["offset"]), f"{row['unit']:.3e}", f"{row['distortion']:.5f}"]
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
 def memory_table(content: dict[str, Any]) -> str:
     """Return the compression factor of every preset by prompt length and head dimension."""
     cells = {(r["preset"], r["head_dim"], r["tokens"]): r["compression_factor"] for r in content["rows"]}
@@ -87,6 +114,8 @@ def speed_table(content: dict[str, Any]) -> str:
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
+    "choices": (choices_table, "choices"),
+    "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
 }

@@ -1,8 +1,9 @@
 """Bad input gives a clear error of ours, and leaves the cache as it was."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import jaxtyping
 import pytest
 import torch
 from integration.tiny import SMALL, fingerprint, random_states, tiny_config
@@ -25,7 +26,7 @@ from nexusquant_cache import (
 )
 from nexusquant_cache.errors import suggest
 
-LAYERS, SHAPE = 3, (2, 2, 60, 16)
+LAYERS, LAST, SHAPE = 3, 2, (2, 2, 60, 16)
 
 
 def states(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -76,6 +77,15 @@ def test_suggestions() -> None:
 # Options
 
 
+@pytest.fixture
+def _unchecked() -> Iterator[None]:
+    """Switch the checks of annotations off, as for users, who may give anything."""
+    jaxtyping.config.update("jaxtyping_disable", value=True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", value=False)
+
+
+@pytest.mark.usefixtures("_unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -114,17 +124,21 @@ def test_an_override_replaces_a_field() -> None:
 
 
 def integers() -> tuple[Tensor, Tensor]:
-    return torch.zeros(SHAPE, dtype=torch.int64), torch.zeros(SHAPE, dtype=torch.int64)
+    return states(60)[0].long(), states(60)[1].long()
+
+
+def both(*shape: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    return torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
 
 
 BAD_FIRST: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], type[Exception], str]] = {
     "integer keys": (integers, DtypeError, "key_states must be a floating tensor, got torch.int64"),
     "integer values": (lambda: (states(60)[0], integers()[1]), DtypeError, "value_states must be a floating"),
-    "three axes": (lambda: (torch.zeros(2, 60, 16), torch.zeros(2, 60, 16)), ShapeError, "got shape"),
-    "two axes": (lambda: (torch.zeros(60, 16), torch.zeros(60, 16)), ShapeError, "got shape"),
-    "five axes": (lambda: (torch.zeros(1, 1, 1, 9, 16),) * 2, ShapeError, "got shape"),
-    "head_dim 12": (lambda: (torch.zeros(1, 1, 9, 12),) * 2, ShapeError, "head_dim must be a positive multiple of 8"),
-    "head_dim 12 of values": (lambda: (torch.zeros(1, 1, 1, 16), torch.zeros(1, 1, 1, 12)), ShapeError, "12"),
+    "three axes": (lambda: both(2, 60, 16), ShapeError, "got shape"),
+    "one axis": (lambda: both(16), ShapeError, "got shape"),
+    "five axes": (lambda: both(1, 1, 1, 9, 16), ShapeError, "got shape"),
+    "head_dim 12": (lambda: both(1, 1, 9, 12), ShapeError, "head_dim must be a positive multiple of 8, got 12"),
+    "value head_dim 12": (lambda: (torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 12)), ShapeError, "got 12"),
     "unequal lengths": (lambda: (states(60)[0], states(59)[1]), ShapeError, "must agree"),
     "NaN": (lambda: (states(60)[0].fill_(float("nan")), states(60)[1]), NonFiniteError, "in the keys of layer"),
     "infinity": (lambda: (states(60)[0], states(60)[1] / 0), NonFiniteError, "in the values of layer"),
@@ -132,9 +146,8 @@ BAD_FIRST: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], type[Exception],
 }
 
 
-@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_layer", [0, LAST])
 @pytest.mark.parametrize("name", BAD_FIRST)
-@pytest.mark.filterwarnings("ignore:this batch looks left-padded")  # tensors of zeros do
 def test_a_bad_first_prompt_leaves_no_trace(name: str, bad_layer: int) -> None:
     """Afterwards the cache takes a prompt of any other shape and dtype, as a new one does."""
     make, error, message = BAD_FIRST[name]
@@ -163,14 +176,14 @@ BAD_NEXT: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], type[Exception
     "heads": (lambda n: random_states((2, 4, n, 16), 0), ShapeError, r"from \(2, 2, 16\) to \(2, 4, 16\)"),
     "head_dim": (lambda n: random_states((2, 2, n, 8), 0), ShapeError, r"from \(2, 2, 16\) to \(2, 2, 8\)"),
     "dtype": (lambda n: states(n, 0, torch.bfloat16), DtypeError, "changed dtype from torch.float32 to torch.bf"),
-    "one axis": (lambda n: (torch.zeros(n),) * 2, ShapeError, "got shape"),
-    "two axes": (lambda n: (torch.zeros(n, 16),) * 2, ShapeError, "got shape"),
-    "three axes": (lambda n: (torch.zeros(2, n, 16),) * 2, ShapeError, "got shape"),
+    "one axis": (both, ShapeError, "got shape"),
+    "two axes": (lambda n: both(n, 16), ShapeError, "got shape"),
+    "three axes": (lambda n: both(2, n, 16), ShapeError, "got shape"),
 }
 STAGES = {"fresh prompt": (60,), "short prompt": (20, 1), "compressed": (60, 1), "second turn": (60, 1, 30)}
 
 
-@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_layer", [0, LAST])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", [*BAD_NEXT, "NaN"])
 def test_a_bad_later_prompt_changes_nothing(name: str, stage: str, bad_layer: int) -> None:
@@ -189,7 +202,7 @@ def test_a_bad_later_prompt_changes_nothing(name: str, stage: str, bad_layer: in
     assert fingerprint(cache) == fingerprint(twin)
 
 
-@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_layer", [0, LAST])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("name", BAD_NEXT)
 def test_a_bad_generated_token_changes_no_tokens(name: str, stage: str, bad_layer: int) -> None:
@@ -280,7 +293,7 @@ class MoodyPolicy(EvictionPolicy):
         return inputs.values.float().norm(dim=-1)
 
 
-@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_layer", [0, LAST])
 def test_a_policy_that_raises_leaves_the_cache_usable(bad_layer: int) -> None:
     """`compress` completes what a failing policy has left undone, and equals an undisturbed run."""
     policy, undisturbed = MoodyPolicy(bad_layer), prompted(60, policy=MoodyPolicy(-1))
@@ -297,7 +310,7 @@ def test_a_policy_that_raises_leaves_the_cache_usable(bad_layer: int) -> None:
     assert cache.get_mask_sizes(30, 0) == cache.get_mask_sizes(30, LAYERS - 1)
 
 
-@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_layer", [0, LAST])
 def test_after_a_policy_that_raised_generation_goes_on(bad_layer: int) -> None:
     policy, undisturbed = MoodyPolicy(bad_layer), prompted(60, 1, policy=MoodyPolicy(-1))
     cache = prompted(60, policy=policy)
@@ -398,7 +411,7 @@ def test_a_padded_batch_warns_and_keeps_all() -> None:
 
 
 def test_a_padded_batch_without_eviction_is_quiet() -> None:
-    cache = prompted(keep_ratio=1)
+    cache = prompted(keep_ratio=1.0)
     cache.update(*padded(5), 0)
     cache.compress()
     assert cache.layers[0].kept == 60

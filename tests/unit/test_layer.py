@@ -292,14 +292,14 @@ def assert_same(given: Any, expected: Any) -> None:
 operations = st.lists(
     st.one_of(
         st.tuples(st.just("prompt"), st.integers(1, 40)),
-        st.tuples(st.just("tokens"), st.integers(1, 12)),
+        st.tuples(st.just("tokens"), st.integers(1, 9)),
         st.tuples(
             st.sampled_from(["compress", "crop", "reorder", "select", "repeat", "copy", "pickle", "reset"]),
             st.integers(0, 999),
         ),
     ),
     min_size=1,
-    max_size=10,
+    max_size=7,
 )
 # As dictionaries: the checks of types at run time, which a CacheConfig goes through, draw random numbers.
 options = st.fixed_dictionaries(

@@ -19,7 +19,7 @@ from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, 
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.errors import OptionError
+from nexusquant_cache.errors import OptionError, UnsupportedError
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
@@ -49,6 +49,7 @@ class NexusQuantCache(DynamicCache):
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
+        UnsupportedError: If the model caches latent vectors in place of keys and values.
     """
 
     def __init__(
@@ -78,6 +79,12 @@ class NexusQuantCache(DynamicCache):
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
+        if getattr(self.model_config, "kv_lora_rank", None):
+            msg = (
+                f"{self.model_config.model_type} caches latent vectors (multi-head latent attention) in place of keys "
+                "and values. They are compressed already, and this version cannot code them: use DynamicCache."
+            )
+            raise UnsupportedError(msg)
         kinds, options = get_layer_types_and_kwargs(self.model_config)
         return [
             NexusQuantLayer(self, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
@@ -134,13 +141,13 @@ class NexusQuantCache(DynamicCache):
         key_states: Tensor,
         value_states: Tensor,
         layer_idx: int,
-        *args: Any,
+        *args: Any,  # noqa: ANN401 - passed on to layers of transformers
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
         """Store the new tokens of a layer and return everything it keeps, decoded, for attention.
 
         An error leaves the cache as it was before this forward: layers that have already taken the new tokens
-        give them back.
+        give them back (layers of transformers' own classes, as for sliding windows, cannot).
         """
         while self.model_config is None and len(self.layers) <= layer_idx:
             self.layers.append(NexusQuantLayer(self, len(self.layers)))

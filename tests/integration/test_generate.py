@@ -1,0 +1,321 @@
+"""Whole conversations on tiny random models: what `generate` yields, compared with plain caches."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from integration.tiny import (
+    SMALL,
+    fingerprint,
+    generate,
+    kept_positions,
+    logits,
+    lossless_cache,
+    prompt,
+    reachable_bytes,
+    tiny_llama,
+)
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
+
+from nexusquant_cache import CacheStateError, NexusQuantCache
+from nexusquant_cache.cache.layer import NexusQuantLayer
+
+# A few roundings of float32 in logits of unit size, over two layers.
+ROUNDING = 2e-5
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated")
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    return tiny_llama(request.param)
+
+
+@pytest.fixture(scope="module")
+def sdpa() -> LlamaForCausalLM:
+    return tiny_llama("sdpa")
+
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "sampled": {"do_sample": True, "top_k": 50},
+    "several": {"do_sample": True, "num_return_sequences": 3},
+    "chunked": {"prefill_chunk_size": 16},
+}
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("mode", MODES)
+def test_keeping_all_without_loss_is_the_plain_cache(
+    model: LlamaForCausalLM, mode: str, batch: int, with_config: bool
+) -> None:
+    """The same tokens, though all but the sinks and the tail went through the codec."""
+    ids, results = prompt(60, batch), []
+    cache = lossless_cache(model.config if with_config else None)
+    for each in (DynamicCache(), cache):
+        torch.manual_seed(1)
+        results.append(generate(model, ids, each, **MODES[mode]))
+    assert torch.equal(*results)
+    assert all(layer.body is not None for layer in cache.layers)
+
+
+@pytest.mark.parametrize("with_config", [False, True])
+@pytest.mark.parametrize("full_ids", [True, False])
+def test_a_conversation_without_loss_is_the_plain_cache(
+    model: LlamaForCausalLM, with_config: bool, full_ids: bool
+) -> None:
+    """Three turns of several new tokens, given as the whole text or as new tokens with the whole mask."""
+    texts = []
+    for cache in (DynamicCache(), lossless_cache(model.config if with_config else None)):
+        text = generate(model, prompt(50), cache, 10)
+        for turn in range(2):
+            text = torch.cat([text, prompt(30, seed=1 + turn)], -1)
+            new = text if full_ids else text[:, cache.get_seq_length() :]
+            answer = generate(model, new, cache, 10, attention_mask=torch.ones_like(text))
+            text = torch.cat([text, answer[:, -10:]], -1)
+        texts.append(text)
+    assert torch.equal(*texts)
+
+
+@contextmanager
+def masks(model: LlamaForCausalLM, per_layer: list[Tensor]) -> Iterator[None]:
+    """Give every layer a mask ``[batch, heads, queries, tokens]`` of its own."""
+
+    def use(mask: Tensor) -> Any:
+        def hook(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return args, kwargs | {"attention_mask": mask}
+
+        return hook
+
+    layers = zip(model.model.layers, per_layer, strict=True)
+    handles = [layer.self_attn.register_forward_pre_hook(use(mask), with_kwargs=True) for layer, mask in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visible_mask(cache: NexusQuantCache, layer_idx: int, queries: int, heads_per_kv_head: int) -> Tensor:
+    """Return the mask that hides what the cache has evicted, and the future."""
+    seen, kept = cache.get_seq_length(), kept_positions(cache, layer_idx)
+    visible = torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, value=True)
+    visible = visible.repeat_interleave(heads_per_kv_head, 1)[:, :, None]
+    causal = torch.arange(seen)[None] <= torch.arange(seen - queries, seen)[:, None]
+    return torch.zeros(()).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)
+
+
+def test_eviction_without_loss_is_a_mask_on_the_plain_cache(model: LlamaForCausalLM) -> None:
+    """Evicted tokens, other ones in each layer and head, are merely out of sight; all else stays where it was.
+
+    Turns of several tokens find a wrong offset of the mask, which single tokens cannot.
+    """
+    cache, plain = lossless_cache(keep_ratio=0.3), DynamicCache()
+    turns = [60, 1, 1, 7, 1, 6, 40, 1, 1, 9]
+    for seed, tokens in enumerate(turns):
+        ids = prompt(tokens, batch=2, seed=seed)
+        given = logits(model, ids, cache)
+        hidden = [visible_mask(cache, index, tokens, 2) for index in range(2)]
+        with masks(model, hidden):
+            expected = logits(model, ids, plain)
+        assert (given - expected).abs().max() < ROUNDING
+    assert len({tuple(row.tolist()) for index in range(2) for row in kept_positions(cache, index).flatten(0, 1)}) > 4
+    assert cache.get_seq_length() == sum(turns)
+    assert cache.layers[0].kept < 0.6 * sum(turns)
+
+
+def test_the_reference_of_the_last_test_sees_a_difference(sdpa: LlamaForCausalLM) -> None:
+    """Eviction matters to these models, so equality under the mask says something."""
+    cache, plain = lossless_cache(keep_ratio=0.3), DynamicCache()
+    for tokens in (60, 1):
+        given, expected = (logits(sdpa, prompt(tokens, seed=tokens), each) for each in (cache, plain))
+    assert (given - expected).abs().max() > 100 * ROUNDING
+
+
+@pytest.mark.parametrize("preset", ["quant", "balanced"])
+def test_eager_is_sdpa(preset: str) -> None:
+    results = [
+        generate(model, prompt(80, 2), NexusQuantCache(preset, config=model.config, **SMALL), 24)
+        for model in (tiny_llama("eager"), tiny_llama("sdpa"))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("preset", ["quant", "balanced"])
+def test_a_batch_of_two_is_two_batches_of_one(sdpa: LlamaForCausalLM, preset: str) -> None:
+    ids = prompt(80, 2)
+    make = lambda: NexusQuantCache(preset, config=sdpa.config, **SMALL)  # noqa: E731 - short and used twice
+    together = generate(sdpa, ids, make(), 24)
+    alone = [generate(sdpa, row[None], make(), 24) for row in ids]
+    assert torch.equal(together, torch.cat(alone))
+
+
+def test_a_prompt_too_short_to_compress_stays_exact(model: LlamaForCausalLM) -> None:
+    """Sinks, residual and fewer than 128 others: 195 tokens in all, the generated ones included."""
+    cache = NexusQuantCache("max", config=model.config)
+    plain = generate(model, prompt(150), DynamicCache(), 14)
+    assert torch.equal(generate(model, prompt(150), cache, 14), plain)
+    assert all(layer.body is None for layer in cache.layers)
+    assert cache.layers[0].kept == cache.get_seq_length() == 163
+    assert cache.memory_report().compression_factor == 0.5  # float32, against 16 bit
+
+
+def test_a_long_answer_to_a_short_prompt_is_coded_and_not_evicted(sdpa: LlamaForCausalLM) -> None:
+    cache = NexusQuantCache("max", config=sdpa.config, **SMALL)
+    generate(sdpa, prompt(12), cache, 100)
+    for layer in cache.layers:
+        assert layer.kept == layer.seen == 111
+        assert layer.body is not None
+        assert layer.tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+
+
+def test_what_is_held_after_generating(sdpa: LlamaForCausalLM) -> None:
+    cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
+    text = generate(sdpa, prompt(200), cache, 40)
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+    generate(sdpa, torch.cat([text, prompt(50, seed=1)], -1), cache, 40)
+    report = cache.memory_report()
+    assert reachable_bytes(cache) == report.held_bytes
+    assert report.dense_bytes == report.seen_tokens * 2 * 2 * 2 * 16 * 2
+    assert report.seen_tokens == 200 + 40 + 50 + 40 - 1
+    assert report.kept_tokens < 0.7 * report.seen_tokens
+
+
+def test_the_cache_as_a_sequence_of_layers(sdpa: LlamaForCausalLM) -> None:
+    cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
+    assert (len(cache), cache.get_seq_length()) == (2, 0)
+    result = generate(sdpa, prompt(60), cache, 5, return_dict_in_generate=True)
+    assert result.past_key_values is cache
+    assert (len(cache), cache.get_seq_length(), cache.get_seq_length(1)) == (2, 64, 64)
+    assert cache.is_sliding == [False, False]
+    assert not cache.is_compileable
+    kept = cache.layers[0].kept
+    for (keys, values, window), layer in zip(cache, cache.layers, strict=True):
+        assert keys.shape == values.shape == (1, 2, kept, 16)
+        assert torch.equal(keys, layer.keys)
+        assert window is None
+    assert DynamicCache(list(cache)).get_seq_length() == kept
+    lazy = NexusQuantCache("balanced")
+    assert len(lazy) == 0
+    generate(sdpa, prompt(60), lazy, 2)
+    assert len(lazy) == 2
+
+
+def test_a_copy_goes_on_like_the_original(sdpa: LlamaForCausalLM) -> None:
+    cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
+    text = generate(sdpa, prompt(100), cache, 5)
+    clone, text = copy.deepcopy(cache), torch.cat([text, prompt(7, seed=1)], -1)
+    assert torch.equal(generate(sdpa, text, cache, 30), generate(sdpa, text, clone, 30))
+    assert fingerprint(cache) == fingerprint(clone)
+
+
+# Layers of other kinds
+
+SLIDING_TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "sliding_window": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "initializer_range": 0.1,
+}
+KINDS = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def mistral() -> PreTrainedModel:
+    return MistralForCausalLM(MistralConfig(num_hidden_layers=2, **SLIDING_TINY))
+
+
+def gemma3() -> PreTrainedModel:
+    return Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=3, layer_types=KINDS, **SLIDING_TINY))
+
+
+@pytest.mark.parametrize("make", [mistral, gemma3])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_layers_with_a_sliding_window_are_left_to_transformers(make: Any, attention: str) -> None:
+    model = make().eval()
+    model.set_attn_implementation(attention)
+    cache, texts = lossless_cache(model.config), []
+    for each in (DynamicCache(config=model.config), cache):
+        text = generate(model, prompt(50), each, 10)
+        text = torch.cat([text, prompt(6, seed=1)], -1)
+        texts.append(generate(model, text, each, 10))
+    assert torch.equal(*texts)
+    plain = DynamicCache(config=model.config)
+    assert cache.is_sliding == plain.is_sliding
+    for layer, other in zip(cache.layers, plain.layers, strict=True):
+        if layer.is_sliding:
+            assert type(layer) is type(other)
+        else:
+            assert type(layer) is NexusQuantLayer
+            assert layer.body is not None
+
+
+def test_eviction_in_a_hybrid_model() -> None:
+    model = gemma3().eval()
+    cache = NexusQuantCache("balanced", config=model.config, **SMALL)
+    text = generate(model, prompt(100), cache, 10)
+    generate(model, torch.cat([text, prompt(9, seed=1)], -1), cache, 10)
+    sliding, ours, _ = cache.memory_report().layers
+    assert (sliding.kept_tokens, ours.kind) == (7, "compressed")
+    assert ours.kept_tokens < 0.7 * ours.seen_tokens
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+
+
+# Misuse
+
+
+def test_a_left_padded_batch_warns_and_keeps_all(model: LlamaForCausalLM) -> None:
+    """Nothing is evicted, so the answers are those of the plain cache."""
+    ids, mask = prompt(60, 2), torch.ones(2, 60, dtype=torch.int64)
+    ids[1, :20], mask[1, :20] = 0, 0
+    plain = generate(model, ids, DynamicCache(), attention_mask=mask)
+    cache = lossless_cache(keep_ratio=0.3)
+    with pytest.warns(UserWarning, match="looks left-padded"):
+        padded = generate(model, ids, cache, attention_mask=mask)
+    assert torch.equal(plain, padded)
+    assert cache.layers[0].kept == cache.get_seq_length()
+
+
+@pytest.mark.parametrize("tokens", [2, 30, 63])
+def test_a_prompt_of_half_the_length_or_less_is_refused(sdpa: LlamaForCausalLM, tokens: int) -> None:
+    """It reaches the cache as a forward without tokens; after `reset` the cache is as good as new."""
+    cache, fresh = (NexusQuantCache("balanced", config=sdpa.config, **SMALL) for _ in range(2))
+    generate(sdpa, prompt(120), cache, 9)
+    before = fingerprint(cache)
+    with pytest.raises(CacheStateError, match=r"has seen 128 tokens.*cache.reset\(\)"):
+        generate(sdpa, prompt(tokens, seed=1), cache)
+    assert fingerprint(cache) == before
+    cache.reset()
+    other = prompt(90, seed=1)
+    assert torch.equal(generate(sdpa, other, cache, 20), generate(sdpa, other, fresh, 20))
+    assert fingerprint(cache) == fingerprint(fresh)
+    assert cache.memory_report() == fresh.memory_report()
+
+
+@pytest.mark.parametrize("tokens", [65, 100, 127, 128])
+def test_a_prompt_not_longer_than_what_was_seen_is_refused(sdpa: LlamaForCausalLM, tokens: int) -> None:
+    """`generate` passes its last tokens on as if they were new: ``2 tokens - seen`` of them, or all if equal."""
+    cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
+    generate(sdpa, prompt(120), cache, 9)
+    with pytest.raises(CacheStateError, match="has seen 128 tokens"):
+        generate(sdpa, prompt(tokens, seed=1), cache)

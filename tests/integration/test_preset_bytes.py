@@ -1,0 +1,54 @@
+"""Presets reach their factor in bytes really held: the storages of all tensors that the cache reaches."""
+
+import pytest
+import torch
+from integration.tiny import reachable_bytes
+
+from nexusquant_cache import PRESETS, NexusQuantCache
+
+LAYERS = 2
+FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
+
+
+def filled(preset: str, tokens: int, head_dim: int, generated: int = 20) -> NexusQuantCache:
+    """Compress random keys and values of one bfloat16 head and add generated tokens."""
+    cache = NexusQuantCache(preset)
+    for length in (tokens, *[1] * generated):
+        for layer_idx in range(LAYERS):
+            states = torch.randn(2, 1, 1, length, head_dim, dtype=torch.bfloat16)
+            cache.update(states[0], states[1], layer_idx)
+        if length > 1:
+            cache.compress()
+    return cache
+
+
+def test_every_preset_has_its_factor_here() -> None:
+    assert FACTORS.keys() == PRESETS.keys()
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("preset", FACTORS)
+def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
+    cache = filled(preset, 32_768, head_dim)
+    report, held = cache.memory_report(), reachable_bytes(cache)
+    dense = LAYERS * (32_768 + 20) * 2 * head_dim * 2
+    assert held == report.held_bytes
+    assert dense == report.dense_bytes
+    assert dense / held >= FACTORS[preset]
+    assert report.compression_factor == dense / held
+    assert report.peak_bytes == LAYERS * 32_768 * 2 * head_dim * 2
+
+
+@pytest.mark.parametrize("preset", FACTORS)
+def test_the_report_is_honest_about_short_texts(preset: str) -> None:
+    """At a thousand tokens the exact tail weighs more, and the factor says so."""
+    cache = filled(preset, 1024, 64)
+    report = cache.memory_report()
+    assert report.held_bytes == reachable_bytes(cache)
+    assert 2 < report.compression_factor < 0.75 * FACTORS[preset]
+    assert f"{report.compression_factor:.1f}x" in str(report).splitlines()[-1]
+
+
+@pytest.mark.parametrize("preset", FACTORS)
+def test_too_short_texts_are_not_called_compressed(preset: str) -> None:
+    assert filled(preset, 100, 64).memory_report().compression_factor == 1.0
