@@ -63,8 +63,8 @@ def search(x: Tensor, levels: Tensor) -> tuple[float, float]:
 def main() -> None:
     """Run the search and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=40_000, help="8-channel blocks per trial")
-    given, _ = parser.parse_known_args()
+    parser.add_argument("--samples", type=int, default=20_000, help="8-channel blocks per trial")
+    given = parser.parse_args()
     x = torch.randn(given.samples, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows = []
     for bits, candidates in CANDIDATES.items():

@@ -127,7 +127,7 @@ class CodeLayout:
 
     @property
     def bytes_per_vector(self) -> int:
-        """Bytes of the packed row: exactly the bits of the plan, without padding."""
+        """Bytes of the packed row, exactly the bits of the plan, without padding."""
         return sum(self.block_bits)
 
     @property

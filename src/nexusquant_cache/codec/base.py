@@ -61,4 +61,4 @@ class VectorCodec(ABC):
     @property
     @abstractmethod
     def bytes_per_vector(self) -> int:
-        """Bytes held per vector: words and scale."""
+        """Bytes held per vector (words and scale)."""
