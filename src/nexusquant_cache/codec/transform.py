@@ -80,8 +80,11 @@ class HadamardRotation(Rotation):
 
     def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:
         """Return ``signs * (H.T y) / sqrt(d)``, row-major."""
-        rows = apply_hadamard_rows(y.reshape(-1, self.head_dim), first_stride=first_stride, transpose=True)
-        return (rows * self._signs(y.device)).view(y.shape)
+        given = y.reshape(-1, self.head_dim)
+        rows = apply_hadamard_rows(given, first_stride=first_stride, transpose=True)
+        # In place where the stages made a new tensor: every pass over a layer counts in each generation step.
+        in_place = None if rows.data_ptr() == given.data_ptr() else rows
+        return torch.mul(rows, self._signs(y.device), out=in_place).view(y.shape)
 
 
 @dataclass(frozen=True)

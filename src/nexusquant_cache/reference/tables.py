@@ -75,8 +75,8 @@ def _lookup(words: UInt8[Tensor, "rows bytes"], bits: int, first_stride: int) ->
         parity = _parity(bits, device)
         sign = (parity.take(low.long()) ^ parity.take(high.long())).int() << _WORD
         low, high = low | sign, high | sign
-    tables = _half_tables(bits, first_stride, device)
-    return torch.stack([tables[0].index_select(0, low), tables[1].index_select(0, high)], 1)
+    table = _half_table(bits, first_stride, device)
+    return table.index_select(0, torch.stack([low, high + table.shape[0] // 2], 1).flatten())
 
 
 def _words(rows: UInt8[Tensor, "rows bytes"]) -> Tensor:
@@ -106,8 +106,8 @@ def _bit_parity(x: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _half_tables(bits: int, first_stride: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the tables of channels 0-3 and 4-7, indexed by their bits and, on top, the block's sign."""
+def _half_table(bits: int, first_stride: int, device: torch.device) -> Tensor:
+    """Return the tables of channels 0-3 and 4-7, one after the other, indexed by bits and the block's sign."""
     size = 1 << (_HALF if bits == 3 else _WORD)  # noqa: PLR2004
     index = torch.arange(size)
     low, high = index, index << _WORD
@@ -120,4 +120,4 @@ def _half_tables(bits: int, first_stride: int, device: torch.device) -> tuple[Te
         own = 1.0 - 2.0 * _bit_parity(mask).float()
         plus = decode_blocks(codes, bits)[:, half] * own[:, None]
         tables.append(hadamard_stages(torch.cat([plus, -plus]), 1, min(first_stride, 4)).to(device))
-    return tables[0], tables[1]
+    return torch.cat(tables)
