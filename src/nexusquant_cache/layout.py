@@ -52,7 +52,8 @@ class BlockCode:
 
     def __post_init__(self) -> None:
         """Refuse rates that have no code."""
-        if isinstance(self.bits, bool) or self.bits not in _COMPANDER:
+        given: object = self.bits  # whatever the annotation says
+        if type(given) is not int or given not in _COMPANDER:
             msg = f"a block code has 1 to {MAX_BITS} whole bits per channel, got {self.bits!r}"
             raise OptionError(msg)
 

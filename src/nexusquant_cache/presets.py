@@ -60,6 +60,10 @@ class CacheConfig:
             if not isinstance(getattr(self, name), bool):
                 msg = f"{name} must be True or False, got {getattr(self, name)!r}"
                 raise OptionError(msg)
+        scales: object = self.scale_candidates
+        if not isinstance(scales, tuple) or not scales or not all(_is_positive(scale) for scale in scales):
+            msg = f"scale_candidates must be positive numbers, at least one, in a tuple; got {scales!r}"
+            raise OptionError(msg)
         for name in ("key_gain", "value_gain"):
             given = getattr(self, name)
             if given not in get_args(GainRule):
@@ -78,6 +82,10 @@ class CacheConfig:
                 msg = f"unknown option {name!r}. {suggest(name, known)}"
                 raise OptionError(msg)
         return replace(self, **options)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
@@ -107,7 +115,8 @@ def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
     """
     if isinstance(preset, CacheConfig):
         return preset
-    if preset not in PRESETS:
-        msg = f"unknown preset {preset!r}. {suggest(str(preset), PRESETS)} A CacheConfig is also accepted."
+    named: object = preset  # whatever the annotation says
+    if not isinstance(named, str) or named not in PRESETS:
+        msg = f"unknown preset {named!r}. {suggest(str(named), PRESETS)} A CacheConfig is also accepted."
         raise OptionError(msg)
     return PRESETS[preset]

@@ -35,8 +35,6 @@ from nexusquant_cache.cache.layer import NexusQuantLayer
 # A few roundings of float32 in logits of unit size, over two layers.
 ROUNDING = 2e-5
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*past_key_values.*deprecated")
-
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
@@ -302,7 +300,7 @@ def test_a_prompt_of_half_the_length_or_less_is_refused(sdpa: LlamaForCausalLM, 
     cache, fresh = (NexusQuantCache("balanced", config=sdpa.config, **SMALL) for _ in range(2))
     generate(sdpa, prompt(120), cache, 9)
     before = fingerprint(cache)
-    with pytest.raises(CacheStateError, match=r"has seen 128 tokens.*cache.reset\(\)"):
+    with pytest.raises(CacheStateError, match=r"has seen 128:.*cache.reset\(\)"):
         generate(sdpa, prompt(tokens, seed=1), cache)
     assert fingerprint(cache) == before
     cache.reset()
@@ -310,12 +308,3 @@ def test_a_prompt_of_half_the_length_or_less_is_refused(sdpa: LlamaForCausalLM, 
     assert torch.equal(generate(sdpa, other, cache, 20), generate(sdpa, other, fresh, 20))
     assert fingerprint(cache) == fingerprint(fresh)
     assert cache.memory_report() == fresh.memory_report()
-
-
-@pytest.mark.parametrize("tokens", [65, 100, 127, 128])
-def test_a_prompt_not_longer_than_what_was_seen_is_refused(sdpa: LlamaForCausalLM, tokens: int) -> None:
-    """`generate` passes its last tokens on as if they were new: ``2 tokens - seen`` of them, or all if equal."""
-    cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
-    generate(sdpa, prompt(120), cache, 9)
-    with pytest.raises(CacheStateError, match="has seen 128 tokens"):
-        generate(sdpa, prompt(tokens, seed=1), cache)

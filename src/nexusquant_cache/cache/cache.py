@@ -154,13 +154,13 @@ class NexusQuantCache(DynamicCache):
         layer = self.layers[layer_idx]
         if not isinstance(layer, NexusQuantLayer):
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        before = layer.seen
+        before = layer.seen, self.may_evict
         try:
             if layer is next(self._compressed_layers()):
                 self._observe(layer, key_states)
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
-            self._roll_back(before)
+            self._roll_back(*before)
             raise
 
     def _compressed_layers(self) -> Iterator[NexusQuantLayer]:
@@ -168,7 +168,9 @@ class NexusQuantCache(DynamicCache):
 
     def _observe(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
         """Look at what a forward brings before any layer has changed."""
-        if key_states.ndim == 4 and key_states.shape[2] > 1 and layer.seen == 0 and looks_padded(key_states):  # noqa: PLR2004
+        if key_states.ndim != 4:  # noqa: PLR2004 - the layer will refuse it
+            return
+        if key_states.shape[2] > 1 and layer.seen == 0 and looks_padded(key_states):
             self.may_evict = False
             if self.cache_config.keep_ratio < 1:
                 warnings.warn(
@@ -179,11 +181,11 @@ class NexusQuantCache(DynamicCache):
         if layer.pending and key_states.shape[2] == 1:
             self._note_peak()
 
-    def _roll_back(self, seen: int) -> None:
+    def _roll_back(self, seen: int, may_evict: bool) -> None:
         """Take the tokens of an unfinished forward out of the layers that already have them."""
+        self.may_evict = may_evict
         for layer in self._compressed_layers():
-            if layer.seen > seen:
-                layer.crop(seen - layer.seen)
+            layer.take_back(layer.seen - seen)
 
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
@@ -213,9 +215,12 @@ class NexusQuantCache(DynamicCache):
 
     # Accounting
 
+    def _shared(self) -> list[RotaryPhase | None]:
+        return [*self._phases, *(layer.phase for layer in self._compressed_layers())]
+
     def _note_peak(self) -> None:
         self._peak_bytes = max(
-            self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._phases)
+            self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._shared())
         )
 
     def memory_report(self) -> MemoryReport:
@@ -223,7 +228,7 @@ class NexusQuantCache(DynamicCache):
         self._note_peak()
         return MemoryReport(
             layers=tuple(_layer_report(index, layer) for index, layer in enumerate(self.layers)),
-            shared_bytes=storage_bytes(self._phases),
+            shared_bytes=storage_bytes(self._shared()),
             peak_bytes=self._peak_bytes,
             preset=self.preset,
         )

@@ -70,6 +70,7 @@ class NexusQuantLayer(CacheLayerMixin):
         self.is_initialized = False
         self.seen = 0
         self.pending = False
+        self._was_pending = False
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.body: PackedTokens | None = None
         self.tail: tuple[Tensor, Tensor] | None = None
@@ -123,13 +124,13 @@ class NexusQuantLayer(CacheLayerMixin):
         already counted.
 
         Raises:
-            CacheStateError: If the forward brings no token, which is how `generate` treats a prompt that is not
-                longer than what the cache has seen.
+            CacheStateError: If the forward brings no token, which is how `generate` treats a prompt at most half as
+                long as what the cache has seen.
         """
         if query_length == 0 and self.seen:
             msg = (
-                f"this forward brings no new token: the cache has seen {self.seen} tokens, so a prompt of that many or "
-                "fewer is another one. Call cache.reset() or use a new cache for another prompt."
+                f"this forward brings no new token, and the cache has seen {self.seen}: the prompt is not its "
+                "continuation. Call cache.reset() or use a new cache for another prompt."
             )
             raise CacheStateError(msg)
         evicted = self._planned_eviction() if query_length == 1 else 0
@@ -153,7 +154,8 @@ class NexusQuantLayer(CacheLayerMixin):
         query_length = key_states.shape[2]
         if query_length == 1 and self.seen:
             self._make_room()
-        elif query_length > 1:
+        self._was_pending = self.pending
+        if query_length > 1:
             self._check_finite(key_states, value_states, "the prompt")
             self.pending = True
         tail_keys, tail_values = self._exact()
@@ -313,6 +315,17 @@ class NexusQuantLayer(CacheLayerMixin):
         keys, values = self._exact()
         self.tail = (_own(keys[:, :, :stop]), _own(values[:, :, :stop]))
         self.seen -= count
+
+    def take_back(self, count: int) -> None:
+        """Undo the last update of ``count`` tokens, all still in the tail; without tokens, forget shapes as well.
+
+        A compression that the update caused stays: it would have come with the next one.
+        """
+        if count > 0:
+            self.crop(-count)
+            self.pending = self._was_pending
+        if self.seen == 0:
+            self.reset()
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every stored tensor; all of them have the batch as first axis."""

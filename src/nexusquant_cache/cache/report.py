@@ -1,7 +1,8 @@
 """What a cache holds, in bytes of storage, and what a plain cache would."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 
@@ -10,7 +11,7 @@ DENSE_BYTES_PER_CHANNEL = 2
 
 
 def tensors_of(thing: object) -> Iterator[torch.Tensor]:
-    """Yield every tensor reachable through containers, dataclasses and objects of this package."""
+    """Yield every tensor reachable through containers and the attributes of objects."""
     seen: set[int] = set()
     stack = [thing]
     while stack:
@@ -24,8 +25,8 @@ def tensors_of(thing: object) -> Iterator[torch.Tensor]:
             stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
-        elif is_dataclass(item) or type(item).__module__.startswith("nexusquant_cache."):
-            stack.extend(vars(item).values() if hasattr(item, "__dict__") else ())
+        elif hasattr(item, "__dict__") and not isinstance(item, (type, ModuleType)) and not callable(item):
+            stack.extend(vars(item).values())
 
 
 def storage_bytes(*things: object) -> int:

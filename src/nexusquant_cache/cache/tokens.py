@@ -29,7 +29,7 @@ class TokenBuffer:
     @classmethod
     def of(cls, data: Tensor) -> "TokenBuffer":
         """Return a full buffer holding this tensor."""
-        return cls(data.contiguous(), data.shape[2])
+        return cls(_exact(data), data.shape[2])
 
     def view(self) -> Tensor:
         """Return the stored tokens; shares memory."""
@@ -49,7 +49,13 @@ class TokenBuffer:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the stored tokens by the result of ``function``, dropping unused room."""
-        self.data = function(self.view()).contiguous()
+        self.data = _exact(function(self.view()))
+
+
+def _exact(data: Tensor) -> Tensor:
+    """Return the tensor, copied if it is a view of something larger, which it would keep alive."""
+    exact = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
+    return data if exact else data.clone(memory_format=torch.contiguous_format)
 
 
 @dataclass

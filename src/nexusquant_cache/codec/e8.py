@@ -20,6 +20,7 @@ GainRule = Literal["least_squares", "norm", "unbiased"]
 
 _CHUNK = 4096  # vectors encoded together: their temporaries stay in the cache of a core
 _FLOAT16_MAX = 65504.0
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class E8Codec(VectorCodec):
         if self.gain not in get_args(GainRule):
             msg = f"unknown gain rule {self.gain!r}. {suggest(str(self.gain), get_args(GainRule))}"
             raise OptionError(msg)
-        if not self.candidates or min(self.candidates) <= 0:
+        if not self.candidates or not all(0 < candidate < float("inf") for candidate in self.candidates):
             msg = f"scale candidates must be positive numbers, at least one, got {self.candidates!r}"
             raise OptionError(msg)
 
@@ -80,7 +81,9 @@ class E8Codec(VectorCodec):
             mean = mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
         centred = vectors.float() if mean is None else vectors.float() - mean
         # The median of the tokens' scales, so that no outlier moves the grid; 1 for a head of zeros.
-        reference = centred.square().mean(-1).sqrt().median(-1, keepdim=True).values
+        peak = centred.abs().amax(-1, keepdim=True).clamp_min(_TINY)
+        norms = (centred / peak).square().mean(-1).sqrt() * peak[..., 0]
+        reference = norms.median(-1, keepdim=True).values
         return VectorTransform(self.make_rotation(centred), mean, torch.where(reference > 0, reference, 1.0))
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
@@ -91,7 +94,8 @@ class E8Codec(VectorCodec):
         parts = [self._encode_chunk(part.contiguous()) for part in channels.split(_CHUNK, dim=1)]
         if not parts:
             parts = [self._encode_chunk(channels)]
-        words = torch.cat([pack(codes, self.layout) for codes, _ in parts]).view(*shape, -1)
+        words = torch.cat([pack(codes, self.layout) for codes, _ in parts])
+        words = words.view(*shape, self.layout.bytes_per_vector)
         gains = torch.cat([gain for _, gain in parts]).view(shape)
         return PackedVectors(words, encode_scales(gains, transform.reference))
 
@@ -99,7 +103,7 @@ class E8Codec(VectorCodec):
         """Return the vectors of the codes as a new float32 tensor."""
         shape = packed.scales.shape
         done = covered_stages(self.layout, transform.rotation.first_stride)
-        rows = decode_rows(packed.words.reshape(-1, self.layout.bytes_per_vector), self.layout, done)
+        rows = decode_rows(packed.words.reshape(shape.numel(), self.layout.bytes_per_vector), self.layout, done)
         scales = decode_scales(packed.scales, transform.reference)
         return transform.inverse(rows.view(*shape, self.layout.head_dim), scales, done)
 
@@ -110,6 +114,9 @@ class E8Codec(VectorCodec):
 
     def _encode_chunk(self, y: Float[Tensor, "d rows"]) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "rows"]]:
         """Return codes and gains of channel-major vectors."""
+        # Divided by its largest channel first: no square of a finite vector overflows.
+        peak = y.abs().amax(0).clamp_min(_TINY)
+        y = y / peak
         power = _row_sum(y.square())
         rms = (power / self.layout.head_dim).sqrt()
         inverse = torch.where(rms > 0, 1 / rms, 0.0)
@@ -119,7 +126,7 @@ class E8Codec(VectorCodec):
             better = other[0] > best[0]
             best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
         _, inner, norm, choices = best
-        return self._codes(choices), self._gain(power, inner, norm)
+        return self._codes(choices), self._gain(power, inner, norm) * peak
 
     def _try(self, y: Float[Tensor, "d rows"], scale: Float[Tensor, "rows"]) -> tuple[Tensor, ...]:
         """Return fit, inner product, squared norm and choices of the nearest codewords at this scale.
@@ -132,7 +139,7 @@ class E8Codec(VectorCodec):
             q[index], choices[index] = nearest(blocks[index], bits)
         q = q.view(y.shape)
         inner, norm = _row_sum(y * q), _row_sum(q.square())
-        fit = inner.square() / norm.clamp_min(torch.finfo(torch.float32).tiny)
+        fit = inner.square() / norm.clamp_min(_TINY)
         return fit, inner, norm, choices
 
     def _codes(self, choices: UInt8[Tensor, "blocks 8 rows"]) -> Int[Tensor, "rows blocks"]:
@@ -149,8 +156,7 @@ class E8Codec(VectorCodec):
         return [(bits, [i for i, b in enumerate(plan) if b == bits]) for bits in sorted(set(plan) - {0})]
 
     def _gain(self, power: Tensor, inner: Tensor, norm: Tensor) -> Tensor:
-        tiny = torch.finfo(torch.float32).tiny
-        norm, inner = norm.clamp_min(tiny), inner.clamp_min(tiny)
+        norm, inner = norm.clamp_min(_TINY), inner.clamp_min(_TINY)
         if self.gain == "least_squares":
             gain = inner / norm
         elif self.gain == "norm":

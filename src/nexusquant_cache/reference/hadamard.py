@@ -139,6 +139,8 @@ def hadamard_stages(x: Tensor, first: int, order: int, rows: int = 1) -> Tensor:
         rows: 1 if the channels are the last axis, else the length of the axes behind them.
     """
     source, spare = x.contiguous(), None
+    if x.numel() == 0:
+        return source
     stride = first
     while stride < order:
         target = torch.empty_like(source) if spare is None else spare
@@ -155,7 +157,7 @@ def hadamard_stages(x: Tensor, first: int, order: int, rows: int = 1) -> Tensor:
 
 def _apply_outer(x: Tensor, outer: Tensor, inner: int, *, transpose: bool) -> Tensor:
     p = outer.shape[0]
-    if p == 1:
+    if p == 1 or x.numel() == 0:
         return x
     matrix = (outer.T if transpose else outer).to(x.device)
     terms = x.view(-1, p, inner)

@@ -80,7 +80,10 @@ def _lookup(words: UInt8[Tensor, "rows bytes"], bits: int, first_stride: int) ->
 
 
 def _words(rows: UInt8[Tensor, "rows bytes"]) -> Tensor:
-    return rows.contiguous().view(torch.int16).flatten().int() & 0xFFFF
+    flat = rows.flatten()
+    if flat.storage_offset() % 2:  # a 16-bit view must start at an even byte
+        flat = flat.clone()
+    return flat.view(torch.int16).int() & 0xFFFF
 
 
 @lru_cache(maxsize=64)
