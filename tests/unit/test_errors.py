@@ -382,7 +382,7 @@ def test_operations_on_an_empty_cache_do_nothing() -> None:
 
 def test_a_forward_without_tokens_is_another_prompt() -> None:
     cache = prompted(60)
-    with pytest.raises(CacheStateError, match=r"has seen 60 tokens.*cache.reset\(\)"):
+    with pytest.raises(CacheStateError, match=r"has seen 60:.*cache.reset\(\)"):
         cache.get_mask_sizes(0, 0)
 
 
