@@ -46,10 +46,12 @@ def holes(draw: st.DrawFn, bits: int) -> Tensor:
     ladder = torch.tensor(
         [oracles.magnitude(2 * i, bits) if i >= 0 else -oracles.magnitude(-2 * i - 1, bits) for i in k]
     )
-    places = torch.cat([(ladder[step:] + ladder[: len(ladder) - step]) / 2 for step in (0, 1, 2)])
+    step = draw(st.sampled_from([0, 1, 2] if bits > 1 else [0, 1]))  # 2: where the second choice changes
+    places = draw(st.sampled_from([1.0, -1.0])) * (ladder[step:] + ladder[: len(ladder) - step]) / 2
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**20)))
-    x = places[torch.randint(0, len(places), (100, BLOCK), generator=generator)] * draw(st.sampled_from([1.0, -1.0]))
-    return x + draw(st.sampled_from([0.0, 0.003, 0.03])) * torch.randn(100, BLOCK, generator=generator)
+    noise = draw(st.sampled_from([0.0, 0.003, 0.03])) * torch.randn(100, BLOCK, generator=generator)
+    two = torch.randint(0, len(places), (100, 2), generator=generator)  # so that outer levels decide somewhere
+    return places[two.gather(1, torch.randint(0, 2, (100, BLOCK), generator=generator))] + noise
 
 
 @pytest.mark.parametrize("bits", BITS)

@@ -28,8 +28,8 @@ class TestBlockCode:
         assert list(BlockCode(bits).magnitudes) == expected
 
     def test_magnitudes_by_hand(self) -> None:
-        # Bit patterns 384, 1152, 1920 and 2688: the first two and a half octaves are subnormal, so equal to
-        # pattern x 2^-24; 2688 = 0x0A80 has exponent 2 and mantissa 0x280, so (1024 + 640) x 2.
+        # Bit patterns 384, 1152, 1920 and 2688.  Below 2048 (subnormal, or exponent 1) the value is pattern x 2^-24;
+        # 2688 = 0x0A80 has exponent 2 and mantissa 0x280: (1024 + 640) x 2.
         units = [384, 1152, 1920, 3328]
         assert BlockCode(2).magnitudes == pytest.approx([u * 5.7576e-4 for u in units], rel=1e-12)
 

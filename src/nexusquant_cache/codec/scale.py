@@ -28,7 +28,7 @@ def encode_scales(scales: Float[Tensor, "b h n"], reference: Float[Tensor, "b h 
     """Return the nearest code of each scale on a grid of 16 steps per octave around ``reference``.
 
     Code ``c`` stands for ``reference * 2 ** ((c - 128) / 16)`` and 0 for a vector of zeros, so the
-    grid reaches from 1/252 to 246 times the reference; scales beyond it take its end.  The comparison
+    grid reaches from 1/245 to 245 times the reference; scales beyond it take its end.  The comparison
     with exact thresholds, in place of a logarithm, makes the code independent of a platform's
     ``log2``.
     """
