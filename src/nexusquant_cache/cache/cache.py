@@ -7,12 +7,7 @@ from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import (
-    DYNAMIC_LAYER_TYPE_MAPPING,
-    Cache,
-    DynamicCache,
-    get_layer_types_and_kwargs,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
@@ -85,10 +80,10 @@ class NexusQuantCache(DynamicCache):
                 "and values. They are compressed already, and this version cannot code them: use DynamicCache."
             )
             raise UnsupportedError(msg)
-        kinds, options = get_layer_types_and_kwargs(self.model_config)
+        # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
         return [
-            NexusQuantLayer(self, index) if kind == "full_attention" else DYNAMIC_LAYER_TYPE_MAPPING[kind](**arguments)
-            for index, (kind, arguments) in enumerate(zip(kinds, options, strict=True))
+            NexusQuantLayer(self, index) if type(layer) is DynamicLayer else layer
+            for index, layer in enumerate(DynamicCache(config=self.model_config).layers)
         ]
 
     # What a subclass may override
