@@ -194,7 +194,13 @@ class NexusQuantCache(DynamicCache):
 
     def reset(self) -> None:
         """Forget everything seen, so that the cache can serve another prompt."""
-        super().reset()  # type: ignore[no-untyped-call]
+        # transformers' own layers are made anew: those of 5.17 keep zeros where tokens were.
+        fresh = self._make_layers() or self.layers
+        self.layers = [
+            old if isinstance(old, NexusQuantLayer) else new for old, new in zip(self.layers, fresh, strict=True)
+        ]
+        for layer in self._compressed_layers():
+            layer.reset()
         self.may_evict = True
         self._phases = []
         self._peak_bytes = 0
