@@ -80,6 +80,14 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(mode=False)
 
 
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switch off the checks of annotations, which users do not have, to reach the errors of our own."""
+    jaxtyping.config.update("jaxtyping_disable", value=True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", value=False)
+
+
 @pytest.fixture(autouse=True)
 def _seeds() -> None:
     """Start each test from the same random state, whatever ran before it."""

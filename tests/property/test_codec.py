@@ -1,9 +1,8 @@
 """The laws of the E8 codec: each vector on its own, small errors, gains that mean what they say."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -487,14 +486,6 @@ class TestUserRotation:
                 assert not block.any()
             else:
                 assert error < 1.25 * DISTORTION[bits]
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch off the checks of annotations, which a user does not have, to reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
 
 
 @pytest.mark.usefixtures("unchecked")

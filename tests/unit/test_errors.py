@@ -1,9 +1,8 @@
 """Bad input gives a clear error of ours, and leaves the cache as it was."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import jaxtyping
 import pytest
 import torch
 from integration.tiny import SMALL, fingerprint, random_states, tiny_config
@@ -77,15 +76,7 @@ def test_suggestions() -> None:
 # Options
 
 
-@pytest.fixture
-def _unchecked() -> Iterator[None]:
-    """Switch the checks of annotations off, as for users, who may give anything."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
-
-
-@pytest.mark.usefixtures("_unchecked")
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -1,8 +1,5 @@
 """Hand-computed examples and the messages of `nexusquant_cache.lattice`."""
 
-from collections.abc import Iterator
-
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -10,14 +7,6 @@ from torch import Tensor
 import oracles
 from nexusquant_cache.errors import DtypeError, ShapeError
 from nexusquant_cache.lattice import SECOND_MOMENT, is_member, mirror, nearest_point
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch off the checks of annotations, which a user does not have, to reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
 
 
 def eight(*values: float) -> Tensor:

@@ -1,9 +1,7 @@
 """Hand-computed examples and the messages of `nexusquant_cache.layout`."""
 
 import itertools
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 
 import oracles
@@ -11,14 +9,6 @@ from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.layout import BLOCK, BlockCode, CodeLayout, block_code
 
 BITS = (1, 2, 3, 4)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch off the checks of annotations, which a user does not have, to reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
 
 
 class TestBlockCode:

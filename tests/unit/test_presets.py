@@ -1,9 +1,7 @@
 """`CacheConfig`, the presets, and every message they can give."""
 
-from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 
-import jaxtyping
 import pytest
 
 from nexusquant_cache.codec.e8 import E8Codec
@@ -12,14 +10,6 @@ from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.presets import PRESETS, CacheConfig, resolve_preset
 
 PROMISED = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}  # compression factors
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch off the checks of annotations, which a user does not have, to reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
 
 
 @pytest.mark.parametrize("name", PROMISED)

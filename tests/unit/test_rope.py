@@ -2,9 +2,7 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given
@@ -213,14 +211,6 @@ def test_matching() -> None:
     assert not phase.matches(RotaryPhase(frequencies(), interleaved=True))
     assert not phase.matches(RotaryPhase(frequencies(8)))
     assert not phase.matches(None)
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switch off the checks of annotations, which a user does not have, to reach our own."""
-    jaxtyping.config.update("jaxtyping_disable", value=True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", value=False)
 
 
 @pytest.mark.usefixtures("unchecked")
