@@ -131,7 +131,7 @@ class KeyKeyPolicy(EvictionPolicy):
 class MeanKeyKeyPolicy(KeyKeyPolicy):
     """The mean attention of the last keys, narrowly pooled: the usual recipe, kept for comparison.
 
-    It keeps perplexity about as well as the maximum and loses most single facts.
+    A fact that only a few of the last keys attend to drowns in the mean, and narrow pooling keeps parts of it.
 
     References:
         Li et al. (2024), "SnapKV", arXiv:2404.14469, section 4, with keys for queries.

@@ -36,7 +36,7 @@ def test_the_rotary_phase_stays_where_asked_for_or_unknown(caplog):
         unknown = compressed(NexusQuantCache())
         learned = compressed(NexusQuantCache(config=GPT2Config(n_layer=3)))
     assert [record.getMessage() for record in caplog.records] == [
-        "keys are coded with their rotary phase; config=model.config gives better quality"
+        "keys are coded with their rotary phase; config=model.config lets the cache remove it"
     ]
     assert [layer.phase for cache in (kept, unknown, learned) for layer in cache.layers] == [None] * 9
 

@@ -118,7 +118,7 @@ class NexusQuantCache(DynamicCache):
             return None
         if self.model_config is None:
             if layer_idx == 0:
-                _LOGGER.info("keys are coded with their rotary phase; config=model.config gives better quality")
+                _LOGGER.info("keys are coded with their rotary phase; config=model.config lets the cache remove it")
             return None
         phase = rotary_phase(self.model_config, layer_idx, seen_tokens)
         if phase is None:
