@@ -282,18 +282,6 @@ def test_eviction_in_a_hybrid_model() -> None:
 # Misuse
 
 
-def test_a_left_padded_batch_warns_and_keeps_all(model: LlamaForCausalLM) -> None:
-    """Nothing is evicted, so the answers are those of the plain cache."""
-    ids, mask = prompt(60, 2), torch.ones(2, 60, dtype=torch.int64)
-    ids[1, :20], mask[1, :20] = 0, 0
-    plain = generate(model, ids, DynamicCache(), attention_mask=mask)
-    cache = lossless_cache(keep_ratio=0.3)
-    with pytest.warns(UserWarning, match="looks left-padded"):
-        padded = generate(model, ids, cache, attention_mask=mask)
-    assert torch.equal(plain, padded)
-    assert cache.layers[0].kept == cache.get_seq_length()
-
-
 @pytest.mark.parametrize("tokens", [2, 30, 63])
 def test_a_prompt_of_half_the_length_or_less_is_refused(sdpa: LlamaForCausalLM, tokens: int) -> None:
     """It reaches the cache as a forward without tokens; after `reset` the cache is as good as new."""

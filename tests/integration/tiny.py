@@ -46,15 +46,20 @@ def tiny_llama(attention: str = "sdpa", **options: Any) -> LlamaForCausalLM:
 
 
 def prompt(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
-    """Draw random token ids, none of them special."""
-    return torch.randint(3, TINY["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    """Draw random token ids behind the token that begins a text, as tokenizers put it there."""
+    ids = torch.randint(3, TINY["vocab_size"], (batch, tokens), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = TINY["bos_token_id"]
+    return ids
 
 
 def random_states(shape: tuple[int, ...], seed: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Draw keys with a common component, as real ones have, and values."""
+    """Draw keys with a common component, as real ones have, and values; all rows of a prompt begin alike."""
     generator = torch.Generator().manual_seed(seed)
     keys = torch.randn(shape, generator=generator) + 3 * torch.randn(shape[-1], generator=generator)
-    return keys.to(dtype), torch.randn(shape, generator=generator).to(dtype)
+    values = torch.randn(shape, generator=generator)
+    if shape[2] > 1:
+        keys[1:, :, 0], values[1:, :, 0] = keys[0, :, 0], values[0, :, 0]
+    return keys.to(dtype), values.to(dtype)
 
 
 class LosslessCodec(VectorCodec):
@@ -126,7 +131,8 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
 
     rows: list[object] = [cache.may_evict]
     for layer in cache.layers:
-        row = [layer.is_initialized, layer.seen, layer.kept, layer.pending, frozen(layer.sinks), frozen(layer.tail)]
+        flags = (layer.record_past, layer._expects_prompt, layer._updated_since_crop, layer._pending_from)
+        row = [layer.is_initialized, layer.seen, layer.kept, flags, frozen(layer.sinks), frozen(layer.tail)]
         if layer.body is not None:
             positions = layer.body.positions.positions(torch.device("cpu"))
             row += [side(layer.body.keys), side(layer.body.values), frozen(positions)]
@@ -135,14 +141,17 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
 
 
 def kept_positions(cache: NexusQuantCache, layer_idx: int) -> Tensor:
-    """Return the original positions of all kept tokens, ``[batch, kv_heads, kept]``."""
+    """Return the original positions of all kept tokens, ``[batch, kv_heads, kept]``, pads included in the count."""
     layer = cache.layers[layer_idx]
     shape = layer.tail[0].shape[:2]
     tail = torch.arange(layer.seen - layer.tail_tokens, layer.seen).expand(*shape, -1)
     if layer.body is None:
         return tail
     body = layer.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
-    return torch.cat([torch.arange(layer.sinks[0].shape[2]).expand(*shape, -1), body, tail], -1)
+    sinks = torch.arange(layer.sinks[0].shape[2]).expand(*shape, -1)
+    if layer.sink_place is not None:  # each row's sinks are its first real tokens
+        sinks = sinks + layer.sink_place[:, :1, None]
+    return torch.cat([sinks, body, tail], -1).sort(-1).values
 
 
 def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 12, **options: Any) -> Tensor:

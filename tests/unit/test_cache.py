@@ -2,11 +2,10 @@
 
 import logging
 
-import pytest
 import torch
 from transformers import DeepseekV3Config, GPT2Config, LlamaConfig
 
-from nexusquant_cache import NexusQuantCache, UnsupportedError
+from nexusquant_cache import NexusQuantCache
 
 LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
@@ -18,9 +17,16 @@ def compressed(cache: NexusQuantCache, layers: int = 3) -> NexusQuantCache:
     return cache
 
 
-def test_latent_attention_is_refused():
-    with pytest.raises(UnsupportedError, match=r"deepseek_v3 caches latent vectors.*use DynamicCache"):
-        NexusQuantCache(config=DeepseekV3Config())
+def test_latents_are_coded_as_they_come():
+    """What latent attention caches as keys is not rotary."""
+    cache = NexusQuantCache(config=DeepseekV3Config(num_hidden_layers=2))
+    cache.update(torch.randn(1, 1, 300, 512), torch.randn(1, 1, 300, 64), 0)
+    cache.compress()
+    assert cache.layers[0].phase is None
+    assert [x.shape for x in (cache.layers[0].keys, cache.layers[0].values)] == [
+        (1, 1, cache.layers[0].kept, 512),
+        (1, 1, cache.layers[0].kept, 64),
+    ]
 
 
 def test_layers_share_one_rotary_phase():

@@ -98,6 +98,10 @@ def test_suggestions() -> None:
         (lambda: NexusQuantCache(remove_rope="no"), "remove_rope must be True or False"),
         (lambda: NexusQuantCache(policy=KeyKeyPolicy), r"write KeyKeyPolicy\(\), not KeyKeyPolicy"),
         (lambda: NexusQuantCache(policy="key_key"), "policy must be an EvictionPolicy instance, got 'key_key'"),
+        (
+            lambda: NexusQuantCache(when="in_prefill"),
+            "unknown schedule when='in_prefill'. Did you mean 'during_prefill'",
+        ),
         (lambda: KeyKeyPolicy(observation_window=0), "observation_window must be at least 1"),
         (lambda: KeyKeyPolicy(pool=4), "pool must be an odd number"),
     ],
@@ -347,16 +351,52 @@ def test_crop_to_an_absolute_length_is_refused(tokens_to_remove: int) -> None:
         cache.crop(tokens_to_remove)
 
 
-def test_crop_beyond_the_tail_is_refused_and_changes_nothing() -> None:
-    cache = prompted(60, 1)
+def test_crop_into_the_first_tokens_of_a_padded_row_is_refused_and_changes_nothing() -> None:
+    """Its two sinks are tokens 5 and 6: what stands at position 7 can go, they cannot, but everything can."""
+    mask = torch.ones(SHAPE[0], 60)
+    mask[1, :5] = 0
+    cache = NexusQuantCache("balanced", attention_mask=mask, **SMALL)
+    feed(cache, 60)
+    feed(cache, 1)
     before = fingerprint(cache)
-    with pytest.raises(UnsupportedError, match="newest 10 tokens: only the newest 9 are held in full precision"):
-        cache.crop(-10)
+    with pytest.raises(UnsupportedError, match=r"newest 55 of 61 tokens.*behind position 7,"):
+        cache.crop(-55)
     assert fingerprint(cache) == before
-    cache.crop(0)
-    assert fingerprint(cache) == before
-    cache.crop(-9)
-    assert cache.get_seq_length() == 52
+    with pytest.warns(UserWarning, match="cut where tokens had been evicted"):
+        cache.crop(-30)
+    assert cache.get_seq_length() == 31
+    cache.crop(-99)
+    assert cache.get_seq_length() == cache.layers[0].kept == 0
+
+
+def test_a_forward_that_fails_half_compressed_leaves_nothing_silently_wrong() -> None:
+    """With ``during_prefill`` the first layers have been compressed when a later one fails."""
+    cache = NexusQuantCache("balanced", when="during_prefill", **SMALL)
+    feed(cache, 60)
+    for index in range(2):
+        cache.update(*states(40, index), index)
+    with pytest.raises(NonFiniteError):
+        cache.update(*nan_in(states(40)), 2)
+    with pytest.raises(CacheStateError, match=r"failed half-way.*cache.reset\(\)"):
+        feed(cache, 1)
+    cache.reset()
+    fresh = NexusQuantCache("balanced", when="during_prefill", **SMALL)
+    for each in (cache, fresh):
+        feed(each, 60)
+        feed(each, 1)
+    assert fingerprint(cache) == fingerprint(fresh)
+
+
+def test_a_first_forward_that_fails_half_compressed_changes_nothing() -> None:
+    cache, fresh = (NexusQuantCache("balanced", when="during_prefill", **SMALL) for _ in range(2))
+    for index in range(2):
+        cache.update(*states(60, index), index)
+    with pytest.raises(NonFiniteError):
+        cache.update(*nan_in(states(60)), 2)
+    for each in (cache, fresh):
+        feed(each, 60)
+        feed(each, 1)
+    assert fingerprint(cache) == fingerprint(fresh)
 
 
 def test_operations_on_an_empty_cache_do_nothing() -> None:
@@ -377,40 +417,13 @@ def test_a_forward_without_tokens_is_another_prompt() -> None:
         cache.get_mask_sizes(0, 0)
 
 
-# Left padding
-
-
-def padded(pads: int) -> tuple[Tensor, Tensor]:
+def test_a_refused_batch_does_not_decide_about_the_next() -> None:
+    """Rows that begin differently cannot be told from padded ones; what is refused is forgotten."""
+    cache = prompted()
     keys, values = states(60)
-    keys[1, :, :pads] = keys[1, :, :1]
-    return keys, values
-
-
-def test_a_padded_batch_warns_and_keeps_all() -> None:
-    cache = prompted()
-    with pytest.warns(UserWarning, match="looks left-padded"):
-        cache.update(*padded(5), 0)
-    cache.update(*states(60), 1)
-    cache.compress()
-    assert [layer.kept for layer in cache.layers] == [60, 60]
-    assert cache.layers[0].body is not None
-    cache.reset()
-    feed(cache, 60)
-    cache.compress()
-    assert cache.layers[0].kept < 60
-
-
-def test_a_padded_batch_without_eviction_is_quiet() -> None:
-    cache = prompted(keep_ratio=1.0)
-    cache.update(*padded(5), 0)
-    cache.compress()
-    assert cache.layers[0].kept == 60
-
-
-def test_a_refused_padded_batch_does_not_stop_eviction_from_the_next() -> None:
-    cache = prompted()
-    with pytest.warns(UserWarning, match="looks left-padded"), pytest.raises(NonFiniteError):
-        cache.update(*nan_in(padded(5)), 0)
+    keys[1, :, 0] += 1
+    with pytest.raises(NonFiniteError):
+        cache.update(*nan_in((keys, values)), 0)
     feed(cache, 60)
     cache.compress()
     assert cache.layers[0].kept < 60

@@ -1,20 +1,23 @@
 """`NexusQuantCache`: a transformers cache that keeps packed E8 codes in place of keys and values."""
 
+import copy
 import logging
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, get_args
 
+from jaxtyping import Shaped
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from nexusquant_cache.cache.layer import NexusQuantLayer, Side
+from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
+from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.errors import OptionError, UnsupportedError
+from nexusquant_cache.errors import CacheStateError, OptionError, suggest
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
@@ -34,17 +37,26 @@ class NexusQuantCache(DynamicCache):
     show a cache the token ids, so a cache reused for another, longer prompt cannot be told from a
     conversation that goes on.
 
+    In a left-padded batch every row is treated as if it began at its first real token.  transformers does not show
+    a cache the attention mask either: give it as ``attention_mask``, or else padding is recognised where two
+    leading keys of a row are equal.  A batch in which it cannot be told is coded and nothing is evicted from
+    it, with a warning.
+
     Subclass it and override `make_policy` or `make_codec` for policies and codecs of your own.
 
     Args:
         preset: Name of a preset (`PRESETS`) or a `CacheConfig`.
         config: The model's config.
         policy: Which tokens to keep; `KeyKeyPolicy` by default.
+        attention_mask: The mask of the prompt, ``[batch, tokens]``, 1 for text and 0 for padding on the left.
+        when: ``"post_prefill"`` compresses at the first generation step, so that the whole prompt attends to itself
+            exactly; ``"during_prefill"`` compresses each layer as soon as the next one is reached, so that about
+            one layer at a time is held in full precision.  A prompt in one piece still attends to itself exactly;
+            with ``prefill_chunk_size`` each chunk attends to what is left of the ones before.
         **overrides: Fields of `CacheConfig` that replace those of the preset.
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
-        UnsupportedError: If the model caches latent vectors in place of keys and values.
     """
 
     def __init__(
@@ -53,6 +65,8 @@ class NexusQuantCache(DynamicCache):
         *,
         config: PretrainedConfig | None = None,
         policy: EvictionPolicy | None = None,
+        attention_mask: Shaped[Tensor, "rows n"] | None = None,
+        when: When = "post_prefill",
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
     ) -> None:
         """Make an empty cache."""
@@ -62,24 +76,31 @@ class NexusQuantCache(DynamicCache):
         if given is not None and not isinstance(given, EvictionPolicy):
             msg = f"policy must be an EvictionPolicy instance, got {given!r}; write KeyKeyPolicy(), not KeyKeyPolicy"
             raise OptionError(msg)
+        if when not in get_args(When):
+            msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
+            raise OptionError(msg)
         self.policy = policy
+        self.when: When = when
         self.model_config = None if config is None else config.get_text_config(decoder=True)
-        self.may_evict = True
-        self._phases: list[RotaryPhase] = []
-        self._peak_bytes = 0
+        self.padding = BatchPadding(None if attention_mask is None else leading_pads(attention_mask))
+        self._forget()
         # Cache's constructor in place of DynamicCache's, which would make layers of its own.
         Cache.__init__(self, layers=self._make_layers())
+
+    def _forget(self) -> None:
+        """Start a new prompt, as far as the cache itself remembers anything."""
+        self._padding_before = copy.copy(self.padding)
+        self._phases: list[RotaryPhase] = []
+        self._peak_bytes = 0
+        self._has_warned = False
+        self._is_broken = False
+        # Whether past recording was asked for before there were layers to tell.
+        self._records_from_start = False
 
     def _make_layers(self) -> list[Any]:
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
-        if getattr(self.model_config, "kv_lora_rank", None):
-            msg = (
-                f"{self.model_config.model_type} caches latent vectors (multi-head latent attention) in place of keys "
-                "and values. They are compressed already, and this version cannot code them: use DynamicCache."
-            )
-            raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
         return [
             NexusQuantLayer(self, index) if type(layer) is DynamicLayer else layer
@@ -143,44 +164,138 @@ class NexusQuantCache(DynamicCache):
 
         An error leaves the cache as it was before this forward: layers that have already taken the new tokens
         give them back (layers of transformers' own classes, as for sliding windows, cannot).
+
+        Raises:
+            CacheStateError: If an earlier forward failed when part of the layers had already been compressed, which
+                only ``when="during_prefill"`` can bring about.
         """
+        if self._is_broken:
+            msg = "an earlier forward failed half-way through a compression: call cache.reset() or use a new cache"
+            raise CacheStateError(msg)
         while self.model_config is None and len(self.layers) <= layer_idx:
-            self.layers.append(NexusQuantLayer(self, len(self.layers)))
-        layer = self.layers[layer_idx]
-        if not isinstance(layer, NexusQuantLayer):
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        before = layer.seen, self.may_evict
+            self._add_layer()
+        layer: Any = self.layers[layer_idx]
+        is_ours = isinstance(layer, NexusQuantLayer)
+        before = layer.seen if is_ours else 0
         try:
-            if layer is next(self._compressed_layers()):
-                self._observe(layer, key_states)
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            if layer_idx == self._first_attention_layer():
+                self._observe(layer, key_states, value_states)
+            if is_ours:
+                self._before_update(layer, key_states)
+            held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         except Exception:
-            self._roll_back(*before)
+            if is_ours:
+                self._roll_back(before)
             raise
+        if self.when == "during_prefill" and key_states.shape[-2] > 1:
+            self._note_peak()
+        return held
+
+    def _add_layer(self) -> None:
+        layer = NexusQuantLayer(self, len(self.layers))
+        if self._records_from_start:
+            layer.activate_past_recording()
+        self.layers.append(layer)
+
+    def activate_past_recording(self) -> None:
+        """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
+        self._records_from_start = not self.layers
+        super().activate_past_recording()
 
     def _compressed_layers(self) -> Iterator[NexusQuantLayer]:
         return (layer for layer in self.layers if isinstance(layer, NexusQuantLayer))
 
-    def _observe(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
-        """Look at what a forward brings before any layer has changed."""
-        if key_states.ndim != 4:  # noqa: PLR2004 - the layer will refuse it
-            return
-        if key_states.shape[2] > 1 and layer.seen == 0 and looks_padded(key_states):
-            self.may_evict = False
-            if self.cache_config.keep_ratio < 1:
-                warnings.warn(
-                    "this batch looks left-padded (equal leading keys). Evicting from a padded batch is not supported "
-                    "yet, so all its tokens are kept and only quantized.",
-                    stacklevel=2,
-                )
-        if layer.pending and key_states.shape[2] == 1:
-            self._note_peak()
+    def _first_attention_layer(self) -> int:
+        return next((index for index, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), 0)
 
-    def _roll_back(self, seen: int, may_evict: bool) -> None:
+    def _observe(self, layer: Any, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ANN401 - any attention layer
+        """Look at what a forward brings before any layer has changed."""
+        self._padding_before = copy.copy(self.padding)
+        if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3] or key_states.shape[2] == 0:  # noqa: PLR2004
+            return  # the layer will refuse it
+        if not key_states.is_floating_point() or not value_states.is_floating_point():
+            return
+        seen = layer.get_seq_length()
+        position_shows = self._position_shows()
+        if self.padding.settled_at is None:
+            self.padding.observe(key_states, value_states, seen, position_shows)
+        elif seen >= self.padding.settled_at and key_states.shape[2] > 1 and position_shows:
+            evicted = max((each.seen - each.kept for each in self._compressed_layers()), default=0)
+            self.padding.observe_turn(key_states, value_states, evicted)
+
+    def _position_shows(self) -> bool:
+        """Tell whether equal tokens at different positions differ at the first attention layer.
+
+        Without a config they are taken to, as in all rotary models.
+        """
+        if self.model_config is None or getattr(self.model_config, "kv_lora_rank", None):
+            return True
+        return rotary_phase(self.model_config, self._first_attention_layer(), 0) is not None
+
+    def _before_update(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
+        """Make what has to happen outside a layer before it takes new tokens."""
+        tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
+        if self.when == "during_prefill" and tokens > 1:
+            for other in self._compressed_layers():
+                if other.layer_idx < layer.layer_idx:
+                    other.compress_early()
+        if layer.pending and layer.is_due(tokens) and layer is next(self._compressed_layers()):
+            self._note_peak()
+            self._warn_if_kept_whole(layer)
+
+    def _warn_if_kept_whole(self, layer: NexusQuantLayer) -> None:
+        if self.padding.may_evict(layer.seen) or self.cache_config.keep_ratio == 1 or self._has_warned:
+            return
+        self._has_warned = True
+        warnings.warn(
+            "it cannot be told which tokens of this batch are padding, so all of them are kept and only quantized. "
+            "Give the cache the mask: NexusQuantCache(..., attention_mask=inputs['attention_mask']).",
+            stacklevel=2,
+        )
+
+    def _roll_back(self, seen: int) -> None:
         """Take the tokens of an unfinished forward out of the layers that already have them."""
-        self.may_evict = may_evict
+        self.padding = self._padding_before
         for layer in self._compressed_layers():
-            layer.take_back(layer.seen - seen)
+            count = layer.seen - seen
+            if seen == 0:
+                layer.reset()
+            elif count > layer.tail_tokens:
+                self._is_broken = True  # compressed early, together with tokens that were there before
+            else:
+                layer.take_back(count)
+
+    def set_attention_mask(self, attention_mask: Shaped[Tensor, "rows n"]) -> None:
+        """State the padding of the batch; the same as the constructor's ``attention_mask``.
+
+        Raises:
+            OptionError: If a row is not zeros, then ones.
+            ShapeError: If the mask does not fit the batch.
+            CacheStateError: If tokens have been compressed already and the mask says otherwise than was known.
+        """
+        pads = leading_pads(attention_mask)
+        first = next((layer for layer in self._compressed_layers() if layer.is_initialized), None)
+        if first is None or first.tail is None:
+            self.padding.state(pads, None)
+            return
+        new = BatchPadding()
+        new.state(pads, first.tail[0].shape[0])
+        if any(layer.body is not None for layer in self._compressed_layers()):
+            known = self.padding.pads
+            # None stands for no padding in both.
+            if (None if known is None else known.tolist()) != (None if new.pads is None else new.pads.tolist()):
+                msg = (
+                    "the mask says otherwise than was known when tokens were compressed. Give it before the first "
+                    "generation step, or call cache.reset()."
+                )
+                raise CacheStateError(msg)
+            return
+        self.padding = new
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether the padding of the batch is known, so that tokens may be evicted."""
+        return self.padding.certain
 
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
@@ -190,10 +305,69 @@ class NexusQuantCache(DynamicCache):
         """
         self._note_peak()
         for layer in self._compressed_layers():
+            if layer.pending:
+                self._warn_if_kept_whole(layer)
             layer.compress()
 
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
+
+        Exact tokens are cut off; of packed tokens the codes are dropped.  Where tokens had been evicted, heads may have
+        kept different numbers of those that remain; transformers' mask wants equal ones, so each head then
+        keeps as many of its newest as the head with the fewest has, and a warning says so.
+
+        Args:
+            tokens_to_remove: 0 or a negative number.
+
+        Raises:
+            ShapeError: If the number is positive.
+            UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row.
+            RuntimeError: From transformers' own layers, if they cannot go back so far.
+        """
+        ours = list(self._compressed_layers())
+        count = -tokens_to_remove
+        for layer in ours:
+            layer.check_crop(count)
+        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, NexusQuantLayer)]
+        for other in others:  # transformers' own may refuse, so they come first
+            other.crop(tokens_to_remove)
+        for layer in ours:
+            layer.compress_early()  # all layers alike: the last one may still have been waiting
+        counts = [kept for layer in ours if (kept := layer.kept_before(count)) is not None]
+        least = min((int(kept.min()) for kept in counts), default=None)
+        most = max((int(kept.max()) for kept in counts), default=None)
+        if ours:
+            self.padding.crop(max(ours[0].seen - count, 0))
+        for layer in ours:
+            layer.crop(tokens_to_remove, least)
+        if least != most:
+            warnings.warn(
+                "the prompt was cut where tokens had been evicted: to leave equally many, heads keep their newest "
+                f"{least} packed tokens and lose up to {(most or 0) - (least or 0)} others.",
+                stacklevel=2,
+            )
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of the batch in another order, as beam search does."""
+        self._map_padding(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any index will do
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row of the batch."""
+        self._map_padding(lambda x: x.repeat_interleave(repeats, dim=0))
+        super().batch_repeat_interleave(repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows of the batch."""
+        self._map_padding(lambda x: x[indices.to(x.device), ...])
+        super().batch_select_indices(indices)
+
+    def _map_padding(self, function: Callable[[Tensor], Tensor]) -> None:
+        if self.get_seq_length() > 0:
+            self.padding.map(function)
+
     def reset(self) -> None:
-        """Forget everything seen, so that the cache can serve another prompt."""
+        """Forget everything seen, the attention mask too, so that the cache can serve another prompt."""
         # transformers' own layers are made anew: those of 5.17 keep zeros where tokens were.
         fresh = self._make_layers() or self.layers
         self.layers = [
@@ -201,9 +375,8 @@ class NexusQuantCache(DynamicCache):
         ]
         for layer in self._compressed_layers():
             layer.reset()
-        self.may_evict = True
-        self._phases = []
-        self._peak_bytes = 0
+        self.padding = BatchPadding()
+        self._forget()
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Yield decoded keys, decoded values and the sliding window of each layer."""
@@ -216,8 +389,8 @@ class NexusQuantCache(DynamicCache):
 
     # Accounting
 
-    def _shared(self) -> list[RotaryPhase | None]:
-        return [*self._phases, *(layer.phase for layer in self._compressed_layers())]
+    def _shared(self) -> list[object]:
+        return [self.padding, *self._phases, *(layer.phase for layer in self._compressed_layers())]
 
     def _note_peak(self) -> None:
         self._peak_bytes = max(
@@ -235,19 +408,10 @@ class NexusQuantCache(DynamicCache):
         )
 
 
-def looks_padded(keys: Tensor) -> bool:
-    """Tell whether any row of these first keys begins with two equal ones in every head.
-
-    Pads share one token and one position; equal real tokens at consecutive positions differ by a rotary
-    step (``cache_contract``: a single pad cannot be seen).
-    """
-    return bool((keys[:, :, 0] == keys[:, :, 1]).all(-1).all(-1).any())
-
-
 def _content(layer: object) -> object:
     """Return what a layer stores, without its owner and the tables it shares with other layers."""
     if isinstance(layer, NexusQuantLayer):
-        return layer.sinks, layer.tail, layer.body
+        return layer.sinks, layer.tail, layer.body, layer.sink_place
     return vars(layer)
 
 
@@ -265,7 +429,7 @@ def _layer_report(index: int, layer: object) -> LayerReport:
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
     body = layer.body
     codes = () if body is None else (body.keys.words, body.keys.scales, body.values.words, body.values.scales)
-    other = () if body is None else (body.keys.transform, body.values.transform, body.positions)
+    other = () if body is None else (body.keys.transform, body.values.transform, body.positions, layer.sink_place)
     return LayerReport(
         layer_idx=index,
         kind="compressed",

@@ -9,8 +9,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.tokens import PackedSide, PackedTokens, PositionMap
-from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import CacheStateError, DtypeError, NonFiniteError, ShapeError, UnsupportedError
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
@@ -18,6 +19,7 @@ from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.reference.rope import RotaryPhase
 
 Side = Literal["keys", "values"]
+When = Literal["post_prefill", "during_prefill"]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
 
 
@@ -26,7 +28,8 @@ class LayerOwner(Protocol):
     """What a layer asks of its cache."""
 
     cache_config: CacheConfig
-    may_evict: bool
+    padding: BatchPadding
+    when: When
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         """Return the policy of this layer."""
@@ -49,17 +52,29 @@ class NexusQuantLayer(CacheLayerMixin):
     Later, whenever the tail has grown by ``flush_length``, its oldest tokens are encoded and appended.
     A token is encoded once; stored codes are never decoded and encoded again.
 
+    While past recording is active, as in assisted decoding, updates encode nothing; the `crop` that follows
+    each of them does, when it has taken back what was rejected.  So a rollback leaves no trace.
+
     The number of kept tokens depends on lengths alone, so it is equal in all layers, heads and rows, which
-    transformers' single attention mask requires.
+    transformers' single attention mask requires.  Kept tokens are always in the order of their positions.
+
+    Attributes:
+        seen: Tokens seen.
+        sinks: First tokens of each row, exact, once anything is packed.
+        body: Packed tokens.
+        tail: Newest tokens, exact.
+        phase: The rotary phase that was taken off the packed keys.
+        sink_place: Of each row of a padded batch, the position of its first sink, and how many kept tokens (pads)
+            come before it.  On the CPU.
+        record_past: Whether a `crop` is expected after each update; transformers sets it to False as well.
     """
 
     is_sliding = False
     is_compileable = False
-    # A rollback that reaches the packed tokens is refused, so no promise for the whole cache.
-    is_croppable = False
+    is_croppable = True
 
     def __init__(self, owner: LayerOwner, layer_idx: int) -> None:
-        """Start empty; ``owner`` provides policy, codecs and rotary phase when they are first needed."""
+        """Start empty; ``owner`` provides policy, codecs, padding and rotary phase when they are first needed."""
         # Not calling super().__init__: it assigns `keys` and `values`, which are computed here.
         self._owner = owner
         self.layer_idx = layer_idx
@@ -69,12 +84,17 @@ class NexusQuantLayer(CacheLayerMixin):
         """Forget everything, including what was fitted."""
         self.is_initialized = False
         self.seen = 0
-        self.pending = False
-        self._was_pending = False
         self.sinks: tuple[Tensor, Tensor] | None = None
         self.body: PackedTokens | None = None
         self.tail: tuple[Tensor, Tensor] | None = None
         self.phase: RotaryPhase | None = None
+        self.record_past = False
+        self._expects_prompt = False
+        self._updated_since_crop = False
+        # Seen tokens before the first multi-token update that was not compressed yet.
+        self._pending_from: int | None = None
+        self._undo: tuple[int | None, bool, bool] = (None, False, False)
+        self.sink_place: Int[Tensor, "b 2"] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
@@ -105,6 +125,11 @@ class NexusQuantLayer(CacheLayerMixin):
         body = 0 if self.body is None else self.body.positions.tokens
         return sinks + body + self.tail_tokens
 
+    @property
+    def pending(self) -> bool:
+        """Whether a prompt, or a later turn, waits for its compression."""
+        return self._pending_from is not None
+
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
         return self.seen
@@ -133,8 +158,7 @@ class NexusQuantLayer(CacheLayerMixin):
                 "continuation. Call cache.reset() or use a new cache for another prompt."
             )
             raise CacheStateError(msg)
-        evicted = self._planned_eviction() if query_length == 1 else 0
-        kept = self.kept - evicted
+        kept = self.kept - self._planned_eviction(query_length)
         return kept + query_length, self.seen - kept
 
     # Updates
@@ -152,12 +176,16 @@ class NexusQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         self._check_update(key_states, value_states)
         query_length = key_states.shape[2]
-        if query_length == 1 and self.seen:
-            self._make_room()
-        self._was_pending = self.pending
         if query_length > 1:
             self._check_finite(key_states, value_states, "the prompt")
-            self.pending = True
+        if self.is_due(query_length):
+            self._make_room()
+        # An update that no crop has followed ends the recording.
+        self._undo = (self._pending_from, self.record_past, self._updated_since_crop)
+        self.record_past = self._is_recording
+        self._updated_since_crop = self.record_past
+        if query_length > 1 and self._pending_from is None:
+            self._pending_from = self.seen
         tail_keys, tail_values = self._exact()
         first = self.seen == 0
         self.tail = (_append(tail_keys, key_states), _append(tail_values, value_states))
@@ -166,8 +194,44 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def compress(self) -> None:
         """Compress now what the next generation step would compress."""
-        if self.pending and self.is_initialized:
+        if self.pending:
             self._make_room()
+
+    def compress_early(self) -> None:
+        """Compress during the prefill, if that is wanted and enough tokens are there; otherwise leave them waiting."""
+        if self._is_due_early():
+            self._make_room()
+
+    def is_due(self, query_length: int) -> bool:
+        """Tell whether an update of so many tokens begins by making room in the tail."""
+        if self.seen == 0 or self._is_recording:
+            return False
+        return query_length == 1 or self._is_due_early()
+
+    def _is_due_early(self) -> bool:
+        """Tell whether to compress before the prefill is over: if enough tokens wait, and all pads will go."""
+        if self._owner.when == "post_prefill" or not self.pending or not self._owner.padding.is_settled(self.seen):
+            return False
+        if self.record_past and not self._expects_prompt:
+            return False  # candidates, which may still be taken back
+        candidates = self._candidates()
+        if candidates < self._owner.cache_config.min_tokens:
+            return False
+        evicts = self._owner.cache_config.keep_ratio < 1 and self._owner.padding.may_evict(self.seen)
+        return self.body is not None or not evicts or candidates - self._kept_of(candidates) >= self._owner.padding.most
+
+    @property
+    def _is_recording(self) -> bool:
+        return self.record_past and not self._updated_since_crop
+
+    def activate_past_recording(self) -> None:
+        """Expect a `crop` after each update from now on, and encode only then.
+
+        The first multi-token update is taken for a prompt, later ones for candidates.  An update that is not followed
+        by a crop ends the recording.
+        """
+        self.record_past = self._expects_prompt = True
+        self._updated_since_crop = False
 
     def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
         """Return all kept keys and values in the dtypes they came in, oldest first."""
@@ -175,15 +239,49 @@ class NexusQuantLayer(CacheLayerMixin):
         if self.body is None:
             return tail_keys, tail_values
         assert self.sinks is not None
-        keys, body_keys = _frame(self.sinks[0], self.body.positions.tokens, tail_keys)
-        values, body_values = _frame(self.sinks[1], self.body.positions.tokens, tail_values)
+        keys = self._assemble(self.sinks[0], tail_keys, self._decode_keys)
+        values = self._assemble(self.sinks[1], tail_values, self._decode_values)
+        return keys, values
+
+    def _decode_keys(self, out: Float[Tensor, "b h n d"]) -> None:
+        assert self.body is not None
         decoded = self.key_codec.decode(self.body.keys.packed(), self.body.keys.transform)
         if self.phase is None:
-            body_keys.copy_(decoded)
+            out.copy_(decoded)
         else:
-            self.phase.rotate(decoded, self.body.positions.positions(decoded.device), out=body_keys)
-        body_values.copy_(self.value_codec.decode(self.body.values.packed(), self.body.values.transform))
-        return keys, values
+            positions = self.body.positions.positions(decoded.device)
+            self.phase.rotate(decoded, self._angles(positions, *decoded.shape[:2]), out=out)
+
+    def _decode_values(self, out: Float[Tensor, "b h n dv"]) -> None:
+        assert self.body is not None
+        out.copy_(self.value_codec.decode(self.body.values.packed(), self.body.values.transform))
+
+    def _assemble(self, sinks: Tensor, tail: Tensor, decode: Callable[[Tensor], None]) -> Float[Tensor, "b h n d"]:
+        """Return sinks, body and tail in one tensor; ``decode`` writes the body."""
+        assert self.body is not None
+        first, body = sinks.shape[2], self.body.positions.tokens
+        out = tail.new_empty(*tail.shape[:2], first + body + tail.shape[2], tail.shape[3])
+        out[:, :, first + body :] = tail
+        if self.sink_place is None or not bool(self.sink_place[:, 1].any()):
+            out[:, :, :first] = sinks
+            decode(out[:, :, first : first + body])
+            return out
+        # Rows with kept pads: these come before the sinks.
+        decoded = tail.new_empty(*tail.shape[:2], body, tail.shape[3])
+        decode(decoded)
+        for row, before in enumerate(self.sink_place[:, 1].tolist()):
+            out[row, :, :before] = decoded[row, :, :before]
+            out[row, :, before : before + first] = sinks[row]
+            out[row, :, before + first : first + body] = decoded[row, :, before:]
+        return out
+
+    def _angles(self, positions: Int[Tensor, "*given n"], batch: int, heads: int) -> Int[Tensor, "*out n"]:
+        """Return the positions that the rotary embedding has seen: pads do not count."""
+        pads = self._owner.padding.pads
+        if pads is None:
+            return positions
+        rows = pads.to(positions.device)[:, None, None]
+        return (positions.expand(batch, heads, -1) - rows).clamp_min(0)
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
@@ -204,14 +302,19 @@ class NexusQuantLayer(CacheLayerMixin):
         return self.tail_tokens - settings.residual_length - sinks
 
     def _kept_of(self, candidates: int) -> int:
-        if not self._owner.may_evict:
+        """Return how many candidates a compression keeps."""
+        padding = self._owner.padding
+        # transformers' mask takes as many of a row's first slots for pads as there are pads not evicted yet.  Later
+        # evictions would have to take packed pads, one by one in each row; such a batch is rather kept whole.
+        keeps_pads = self.body is not None and self.seen - self.kept < padding.most
+        if keeps_pads or not padding.may_evict(self.seen):
             return candidates
         return ceil(self._owner.cache_config.keep_ratio * candidates)
 
-    def _planned_eviction(self) -> int:
-        """Tokens that the next one-token update will evict."""
+    def _planned_eviction(self, query_length: int) -> int:
+        """Tokens that the next update, of so many tokens, will evict."""
         candidates = self._candidates()
-        if not self.pending or candidates < self._owner.cache_config.min_tokens:
+        if not self.pending or not self.is_due(query_length) or candidates < self._owner.cache_config.min_tokens:
             return 0
         return candidates - self._kept_of(candidates)
 
@@ -223,7 +326,7 @@ class NexusQuantLayer(CacheLayerMixin):
             self._encode_oldest(candidates, self._kept_of(candidates))
         elif not self.pending and candidates >= (settings.min_tokens if self.body is None else settings.flush_length):
             self._encode_oldest(candidates, candidates)
-        self.pending = False
+        self._pending_from = None
 
     def _encode_oldest(self, candidates: int, count: int) -> None:
         """Move ``candidates`` tokens out of the tail, encoding the ``count`` best of them.
@@ -231,90 +334,233 @@ class NexusQuantLayer(CacheLayerMixin):
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
         tail_keys, tail_values = self._exact()
-        sinks = self._owner.cache_config.sink_tokens if self.sinks is None else 0
-        keep = None if count == candidates else self._select(sinks, candidates, count)
-        inside = slice(sinks, sinks + candidates)
-        keys = _pick(tail_keys[:, :, inside], keep)
-        values = _pick(tail_values[:, :, inside], keep)
+        offset = self.seen - self.tail_tokens
+        sinks = self._owner.cache_config.sink_tokens if self.body is None else 0
+        rows = self._rows_by_pads()
+        # The sinks of padded rows lie in different places, so the first time their rest has to be picked.
+        evicts_none = count == candidates and (rows is None or self.body is not None)
+        keep = None if evicts_none else self._select(sinks, candidates, count, rows)
+        start = sinks if keep is None else 0
+        stop = sinks + candidates
+        keys, values = (_pick(x[:, :, start:stop], keep) for x in (tail_keys, tail_values))
         self._check_finite(keys, values, "generated tokens")
 
-        start = self.seen - self.tail_tokens + sinks
         phase = self.phase if self.body is not None else self._owner.make_phase(self.layer_idx, self.seen)
         if phase is not None:
-            positions: Int[Tensor, "*heads n"] = torch.arange(start, start + candidates, device=keys.device)
+            positions: Int[Tensor, "*heads n"] = torch.arange(offset + start, offset + stop, device=keys.device)
             if keep is not None:
                 positions = positions.expand(*keep.shape)[keep].view(*keep.shape[:2], count)
-            keys = phase.rotate(keys.float(), positions, inverse=True)
+            keys = phase.rotate(keys.float(), self._angles(positions, *keys.shape[:2]), inverse=True)
 
-        if self.body is None:
-            key_transform, value_transform = self.key_codec.fit(keys), self.value_codec.fit(values)
+        if self.body is not None:
+            transforms = self.body.keys.transform, self.body.values.transform
         else:
-            key_transform, value_transform = self.body.keys.transform, self.body.values.transform
-        packed = self.key_codec.encode(keys, key_transform), self.value_codec.encode(values, value_transform)
+            transforms = self._fit(keys, values, candidates - count, phase, rows)
+        packed = self.key_codec.encode(keys, transforms[0]), self.value_codec.encode(values, transforms[1])
 
-        self._store(packed, (key_transform, value_transform), start, keep)
-        if self.sinks is None:
-            self.sinks = (_own(tail_keys[:, :, :sinks]), _own(tail_values[:, :, :sinks]))
-            self.phase = phase
-        self.tail = (_own(tail_keys[:, :, inside.stop :]), _own(tail_values[:, :, inside.stop :]))
-
-    def _select(self, sinks: int, candidates: int, count: int) -> Bool[Tensor, "b h n"]:
-        """Ask the policy which of the candidates to keep."""
-        keys, values = self._exact()
-        order = torch.arange(self.tail_tokens, device=keys.device)
-        inputs = ScoreInputs(
-            keys=keys,
-            values=values,
-            positions=order + (self.seen - self.tail_tokens),
-            protected=(order < sinks) | (order >= sinks + candidates),
-            layer_idx=self.layer_idx,
-        )
-        return self.policy.select(inputs, count)[..., sinks : sinks + candidates]
-
-    def _store(
-        self,
-        packed: tuple[PackedVectors, PackedVectors],
-        transforms: tuple[VectorTransform, VectorTransform],
-        start: int,
-        keep: Bool[Tensor, "b h n"] | None,
-    ) -> None:
         if self.body is None:
-            sides = [PackedSide.of(p, t) for p, t in zip(packed, transforms, strict=True)]
-            self.body = PackedTokens(sides[0], sides[1], PositionMap(start))
+            self.sinks, self.sink_place = self._take_sinks(sinks, candidates, count)
+            self.phase = phase
+            # Sinks inside the covered range are simply not among the kept ones of the map.
+            self.body = PackedTokens(
+                PackedSide.of(packed[0], transforms[0]), PackedSide.of(packed[1], transforms[1]), PositionMap(start)
+            )
         else:
             self.body.keys.append(packed[0])
             self.body.values.append(packed[1])
         if keep is None:
-            self.body.positions.append_all(packed[0].tokens)
+            self.body.positions.append_all(count)
         else:
             self.body.positions.append(keep)
+        self.tail = (_own(tail_keys[:, :, stop:]), _own(tail_values[:, :, stop:]))
+
+    def _rows_by_pads(self) -> dict[int, list[int]] | None:
+        """Return the rows that have so many pads; None without padding."""
+        pads = self._owner.padding.pads
+        if pads is None:
+            return None
+        groups: dict[int, list[int]] = {}
+        for row, count in enumerate(pads.tolist()):
+            groups.setdefault(count, []).append(row)
+        return groups
+
+    def _in_tail(self, pads: int) -> int:
+        """Return how many of a row's leading pads the tail holds."""
+        before = self.seen - self.tail_tokens
+        return min(max(pads - before, 0), self.tail_tokens)
+
+    def _select(
+        self, sinks: int, candidates: int, count: int, rows: dict[int, list[int]] | None
+    ) -> Bool[Tensor, "b h n"]:
+        """Choose which of the first ``sinks + candidates`` tokens of the tail to encode.
+
+        Pads go first, oldest first.  Only then does the policy choose, and it is shown a row without its pads, as if
+        the row had been alone; rows with equally many pads are shown to it together.
+        """
+        keys = self._exact()[0]
+        keep = torch.ones(*keys.shape[:2], sinks + candidates, dtype=torch.bool, device=keys.device)
+        for row_pads, members in (rows or {0: list(range(len(keys)))}).items():
+            pads = min(self._in_tail(row_pads), candidates)
+            gone = min(pads, candidates - count)
+            chosen = torch.ones_like(keep[members])
+            if candidates - count > pads:
+                inputs = self._score_inputs(members, row_pads, sinks, candidates - pads)
+                selected = self.policy.select(inputs, count)
+                chosen[..., pads:] = selected[..., : sinks + candidates - pads]
+            chosen[..., :gone] = False
+            chosen[..., pads : pads + sinks] = False
+            keep[members] = chosen
+        return keep
+
+    def _score_inputs(self, members: list[int], row_pads: int, sinks: int, candidates: int) -> ScoreInputs:
+        """Return what a policy sees of these rows: their real tokens in the tail."""
+        keys, values = (x if len(members) == len(x) else x[members] for x in self._exact())
+        pads = self._in_tail(row_pads)
+        order = torch.arange(self.tail_tokens - pads, device=keys.device)
+        first = self.seen - len(order) - row_pads
+        return ScoreInputs(
+            keys=keys[:, :, pads:],
+            values=values[:, :, pads:],
+            positions=order + first,
+            protected=(order < sinks) | (order >= sinks + candidates),
+            layer_idx=self.layer_idx,
+        )
+
+    def _fit(
+        self,
+        keys: Float[Tensor, "b h n d"],
+        values: Float[Tensor, "b h n dv"],
+        evicted: int,
+        phase: RotaryPhase | None,
+        rows: dict[int, list[int]] | None,
+    ) -> tuple[VectorTransform, VectorTransform]:
+        """Fit both codecs to the tokens that are going to be encoded, pads left out."""
+        if rows is None:
+            return self.key_codec.fit(keys), self.value_codec.fit(values)
+        parts: tuple[list[VectorTransform], list[VectorTransform]] = ([], [])
+        candidates = keys.shape[2] + evicted
+        for row_pads, members in rows.items():
+            in_tail = self._in_tail(row_pads)
+            pads = max(min(in_tail, candidates) - evicted, 0)
+            sample = keys[members][:, :, pads:], values[members][:, :, pads:]
+            if pads == keys.shape[2] and in_tail < self.tail_tokens:
+                sample = self._real_residual(members, in_tail, phase)
+            elif pads == keys.shape[2]:
+                sample = keys[members], values[members]  # a row of pads alone: anything will do
+            parts[0].append(self.key_codec.fit(sample[0]))
+            parts[1].append(self.value_codec.fit(sample[1]))
+        order = [row for members in rows.values() for row in members]
+        back = torch.tensor(order, device=keys.device).argsort()
+        key_transform, value_transform = (
+            VectorTransform.cat(part).map_batch(lambda x: x.index_select(0, back.to(x.device))) for part in parts
+        )
+        return key_transform, value_transform
+
+    def _real_residual(self, members: list[int], pads: int, phase: RotaryPhase | None) -> tuple[Tensor, Tensor]:
+        """Return the real tokens of a short row that the residual holds, keys without their phase."""
+        start = max(pads, self.tail_tokens - self._owner.cache_config.residual_length)
+        keys, values = (x[members][:, :, start:] for x in self._exact())
+        if phase is not None:
+            angles = torch.arange(start - pads, self.tail_tokens - pads, device=keys.device)
+            keys = phase.rotate(keys.float(), angles, inverse=True)
+        return keys, values
+
+    def _take_sinks(
+        self, sinks: int, candidates: int, count: int
+    ) -> tuple[tuple[Tensor, Tensor], Int[Tensor, "b 2"] | None]:
+        """Return the first real tokens of each row and, in a padded batch, where they are."""
+        keys, values = self._exact()
+        pads = self._owner.padding.pads
+        if pads is None:
+            return (_own(keys[:, :, :sinks]), _own(values[:, :, :sinks])), None
+        starts = pads.clamp_max(candidates)
+        place = torch.stack([starts, (starts - (candidates - count)).clamp_min(0)], 1)
+        index = (starts[:, None] + torch.arange(sinks)).to(keys.device)[:, None, :, None]
+        taken = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)]
+        return (taken[0], taken[1]), place
 
     # Cache operations
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the ``abs(tokens_to_remove)`` newest tokens.
+    def crop(self, tokens_to_remove: int, packed_tokens: int | None = None) -> None:
+        """Remove the ``abs(tokens_to_remove)`` newest tokens; while recording, encode what the tail need not hold.
+
+        Codes are dropped, never decoded and encoded again.
+
+        Args:
+            tokens_to_remove: 0 or a negative number.
+            packed_tokens: Packed tokens that every head shall have left if the removal reaches them: the number that
+                all heads of all layers still have (see `kept_before`).  The oldest surplus ones are dropped.
 
         Raises:
             ShapeError: If the number is positive (an absolute length, which transformers gave up).
-            UnsupportedError: If the removal reaches tokens that are already packed.
+            UnsupportedError: If the batch is padded and the removal reaches the sinks of a row.
         """
         if tokens_to_remove > 0:
             msg = f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}"
             raise ShapeError(msg)
-        count = -tokens_to_remove
-        if count == 0 or not self.is_initialized:
+        if not self.is_initialized:
             return
-        if count > self.tail_tokens and self.body is not None:
+        if tokens_to_remove:
+            self._remove(min(-tokens_to_remove, self.seen), packed_tokens)
+        self._updated_since_crop = False
+        if self.record_past:
+            if not self._expects_prompt:
+                self._pending_from = None  # these were candidates
+            self._expects_prompt = False
+            if self.seen:
+                self._make_room()
+
+    def check_crop(self, count: int) -> None:
+        """Raise UnsupportedError if the newest ``count`` tokens cannot be removed."""
+        end = self.seen - count
+        if self.sink_place is None or self.sinks is None or end <= 0:
+            return
+        last = int(self.sink_place[:, 0].max()) + self.sinks[0].shape[2]
+        if end < last:
             msg = (
-                f"cannot remove the newest {count} tokens: only the newest {self.tail_tokens} are held in full "
-                "precision. Raise residual_length, or start again from the prompt after cache.reset()."
+                f"cannot remove the newest {count} of {self.seen} tokens: in a padded batch only tokens behind "
+                f"position {last}, where the last row's first tokens end, can go. Start again after cache.reset()."
             )
             raise UnsupportedError(msg)
-        count = min(count, self.tail_tokens)
-        stop = self.tail_tokens - count
+
+    def kept_before(self, count: int) -> Int[Tensor, "b h"] | None:
+        """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
+        if self.body is None or count <= self.tail_tokens:
+            return None
+        return self.body.kept_before(self.seen - count)
+
+    def _remove(self, count: int, packed_tokens: int | None) -> None:
+        self.check_crop(count)
+        end = self.seen - count
         keys, values = self._exact()
-        self.tail = (_own(keys[:, :, :stop]), _own(values[:, :, :stop]))
-        self.seen -= count
+        if self._pending_from is not None and end <= self._pending_from:
+            self._pending_from = None
+        if count <= self.tail_tokens or self.body is None:
+            stop = self.tail_tokens - count
+            self.tail = (_own(keys[:, :, :stop]), _own(values[:, :, :stop]))
+        else:
+            self._remove_packed(end, packed_tokens)
+        self.seen = end
+
+    def _remove_packed(self, end: int, packed_tokens: int | None) -> None:
+        assert self.body is not None
+        assert self.sinks is not None
+        keys, values = self._exact()
+        sinks = self.sinks[0].shape[2]
+        if end <= (sinks if self.sink_place is None else 0):
+            # Nothing packed is left: as if nothing had ever been.
+            self.tail = (_own(self.sinks[0][:, :, :end]), _own(self.sinks[1][:, :, :end]))
+            self.sinks = self.body = self.phase = self.sink_place = None
+            return
+        before = self.body.kept_before(end)
+        least = int(before.min()) if packed_tokens is None else packed_tokens
+        if self.sink_place is not None:
+            # Rows that keep pads keep the same tokens in all heads.
+            lost = (before[:, 0].cpu() - least).clamp_min(0)
+            place = self.sink_place
+            self.sink_place = torch.stack([place[:, 0], (place[:, 1] - lost).clamp_min(0)], 1)
+        self.body.crop(end, least)
+        self.tail = (_own(keys[:, :, :0]), _own(values[:, :, :0]))
 
     def take_back(self, count: int) -> None:
         """Undo the last update of ``count`` tokens, all still in the tail; without tokens, forget shapes as well.
@@ -322,8 +568,8 @@ class NexusQuantLayer(CacheLayerMixin):
         A compression that the update caused stays: it would have come with the next one.
         """
         if count > 0:
-            self.crop(-count)
-            self.pending = self._was_pending
+            self._remove(count, None)
+            self._pending_from, self.record_past, self._updated_since_crop = self._undo
         if self.seen == 0:
             self.reset()
 
@@ -336,17 +582,23 @@ class NexusQuantLayer(CacheLayerMixin):
         if self.body is not None:
             self.body.map(function)
 
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function``, which acts on rows of the batch, to all that is stored per row."""
+        self._map(function)
+        if self.sink_place is not None:
+            self.sink_place = function(self.sink_place)
+
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows of the batch in another order, as beam search does."""
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        self._map(lambda x: x[indices.to(x.device), ...])
+        self._map_rows(lambda x: x[indices.to(x.device), ...])
 
     def offload(self) -> None:
         """Move everything stored to the CPU, in packed form."""
@@ -410,15 +662,6 @@ def _own(x: Tensor) -> Tensor:
 
 def _append(stored: Tensor, new: Tensor) -> Tensor:
     return _own(new) if stored.shape[2] == 0 else torch.cat([stored, new.detach()], 2)
-
-
-def _frame(sinks: Tensor, body: int, tail: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a tensor with sinks and tail in place and, as a view, the part between them to be filled."""
-    first, last = sinks.shape[2], tail.shape[2]
-    out = tail.new_empty(*tail.shape[:2], first + body + last, tail.shape[3])
-    out[:, :, :first] = sinks
-    out[:, :, first + body :] = tail
-    return out, out[:, :, first : first + body]
 
 
 def _pick(x: Tensor, keep: Bool[Tensor, "b h n"] | None) -> Tensor:

@@ -102,6 +102,9 @@ def _is_rotary(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Tell whether the layer applies any rotary embedding."""
     if getattr(config, "alibi", False):  # Falcon's other kind of positions
         return False
+    # Multi-head latent attention caches latents that are not rotary in the place of keys.
+    if getattr(config, "kv_lora_rank", None):
+        return False
     if getattr(config, "position_embedding_type", "rope") != "rope":  # hybrid Granite models without positions
         return False
     if not getattr(config, "use_mem_rope", True):  # Zamba 2

@@ -47,6 +47,15 @@ class TokenBuffer:
         self.data[:, :, self.tokens : total] = new
         self.tokens = total
 
+    def crop(self, tokens: int, dropped: Int[Tensor, "b h"] | None = None) -> None:
+        """Keep this many tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
+        view = self.view()
+        if dropped is not None:
+            index = dropped[..., None] + torch.arange(tokens, device=dropped.device)
+            index = index.view(*index.shape, *(1,) * (view.ndim - 3)).expand(*index.shape, *view.shape[3:])
+            view = view.gather(2, index)
+        self.data, self.tokens = _exact(view[:, :, :tokens]), tokens
+
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the stored tokens by the result of ``function``, dropping unused room."""
         self.data = _exact(function(self.view()))
@@ -75,6 +84,11 @@ class PackedSide:
         """Add tokens encoded with this side's transform."""
         self.words.append(packed.words)
         self.scales.append(packed.scales)
+
+    def crop(self, tokens: int, dropped: Int[Tensor, "b h"] | None = None) -> None:
+        """Keep this many tokens; see `TokenBuffer.crop`."""
+        self.words.crop(tokens, dropped)
+        self.scales.crop(tokens, dropped)
 
     def packed(self) -> PackedVectors:
         """Return all codes; shares memory."""
@@ -116,13 +130,38 @@ class PositionMap:
 
     def append(self, keep: Bool[Tensor, "b h n"]) -> None:
         """Add tokens of which these are kept, the same number in every head."""
-        batch, heads, _ = keep.shape
-        earlier = keep.new_ones(batch, heads, self.dense)
-        bits = torch.cat([self._bits(keep), earlier, keep], -1)
-        self.covered, self.dense = bits.shape[-1], 0
+        earlier = keep.new_ones(*keep.shape[:2], self.dense)
+        self.dense = 0
+        self._set(torch.cat([self._bits(keep), earlier, keep], -1))
+
+    def kept_before(self, end: int) -> Int[Tensor, "b h"] | int:
+        """Return how many kept tokens stand before position ``end``, as one number where all heads agree."""
+        behind = end - self.start - self.covered
+        if behind >= 0:
+            return self.kept + min(behind, self.dense)
+        if self.bitmap is None:
+            return 0
+        return self._bits(self.bitmap)[..., : max(end - self.start, 0)].sum(-1)
+
+    def crop(self, end: int, tokens: int) -> None:
+        """Forget positions from ``end`` on, and in each head the first ones before it, so that ``tokens`` are left."""
+        behind = end - self.start - self.covered
+        if behind >= 0 and self.kept + behind == tokens:
+            self.dense = behind
+            return
+        assert self.bitmap is not None, "positions that are all kept are only ever cut behind their start"
+        bits = self._bits(self.bitmap)[..., : max(end - self.start, 0)]
+        bits = torch.cat([bits, bits.new_ones(*bits.shape[:2], max(behind, 0))], -1)
+        surplus = bits.sum(-1, keepdim=True) - tokens
+        self.dense = 0
+        self._set(bits & (bits.cumsum(-1) > surplus))
+
+    def _set(self, bits: Bool[Tensor, "b h covered"]) -> None:
+        """Cover these tokens and no others."""
+        self.covered = bits.shape[-1]
         self.kept = int(bits[0, 0].sum())
-        padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(batch, heads, -1, 8)
-        weights = (1 << torch.arange(8, device=keep.device)).to(torch.uint8)
+        padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(*bits.shape[:2], -1, 8)
+        weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
         self.bitmap = (padded * weights).sum(-1, dtype=torch.uint8)
 
     def _bits(self, like: Tensor) -> Bool[Tensor, "b h covered"]:
@@ -161,3 +200,21 @@ class PackedTokens:
         self.keys.map(function)
         self.values.map(function)
         self.positions.map(function)
+
+    def kept_before(self, end: int) -> Int[Tensor, "b h"]:
+        """Return how many tokens before position ``end`` each head has."""
+        scales = self.keys.scales.data
+        return torch.as_tensor(self.positions.kept_before(end), device=scales.device).expand(scales.shape[:2])
+
+    def crop(self, end: int, tokens: int) -> int:
+        """Forget what stands at ``end`` and behind, and the first tokens of each head, so that ``tokens`` are left.
+
+        Returns:
+            How many tokens before ``end`` the head that loses most has lost.
+        """
+        dropped = self.kept_before(end) - tokens
+        most = int(dropped.max())
+        self.positions.crop(end, tokens)
+        for side in (self.keys, self.values):
+            side.crop(tokens, dropped if most else None)
+        return most

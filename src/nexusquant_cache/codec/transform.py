@@ -121,3 +121,21 @@ class VectorTransform:
             mean=None if self.mean is None else function(self.mean),
             reference=function(self.reference),
         )
+
+    @staticmethod
+    def cat(parts: "list[VectorTransform]") -> "VectorTransform":
+        """Return one transform for the rows of all parts, which must differ in nothing but their tensors."""
+        joined = (torch.cat(tensors) for tensors in zip(*map(_batch_tensors, parts), strict=True))
+        return parts[0].map_batch(lambda _: next(joined))
+
+
+def _batch_tensors(transform: VectorTransform) -> list[Tensor]:
+    """Return every tensor with a batch axis, in the order in which `VectorTransform.map_batch` visits them."""
+    found: list[Tensor] = []
+
+    def note(x: Tensor) -> Tensor:
+        found.append(x)
+        return x
+
+    transform.map_batch(note)
+    return found

@@ -1,0 +1,264 @@
+"""Left padding: how many pads each row of a batch begins with, stated by a mask or recognised from the keys.
+
+A cache is never shown the attention mask.  But pads share one token and one position (`generate` puts
+them all at position 0), so at the first attention layer all pads of a row have the same key, while equal
+real tokens at consecutive positions differ by a rotary step.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int, Shaped
+from torch import Tensor
+
+from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
+
+# Two roundings of one vector differ by less; a rotary step moves the fastest pair of channels by a radian.
+_RELATIVE = 0.02
+_ABSOLUTE = 1e-5  # of the largest channel
+
+
+def leading_pads(attention_mask: Shaped[Tensor, "rows n"]) -> Int[Tensor, "rows"]:
+    """Return the number of zeros that each row of a mask begins with, on the CPU.
+
+    Raises:
+        OptionError: If the mask is not two-dimensional, or has a zero behind a one.
+    """
+    mask: object = attention_mask  # whatever the annotation says
+    if not isinstance(mask, Tensor) or mask.ndim != 2:  # noqa: PLR2004 - batch, tokens
+        shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        msg = f"attention_mask must be a tensor [batch, tokens] of ones and zeros, got {shape}"
+        raise OptionError(msg)
+    real = mask.detach().to("cpu") != 0
+    pads = (~real).cumprod(1).sum(1)
+    if bool((pads + real.sum(1) != mask.shape[1]).any()):
+        msg = (
+            "attention_mask must be zeros, then ones, in every row: padding on the left. "
+            "Set tokenizer.padding_side = 'left'; padding elsewhere cannot be told from text by a cache."
+        )
+        raise OptionError(msg)
+    return pads
+
+
+@dataclass
+class _Beginning:
+    """How each row begins, as far as seen.
+
+    Attributes:
+        first: The first vector of each row, ``[batch, channels]``.
+        after: The first one that differs from it; meaningless for open rows.
+        run: How many leading vectors equal the first.
+        open: Rows of which all vectors so far equal the first.
+    """
+
+    first: Float[Tensor, "b c"]
+    after: Float[Tensor, "b c"]
+    run: Int[Tensor, "b"]
+    open: Bool[Tensor, "b"]
+
+    @staticmethod
+    def of(vectors: Float[Tensor, "b n c"]) -> "_Beginning":
+        """Start with the first vectors of each row."""
+        first = vectors[:, 0].clone()  # not a view, which would keep all the others
+        batch = len(vectors)
+        start = _Beginning(first, first, torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.bool))
+        return start.grown(vectors)
+
+    def grown(self, vectors: Float[Tensor, "b n c"]) -> "_Beginning":
+        """Return this with further vectors of each row."""
+        equal = _close(vectors, self.first[:, None]).long().cumprod(1).sum(1)
+        ends = equal < vectors.shape[1]
+        at = equal.clamp_max(vectors.shape[1] - 1)
+        found = vectors[torch.arange(len(vectors), device=at.device), at]
+        is_open = self.open.to(ends.device)
+        after = torch.where((is_open & ends)[:, None], found, self.after)
+        run = self.run + torch.where(self.open, equal.cpu(), 0)
+        return _Beginning(self.first, after, run, self.open & ~ends.cpu())
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "_Beginning":
+        """Return this with ``function`` applied to every tensor; all have the batch as first axis."""
+        return _Beginning(function(self.first), function(self.after), function(self.run), function(self.open))
+
+    def pads(self, position_shows: bool) -> Int[Tensor, "b"] | None:
+        """Return the number of pads of each row, or None if it cannot be told.
+
+        Args:
+            position_shows: Whether equal tokens at different positions differ; if not, a text may begin with a run.
+        """
+        same = _close(self.first[:, None], self.first[None]).cpu()
+        padded = self._surely_padded(position_shows, same)
+        if padded is None or not bool(padded.any()):
+            return None if padded is None else torch.zeros_like(self.run)
+        is_pad = same[int(padded.long().argmax())]
+        single = is_pad & ~padded
+        if not bool(is_pad[padded].all()) or not self._behind_is_first(single, ~is_pad):
+            return None
+        return torch.where(padded, self.run, torch.where(single, 1, 0))
+
+    def _surely_padded(self, position_shows: bool, same: Bool[Tensor, "b b"]) -> Bool[Tensor, "b"] | None:
+        """Return the rows that have pads for certain, or None if that says nothing about the others.
+
+        Args:
+            position_shows: As in `pads`.
+            same: Which rows begin with the same vector.
+        """
+        padded = self.run > 1
+        if not position_shows:
+            padded_means_nothing = bool(padded.any()) and len(padded) > 1
+            return None if padded_means_nothing else torch.zeros_like(padded)
+        if bool(padded.any()) or bool(same.all()):
+            return padded
+        # A second key like another row's first: both are at position 0, so before it there is a pad.
+        padded = (_close(self.after[:, None], self.first[None]).cpu() & ~same).any(1)
+        return padded if bool(padded.any()) else None
+
+    def _behind_is_first(self, single: Bool[Tensor, "b"], unpadded: Bool[Tensor, "b"]) -> bool:
+        """Tell whether these rows have one pad each, and are not texts that begin with the pad's own token.
+
+        So they have if the vector behind is one that an unpadded row begins with, at position 0.
+        """
+        known = self.first[unpadded.to(self.first.device)]
+        behind = self.after[single.to(self.after.device)]
+        return bool(_close(behind[:, None], known[None]).any(1).all())
+
+
+@dataclass
+class BatchPadding:
+    """What is known about the pads of the batch that a cache serves.
+
+    Attributes:
+        stated: Pads of each row of the mask that the user gave, or None.
+        pads: Pads of each row of the batch, on the CPU; None if there are none (or none are known).
+        certain: False if rows may have pads that could not be told apart: then nothing may be evicted.
+        settled_at: Seen tokens from which on ``pads`` and ``certain`` hold; None while every token so far
+            may be a pad.
+        beginning: How the rows begin; dropped when that is settled.
+    """
+
+    stated: Int[Tensor, "rows"] | None = None
+    pads: Int[Tensor, "b"] | None = None
+    certain: bool = True
+    settled_at: int | None = None
+    beginning: _Beginning | None = None
+
+    @property
+    def most(self) -> int:
+        """Pads of the row that has most."""
+        return 0 if self.pads is None else int(self.pads.max())
+
+    def is_settled(self, seen: int) -> bool:
+        """Tell whether the padding was known when this many tokens had been seen.
+
+        Asked with the count of the layer at hand, the answer is the same for all layers of one forward.
+        """
+        return self.settled_at is not None and seen >= self.settled_at
+
+    def may_evict(self, seen: int) -> bool:
+        """Tell whether tokens may be evicted without risk of taking text for padding or padding for text."""
+        return self.certain and self.is_settled(seen)
+
+    def state(self, pads: Int[Tensor, "rows"], batch: int | None) -> None:
+        """Take the pads of each row as given; with a known batch size, for each of its rows."""
+        self.stated, self.certain, self.beginning = pads, True, None
+        if batch is not None:
+            self.pads = _per_row(pads, batch)
+            self.settled_at = int(pads.max()) + 1
+
+    def observe(
+        self,
+        keys: Float[Tensor, "b h n d"],
+        values: Float[Tensor, "b h n dv"],
+        seen: int,
+        position_shows: bool,
+    ) -> None:
+        """Look at new tokens of the first attention layer, before any layer has stored them.
+
+        Args:
+            keys: New keys.
+            values: New values; they differ where keys do, and in latent attention it is they that are rotary.
+            seen: Tokens that the layer has seen before.
+            position_shows: Whether equal tokens at different positions differ at this layer.
+        """
+        if seen == 0 and self.stated is not None:
+            self.state(self.stated, len(keys))
+        if self.settled_at is not None:
+            return
+        tokens = min(keys.shape[2], _LOOK) if self.beginning is None else keys.shape[2]
+        vectors = _vectors(keys[:, :, :tokens], values[:, :, :tokens])
+        beginning = _Beginning.of(vectors) if self.beginning is None else self.beginning.grown(vectors)
+        if tokens < keys.shape[2] and bool(beginning.open.any()):
+            beginning = beginning.grown(_vectors(keys[:, :, tokens:], values[:, :, tokens:]))
+        self.beginning = beginning
+        if not bool(beginning.open.any()):
+            pads = beginning.pads(position_shows)
+            self.certain = pads is not None
+            self.pads = pads if pads is not None and bool(pads.any()) else None
+            self.settled_at = seen + keys.shape[2]
+            self.beginning = None
+
+    def observe_turn(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"], evicted: int) -> None:
+        """Look for padding in a later turn, which transformers' mask would hide in the wrong place.
+
+        Raises:
+            UnsupportedError: If a row of the turn has pads, at least two, and tokens have been evicted.
+        """
+        if not _has_equal_neighbours(keys, values):
+            return
+        if evicted:
+            msg = (
+                f"this turn looks padded (equal keys side by side), and {evicted} tokens have been evicted: "
+                "transformers' mask would hide the wrong ones. Give turns of equal length, or one cache per "
+                "conversation, or a preset that evicts nothing (quant)."
+            )
+            raise UnsupportedError(msg)
+        self.certain = False
+
+    def crop(self, seen: int) -> None:
+        """Follow the cache back to this many seen tokens; what was known stays known, unless nothing is left."""
+        if seen == 0:
+            self.pads, self.certain, self.settled_at, self.beginning = None, True, None, None
+        elif self.settled_at is not None:
+            self.settled_at = min(self.settled_at, seen)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to every tensor of the batch; all have the batch as first axis."""
+        self.pads = None if self.pads is None else function(self.pads)
+        self.beginning = None if self.beginning is None else self.beginning.map(function)
+
+
+_LOOK = 256  # tokens looked at before the rest of a long prompt
+
+
+def _per_row(pads: Int[Tensor, "rows"], batch: int) -> Int[Tensor, "b"] | None:
+    """Return the pads of each row of a batch, in which each row of the mask may stand several times in a row."""
+    if batch % len(pads):
+        msg = (
+            f"attention_mask has {len(pads)} rows, and the batch has {batch}. It must be the mask of this batch "
+            "(each row may stand for several, as with num_return_sequences)."
+        )
+        raise ShapeError(msg)
+    return pads.repeat_interleave(batch // len(pads)) if bool(pads.any()) else None
+
+
+def _vectors(keys: Tensor, values: Tensor) -> Float[Tensor, "b n c"]:
+    """Return one vector per token: all heads, keys and values, as they are seen by whoever compares tokens."""
+    both = [x.detach().float().transpose(1, 2).flatten(2) for x in (keys, values)]
+    return torch.cat(both, -1)
+
+
+def _has_equal_neighbours(keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> bool:
+    """Tell whether two tokens side by side are the same, position included, in any row."""
+    few = torch.cat([x[:, 0, :, :8].detach().float() for x in (keys, values)], -1)  # enough to rule out nearly all
+    rows, tokens = _close(few[:, 1:], few[:, :-1]).nonzero(as_tuple=True)
+    if not len(rows):
+        return False
+    first, second = (_vectors(keys[rows, :, at, None], values[rows, :, at, None]) for at in (tokens, tokens + 1))
+    return bool(_close(first, second).any())
+
+
+def _close(a: Float[Tensor, "*#shape c"], b: Float[Tensor, "*#shape c"]) -> Bool[Tensor, "*shape"]:
+    """Tell which vectors are equal up to rounding."""
+    size = torch.maximum(a.abs(), b.abs())
+    limit = _RELATIVE * size + _ABSOLUTE * size.amax(-1, keepdim=True)
+    return ((a - b).abs() <= limit).all(-1)

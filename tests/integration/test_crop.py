@@ -1,0 +1,242 @@
+"""Taking tokens back: `crop`, past recording, and what assisted decoding makes of them."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from integration.test_generate import masks, visible_mask
+from integration.tiny import (
+    SMALL,
+    fingerprint,
+    generate,
+    logits,
+    lossless_cache,
+    prompt,
+    random_states,
+    reachable_bytes,
+    tiny_llama,
+)
+from torch import Tensor
+from transformers import DynamicCache, LlamaForCausalLM
+
+from nexusquant_cache import NexusQuantCache
+
+ROUNDING = 2e-5
+
+
+@pytest.fixture(scope="module", params=["eager", "sdpa"])
+def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
+    return tiny_llama(request.param)
+
+
+def balanced(model: LlamaForCausalLM, **options: Any) -> NexusQuantCache:
+    return NexusQuantCache("balanced", config=model.config, **(SMALL | options))
+
+
+def grown(model: LlamaForCausalLM, cache: Any, steps: int = 15) -> Any:
+    """Give a cache a prompt of 60 tokens and some single tokens."""
+    logits(model, prompt(60), cache)
+    for step in range(steps):
+        logits(model, prompt(1, seed=step), cache)
+    return cache
+
+
+@pytest.mark.parametrize("preset", ["quant", "balanced", "max"])
+@pytest.mark.parametrize("tokens", [1, 5, 30])
+@pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
+def test_a_recorded_rollback_leaves_no_trace(model: LlamaForCausalLM, preset: str, tokens: int, when: str) -> None:
+    """After crop(-n) the same tokens get the same logits, bit for bit, and so does what follows."""
+    cache = grown(model, NexusQuantCache(preset, config=model.config, when=when, **SMALL))
+    cache.activate_past_recording()
+    cache.crop(0)  # whatever was due before
+    before = fingerprint(cache)
+    candidates = prompt(tokens, seed=9)
+    first = logits(model, candidates, cache)
+    cache.crop(-tokens)
+    assert fingerprint(cache) == before
+    assert torch.equal(logits(model, candidates, cache), first)
+
+
+def test_while_recording_nothing_is_encoded_before_it_is_accepted(model: LlamaForCausalLM) -> None:
+    """A tail that is due to be encoded waits for the crop, which encodes what is left."""
+    cache = grown(model, balanced(model), 20)
+    cache.activate_past_recording()
+    cache.crop(0)
+    coded = cache.layers[0].body.positions.tokens
+    for accepted, rejected in ((5, 3), (9, 0), (2, 8)):
+        logits(model, prompt(accepted + rejected, seed=accepted), cache)
+        assert cache.layers[0].body.positions.tokens == coded
+        cache.crop(-rejected)
+        assert cache.layers[0].tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
+        coded = cache.layers[0].body.positions.tokens
+    assert cache.get_seq_length() == 60 + 20 + 16
+
+
+def test_candidates_are_never_evicted_and_a_prompt_is(model: LlamaForCausalLM) -> None:
+    """Of what is fed while recording, the first forward is the prompt (with its first candidates)."""
+    cache = balanced(model)
+    cache.activate_past_recording()
+    logits(model, prompt(60), cache)
+    assert cache.layers[0].kept == 60
+    cache.crop(-4)
+    evicted = cache.layers[0].seen - cache.layers[0].kept
+    assert evicted > 20
+    for seed in range(4):
+        logits(model, prompt(20, seed=seed), cache)
+        cache.crop(-3)
+    assert cache.layers[0].seen - cache.layers[0].kept == evicted
+
+
+def test_going_on_without_crop_ends_the_recording(model: LlamaForCausalLM) -> None:
+    """An ordinary turn after an assisted one is compressed as usual."""
+    cache, usual = balanced(model), balanced(model)
+    cache.activate_past_recording()
+    logits(model, prompt(60), cache)
+    cache.crop(0)
+    logits(model, prompt(60), usual)
+    usual.compress()
+    for each in (cache, usual):
+        for tokens in (50, 1, 1):
+            logits(model, prompt(tokens, seed=tokens), each)
+    assert not cache.is_recording_past(0) if hasattr(cache, "is_recording_past") else True
+    assert cache.layers[0].kept == usual.layers[0].kept < 0.7 * cache.layers[0].seen
+    assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, usual.layers, strict=True))
+
+
+def test_the_steps_of_deferred_stopping(model: LlamaForCausalLM) -> None:
+    """transformers may record after the prefill, crop(0) at each step, and take the last one back."""
+    cache, usual = balanced(model), balanced(model)
+    for each in (cache, usual):
+        logits(model, prompt(60), each)
+    cache.activate_past_recording()
+    for step in range(20):
+        given, expected = (logits(model, prompt(1, seed=step), each) for each in (cache, usual))
+        cache.crop(-1 if step == 19 else 0)
+        if step:  # the first step sees the whole prompt: it is compressed by the crop that follows
+            assert given.shape == expected.shape
+    assert cache.get_seq_length() == usual.get_seq_length() - 1
+    assert cache.layers[0].seen - cache.layers[0].kept > 20
+
+
+@pytest.mark.parametrize("tokens", [3, 12, 25, 70, 77, 80])
+def test_cut_anywhere_without_loss_or_eviction_it_is_the_plain_cache(model: LlamaForCausalLM, tokens: int) -> None:
+    """Into the tail, the generated codes, the prompt's codes, the sinks, and to nothing."""
+    cache, plain = (grown(model, each, 20) for each in (lossless_cache(model.config), DynamicCache()))
+    for each in (cache, plain):
+        each.crop(-tokens)
+    assert cache.get_seq_length() == plain.get_seq_length() == 80 - tokens
+    for turn in (7, 1, 30, 1, 1, 1, 1, 1):
+        given, expected = (logits(model, prompt(turn, seed=turn), each) for each in (cache, plain))
+        assert (given - expected).abs().max() < ROUNDING
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+
+
+@pytest.mark.parametrize(("tokens", "uneven"), [(12, False), (30, True), (50, False), (66, False)])
+def test_cut_where_tokens_were_evicted_it_is_a_mask_on_the_plain_cache(
+    model: LlamaForCausalLM, tokens: int, uneven: bool
+) -> None:
+    """Heads that kept more tokens before the cut lose their oldest, with a warning; all else stays where it was."""
+    cache, plain = lossless_cache(keep_ratio=0.4), DynamicCache()
+
+    def both(turn: int, seed: int) -> Tensor:
+        ids = prompt(turn, seed=seed)
+        given = logits(model, ids, cache)
+        with masks(model, [visible_mask(cache, index, turn, 2) for index in range(2)]):
+            return (given - logits(model, ids, plain)).abs().max()
+
+    for turn in (60, *[1] * 15):
+        both(turn, turn)
+    before = [layer.body.positions.positions(torch.device("cpu")) for layer in cache.layers]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        cache.crop(-tokens)
+    plain.crop(-tokens)
+    assert [str(each.message)[:30] for each in caught] == ["the prompt was cut where token"] * uneven
+    assert len({layer.kept for layer in cache.layers}) == 1
+    for layer, held in zip(cache.layers, before, strict=True):
+        after = layer.body.positions.positions(torch.device("cpu")).expand(1, 2, -1)
+        for head in range(2):
+            surviving = [position for position in held[0, head].tolist() if position < layer.seen]
+            assert after[0, head].tolist() == surviving[len(surviving) - after.shape[-1] :]
+    for turn in (7, 1, 1):
+        assert both(turn, turn) < ROUNDING
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+
+
+def test_a_crop_encodes_nothing_anew(model: LlamaForCausalLM) -> None:
+    """The codes that are left are those that were there."""
+    cache = grown(model, balanced(model), 30)
+    words = [layer.body.keys.words.view().clone() for layer in cache.layers]
+    cache.crop(-20)
+    for layer, before in zip(cache.layers, words, strict=True):
+        left = layer.body.keys.words.view()
+        assert 0 < left.shape[2] < before.shape[2]
+        assert torch.equal(left, before[:, :, : left.shape[2]])
+
+
+def test_a_prompt_taken_back_before_it_was_compressed(model: LlamaForCausalLM) -> None:
+    """A later turn that is cropped away leaves the flush of generated tokens where it was."""
+    cache = grown(model, balanced(model), 14)
+    twin = copy.deepcopy(cache)
+    logits(model, prompt(30, seed=3), cache)
+    cache.crop(-30)
+    assert fingerprint(cache) == fingerprint(twin)
+    assert not cache.layers[0].pending
+
+
+def test_croppable_says_so() -> None:
+    cache = NexusQuantCache("balanced", config=tiny_llama().config)
+    assert cache.is_croppable
+
+
+# Assisted decoding
+
+
+def lookup_prompt() -> Tensor:
+    """Return ids that repeat themselves, so that candidates are found."""
+    return torch.cat([prompt(1), prompt(20, seed=1).repeat(1, 4)], 1)
+
+
+@pytest.mark.parametrize("mode", ["lookup", "assistant", "itself"])
+def test_assisted_without_loss_is_greedy(model: LlamaForCausalLM, mode: str) -> None:
+    ids = lookup_prompt()
+    expected = generate(model, ids, DynamicCache(), 40)
+    options: dict[str, Any] = {
+        "lookup": {"prompt_lookup_num_tokens": 5},
+        "assistant": {"assistant_model": tiny_llama(model.config._attn_implementation, num_hidden_layers=1)},
+        "itself": {"assistant_model": tiny_llama(model.config._attn_implementation)},
+    }[mode]
+    cache = lossless_cache(model.config)
+    assert torch.equal(generate(model, ids, cache, 40, **options), expected)
+    assert all(layer.body is not None for layer in cache.layers)
+    assert cache.get_seq_length() == expected.shape[1] - 1
+
+
+@pytest.mark.parametrize("mode", ["lookup", "assistant"])
+def test_assisted_with_eviction_goes_on_in_a_second_turn(model: LlamaForCausalLM, mode: str) -> None:
+    options: dict[str, Any] = {
+        "lookup": {"prompt_lookup_num_tokens": 5},
+        "assistant": {"assistant_model": tiny_llama(model.config._attn_implementation, num_hidden_layers=1)},
+    }[mode]
+    cache = balanced(model)
+    text = generate(model, lookup_prompt(), cache, 30, **options)
+    kept = cache.layers[0].kept
+    assert kept < 0.75 * cache.get_seq_length()
+    # transformers 5.23 feeds an assisted second turn whole, the first turn again included, to any cache.
+    text = generate(model, torch.cat([text, prompt(40, seed=2)], 1), cache, 20)
+    assert cache.get_seq_length() == text.shape[1] - 1
+    assert cache.layers[0].kept < kept + 50
+    assert reachable_bytes(cache) == cache.memory_report().held_bytes
+
+
+def test_forward_after_forward_without_crop_frees_what_is_coded() -> None:
+    """A cache that records and is never cropped behaves as one that does not record."""
+    cache = NexusQuantCache("balanced", **SMALL)
+    cache.activate_past_recording()  # no layers yet: nothing to activate
+    cache.update(*random_states((1, 2, 60, 16), 0), 0)
+    cache.activate_past_recording()
+    for seed in range(3):
+        cache.update(*random_states((1, 2, 1, 16), seed), 0)
+    assert cache.layers[0].body is not None
