@@ -236,8 +236,9 @@ class NexusQuantCache(DynamicCache):
         """Make what has to happen outside a layer before it takes new tokens."""
         tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
         if self.when == "during_prefill" and tokens > 1:
+            # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
             for other in self._compressed_layers():
-                if other.layer_idx < layer.layer_idx:
+                if other is not layer:
                     other.compress_early()
         if layer.pending and layer.is_due(tokens) and layer is next(self._compressed_layers()):
             self._note_peak()
