@@ -1,4 +1,4 @@
-"""The plot of quality against bytes held."""
+"""The plots: quality against bytes held, the peak of a prefill, and a long answer."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
     from nexusquant_cache.evaluation import Interval
 
@@ -52,9 +53,7 @@ def plot_quality(content: dict[str, Any], path: Path) -> None:
         f"{rows[0].asked} needles; bars: 95 % intervals",
         fontsize=10,
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata={"Software": None})
-    plt.close(figure)
+    _save(figure, path)
 
 
 def _panel(panel: Axes, rows: list[CacheSummary], label: str, value: Callable[[CacheSummary], Interval | None]) -> None:
@@ -88,3 +87,46 @@ def _panel(panel: Axes, rows: list[CacheSummary], label: str, value: Callable[[C
 
 def _dense(row: CacheSummary) -> float:
     return row.quality.held_bytes * row.quality.compression_factor
+
+
+def plot_prefill(content: dict[str, Any], path: Path) -> None:
+    """Draw the peak of all tensors, and of the cache alone, against the prompt's length."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for panel, key, title in zip(axes, ("cache_peak_bytes", "peak_bytes"), ("the cache", "all tensors"), strict=True):
+        for schedule in dict.fromkeys(row["schedule"] for row in content["rows"]):
+            rows = [row for row in content["rows"] if row["schedule"] == schedule]
+            style = "--" if schedule.startswith("plain") else "-"
+            mebibytes = [row[key] / 2**20 for row in rows]
+            panel.plot([row["tokens"] for row in rows], mebibytes, style, marker="o", markersize=4, label=schedule)
+        panel.set_title(f"peak of {title}", fontsize=10)
+        panel.set_xlabel("tokens of the prompt")
+        panel.grid(visible=True, alpha=0.3)
+    axes[0].set_ylabel("MiB")
+    axes[0].legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def plot_long_answer(content: dict[str, Any], path: Path) -> None:
+    """Draw time per token against the tokens seen, and bytes held against a plain 16-bit cache."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in dict.fromkeys(row["cache"] for row in content["rows"]):
+        rows = [row for row in content["rows"] if row["cache"] == name]
+        seen = [row["seen_tokens"] for row in rows]
+        axes[0].plot(seen, [row["mean_ms"] for row in rows], marker="o", markersize=3, label=name)
+        if name != "plain":
+            held = [row["held_bytes"] / 2**20 for row in rows]
+            axes[1].plot(seen, held, marker="o", markersize=3, label=name)
+    axes[0].set_ylabel("ms per token")
+    axes[1].set_ylabel("MiB held")
+    for panel in axes:
+        panel.set_xlabel("tokens seen")
+        panel.set_ylim(bottom=0)
+        panel.grid(visible=True, alpha=0.3)
+        panel.legend(frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130, metadata={"Software": None})
+    plt.close(figure)

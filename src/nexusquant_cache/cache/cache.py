@@ -14,10 +14,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
-from nexusquant_cache.cache.rotary import rotary_phase
+from nexusquant_cache.cache.rotary import has_distance_biases, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.errors import CacheStateError, OptionError, suggest
+from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
@@ -57,6 +57,7 @@ class NexusQuantCache(DynamicCache):
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
+        UnsupportedError: If tokens are to be evicted and the model weighs them by their distance (ALiBi).
     """
 
     def __init__(
@@ -101,6 +102,12 @@ class NexusQuantCache(DynamicCache):
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
+        if has_distance_biases(self.model_config) and self.cache_config.keep_ratio < 1:
+            msg = (
+                f"{self.model_config.model_type} weighs tokens by their distance (ALiBi) and counts it in kept tokens, "
+                "so evicting would move all others. Use the preset 'quant', or keep_ratio=1.0: both only quantize."
+            )
+            raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
         return [
             NexusQuantLayer(self, index) if type(layer) is DynamicLayer else layer
@@ -200,7 +207,7 @@ class NexusQuantCache(DynamicCache):
     def activate_past_recording(self) -> None:
         """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
         self._records_from_start = not self.layers
-        super().activate_past_recording()
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
 
     def _compressed_layers(self) -> Iterator[NexusQuantLayer]:
         return (layer for layer in self.layers if isinstance(layer, NexusQuantLayer))
@@ -219,7 +226,7 @@ class NexusQuantCache(DynamicCache):
         position_shows = self._position_shows()
         if self.padding.settled_at is None:
             self.padding.observe(key_states, value_states, seen, position_shows)
-        elif seen >= self.padding.settled_at and key_states.shape[2] > 1 and position_shows:
+        elif seen >= self.padding.settled_at and key_states.shape[2] > 1 and position_shows and not self._has_images():
             evicted = max((each.seen - each.kept for each in self._compressed_layers()), default=0)
             self.padding.observe_turn(key_states, value_states, evicted)
 
@@ -231,6 +238,11 @@ class NexusQuantCache(DynamicCache):
         if self.model_config is None or getattr(self.model_config, "kv_lora_rank", None):
             return True
         return rotary_phase(self.model_config, self._first_attention_layer(), 0) is not None
+
+    def _has_images(self) -> bool:
+        """Tell whether the rotary embedding has axes for images, so that like patches side by side look alike."""
+        parameters = getattr(self.model_config, "rope_parameters", None) or {}
+        return parameters.get("mrope_section") is not None
 
     def _before_update(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
         """Make what has to happen outside a layer before it takes new tokens."""

@@ -59,6 +59,9 @@ ROTARY_IF_SLIDING = frozenset({"afmoe", "cohere2", "cohere2_moe", "flint"})
 # The same, provided that the config has a window at all; otherwise every layer is rotary.
 ROTARY_IF_SLIDING_OR_NO_WINDOW = frozenset({"exaone4", "exaone4_5", "exaone_moe", "kolibri1"})
 
+# Attention with a bias by distance (ALiBi); Falcon's config says for each model.
+ALIBI = frozenset({"bloom", "mpt"})
+
 # Rotary before `rope_parameters` existed: fixed base, `rotary_dim` channels.
 SINUSOIDAL = frozenset({"codegen", "gptj"})
 _SINUSOIDAL_BASE = 10000.0
@@ -98,9 +101,14 @@ def rotary_phases(config: PreTrainedConfig, seen_tokens: int) -> list[RotaryPhas
     return phases
 
 
+def has_distance_biases(config: PreTrainedConfig) -> bool:
+    """Tell whether the model weighs tokens by their distance, which it counts in kept tokens (ALiBi)."""
+    return config.model_type in ALIBI or bool(getattr(config, "alibi", False))
+
+
 def _is_rotary(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Tell whether the layer applies any rotary embedding."""
-    if getattr(config, "alibi", False):  # Falcon's other kind of positions
+    if has_distance_biases(config):
         return False
     # Multi-head latent attention caches latents that are not rotary in the place of keys.
     if getattr(config, "kv_lora_rank", None):
