@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
+from nexusquant_cache.cache.eager import eager
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
@@ -159,6 +160,17 @@ class NexusQuantCache(DynamicCache):
 
     # The interface of transformers
 
+    @eager
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the number of tokens seen."""
+        return super().get_seq_length(layer_idx)
+
+    @eager
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Return (kept + new tokens, evicted tokens) of a layer, as they will be after the next update."""
+        return super().get_mask_sizes(query_length, layer_idx)
+
+    @eager
     def update(
         self,
         key_states: Tensor,
@@ -322,7 +334,7 @@ class NexusQuantCache(DynamicCache):
                 self._warn_if_kept_whole(layer)
             layer.compress()
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
 
         Exact tokens are cut off; of packed tokens the codes are dropped.  Where tokens had been evicted, heads may have
@@ -337,6 +349,7 @@ class NexusQuantCache(DynamicCache):
             UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row.
             RuntimeError: From transformers' own layers, if they cannot go back so far.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(self._compressed_layers())
         count = -tokens_to_remove
         for layer in ours:

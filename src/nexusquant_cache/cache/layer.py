@@ -331,6 +331,14 @@ class NexusQuantLayer(CacheLayerMixin):
     def _encode_oldest(self, candidates: int, count: int) -> None:
         """Move ``candidates`` tokens out of the tail, encoding the ``count`` best of them.
 
+        Scores and codes are computed in the precision that is asked for, under autocast too.
+        """
+        with torch.autocast(self._exact()[0].device.type, enabled=False):
+            self._encode(candidates, count)
+
+    def _encode(self, candidates: int, count: int) -> None:
+        """Do the work of `_encode_oldest`.
+
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
         tail_keys, tail_values = self._exact()
@@ -475,7 +483,7 @@ class NexusQuantLayer(CacheLayerMixin):
             return (_own(keys[:, :, :sinks]), _own(values[:, :, :sinks])), None
         starts = pads.clamp_max(candidates)
         place = torch.stack([starts, (starts - (candidates - count)).clamp_min(0)], 1)
-        index = (starts[:, None] + torch.arange(sinks)).to(keys.device)[:, None, :, None]
+        index = (starts[:, None] + torch.arange(sinks, device="cpu")).to(keys.device)[:, None, :, None]
         taken = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)]
         return (taken[0], taken[1]), place
 

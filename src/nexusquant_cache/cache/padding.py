@@ -62,7 +62,12 @@ class _Beginning:
         """Start with the first vectors of each row."""
         first = vectors[:, 0].clone()  # not a view, which would keep all the others
         batch = len(vectors)
-        start = _Beginning(first, first, torch.zeros(batch, dtype=torch.int64), torch.ones(batch, dtype=torch.bool))
+        start = _Beginning(
+            first,
+            first,
+            torch.zeros(batch, dtype=torch.int64, device="cpu"),
+            torch.ones(batch, dtype=torch.bool, device="cpu"),
+        )
         return start.grown(vectors)
 
     def grown(self, vectors: Float[Tensor, "b n c"]) -> "_Beginning":

@@ -185,7 +185,7 @@ def _default(config: PreTrainedConfig, layer_idx: int, parameters: dict[str, Any
 
 def _plain(theta: float, rotary_dim: int) -> Float[Tensor, " pairs"]:
     """Return the frequencies of the original paper, rounded as the models round them."""
-    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32) / rotary_dim)
+    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.float32, device="cpu") / rotary_dim)
 
 
 def _layer_type(config: PreTrainedConfig, layer_idx: int) -> str | None:

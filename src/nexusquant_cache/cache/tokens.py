@@ -44,6 +44,8 @@ class TokenBuffer:
             grown = self.data.new_empty(shape)
             grown[:, :, : self.tokens] = self.view()
             self.data = grown
+        elif self.data.is_inference() and not torch.is_inference_mode_enabled():
+            self.data = self.data.clone()  # made in inference mode, where a tensor may not be written to later
         self.data[:, :, self.tokens : total] = new
         self.tokens = total
 

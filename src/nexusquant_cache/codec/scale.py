@@ -12,7 +12,7 @@ _CENTRE = 128
 
 @lru_cache(maxsize=16)
 def _levels(device: torch.device) -> Float[Tensor, "256"]:
-    exponent = (torch.arange(256, dtype=torch.float64) - _CENTRE) / STEPS_PER_OCTAVE
+    exponent = (torch.arange(256, dtype=torch.float64, device="cpu") - _CENTRE) / STEPS_PER_OCTAVE
     levels = exponent.exp2()
     levels[0] = 0.0
     return levels.float().to(device)
@@ -20,7 +20,7 @@ def _levels(device: torch.device) -> Float[Tensor, "256"]:
 
 @lru_cache(maxsize=16)
 def _cuts(device: torch.device) -> Float[Tensor, "254"]:
-    exponent = (torch.arange(1, 255, dtype=torch.float64) + 0.5 - _CENTRE) / STEPS_PER_OCTAVE
+    exponent = (torch.arange(1, 255, dtype=torch.float64, device="cpu") + 0.5 - _CENTRE) / STEPS_PER_OCTAVE
     return exponent.exp2().float().to(device)
 
 

@@ -31,8 +31,8 @@ def decode_blocks(codes: Int[Tensor, "*rows"], bits: int) -> Float[Tensor, "*row
     fields = _fields(codes, bits)
     parity = (fields & 3).sum(-1, keepdim=True)
     parity = (parity ^ (fields >> 1 & 1).sum(-1, keepdim=True)) & 1
-    magnitudes = torch.tensor(code.magnitudes, device=codes.device)
-    return torch.where((fields + parity) % 2 == 0, 1.0, -1.0) * magnitudes[fields]
+    magnitudes = torch.tensor(code.magnitudes, dtype=torch.float32, device=codes.device)
+    return torch.where((fields + parity) % 2 == 0, 1.0, -1.0).float() * magnitudes[fields]
 
 
 def _fields(codes: Int[Tensor, "*rows"], bits: int) -> Int[Tensor, "*rows 8"]:
@@ -63,11 +63,11 @@ class _Cells:
 
 @lru_cache(maxsize=64)
 def _cells(bits: int, device: torch.device) -> _Cells:
-    magnitudes = torch.tensor(block_code(bits).magnitudes, dtype=torch.float32).double()
+    magnitudes = torch.tensor(block_code(bits).magnitudes, dtype=torch.float32, device="cpu").double()
     half = 1 << (bits - 1)
-    k = torch.arange(-half, half)
+    k = torch.arange(-half, half, device="cpu")
     fields = torch.where(k >= 0, 2 * k, -2 * k - 1)
-    levels = torch.where(k >= 0, 1.0, -1.0) * magnitudes[fields]
+    levels = torch.where(k >= 0, 1.0, -1.0).float() * magnitudes[fields]
     ladders = [(k, fields, levels), (k.flip(0), fields.flip(0), -levels.flip(0))]
 
     # The first choice changes half-way between levels, the second half-way between a level's neighbours.
@@ -80,13 +80,13 @@ def _cells(bits: int, device: torch.device) -> _Cells:
     for index, field, ladder in ladders:
         distance = (inside[:, None] - ladder).abs()
         first = distance.argmin(-1)
-        step = (torch.arange(len(ladder)) - first[:, None]).abs()
+        step = (torch.arange(len(ladder), device="cpu") - first[:, None]).abs()
         second = distance.masked_fill(step != 1, torch.inf).argmin(-1)
         values += [ladder[first], ladder[second]]
         chosen += [field[first], field[second]]
         odd.append(index[first] & 1)
-    shifts = torch.tensor(block_code(bits).field_shifts)
-    code_bits = (torch.cat(chosen)[None, :, None] >> torch.arange(bits) & 1) << shifts[:, None, :]
+    shifts = torch.tensor(block_code(bits).field_shifts, device="cpu")
+    code_bits = (torch.cat(chosen)[None, :, None] >> torch.arange(bits, device="cpu") & 1) << shifts[:, None, :]
     return _Cells(
         thresholds=tuple(thresholds.tolist()),
         values=torch.stack(values).float().to(device),
@@ -161,9 +161,8 @@ def nearest(
     wide = coset1[..., None, :]
     values = torch.where(moved, torch.where(wide, second, best[2]), torch.where(wide, first, best[1]))
     count = len(cells.thresholds) + 1
-    return values, cell + wide * torch.tensor(2 * count, dtype=torch.uint8) + moved * torch.tensor(
-        count, dtype=torch.uint8
-    )
+    steps = torch.tensor([2 * count, count], dtype=torch.uint8, device="cpu").unbind()
+    return values, cell + wide * steps[0] + moved * steps[1]
 
 
 def codes_of(choices: UInt8[Tensor, "*blocks 8 rows"], bits: int) -> Int[Tensor, "*blocks rows"]:

@@ -31,13 +31,13 @@ def _paley(order: int) -> Float[Tensor, "order order"] | None:
 
     def jacobsthal(q: int) -> Tensor:
         squares = {i * i % q for i in range(1, q)}
-        character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)])
-        index = torch.arange(q)
+        character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], device="cpu")
+        index = torch.arange(q, device="cpu")
         return character[(index[:, None] - index) % q]
 
     def bordered(core: Tensor, sign: float) -> Tensor:
         q = core.shape[0]
-        matrix = torch.zeros(q + 1, q + 1)
+        matrix = torch.zeros(q + 1, q + 1, device="cpu")
         matrix[0, 1:] = 1.0
         matrix[1:, 0] = sign
         matrix[1:, 1:] = core
@@ -45,12 +45,15 @@ def _paley(order: int) -> Float[Tensor, "order order"] | None:
 
     q = order - 1
     if q % 4 == 3 and _is_prime(q):  # noqa: PLR2004 - the residue of the theorem
-        return torch.eye(order) + bordered(jacobsthal(q), -1.0)
+        return torch.eye(order, device="cpu") + bordered(jacobsthal(q), -1.0)
     q = order // 2 - 1
     if order % 2 == 0 and q % 4 == 1 and _is_prime(q):
         symmetric = bordered(jacobsthal(q), 1.0)
-        plus, minus = torch.tensor([[1.0, 1.0], [1.0, -1.0]]), torch.tensor([[1.0, -1.0], [-1.0, -1.0]])
-        return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1), minus)
+        plus, minus = (
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"),
+            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], device="cpu"),
+        )
+        return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1, device="cpu"), minus)
     return None
 
 
@@ -70,10 +73,10 @@ def hadamard_factors(head_dim: int) -> tuple[Float[Tensor, "p p"], int]:
     while sylvester >= 1:
         outer = head_dim // sylvester
         if outer == 1:
-            return torch.ones(1, 1), sylvester
+            return torch.ones(1, 1, device="cpu", dtype=torch.float32), sylvester
         matrix = _paley(outer)
         if matrix is not None:
-            return matrix, sylvester
+            return matrix.float(), sylvester
         sylvester //= 2
     msg = f"no Hadamard matrix of order {head_dim} is known to this package; please report the model"
     raise ShapeError(msg)
@@ -83,9 +86,9 @@ def hadamard_factors(head_dim: int) -> tuple[Float[Tensor, "p p"], int]:
 def hadamard_matrix(head_dim: int) -> Float[Tensor, "d d"]:
     """Return the unnormalised +-1 matrix ``H`` with ``H @ H.T = d * I`` as float32, for tests and kernels."""
     outer, order = hadamard_factors(head_dim)
-    sylvester = torch.ones(1, 1)
+    sylvester = torch.ones(1, 1, device="cpu", dtype=torch.float32)
     while sylvester.shape[0] < order:
-        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), sylvester)
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"), sylvester)
     return torch.kron(outer, sylvester)
 
 
@@ -106,7 +109,7 @@ def random_signs(head_dim: int, seed: int, device: torch.device) -> Float[Tensor
         z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
         z ^= z >> 31
         signs += [1.0 - 2.0 * (z >> bit & 1) for bit in range(64)]
-    return torch.tensor(signs[:head_dim], device=device)
+    return torch.tensor(signs[:head_dim], dtype=torch.float32, device=device)
 
 
 def apply_hadamard(x: Float[Tensor, "d rows"], *, transpose: bool = False) -> Float[Tensor, "d rows"]:

@@ -88,18 +88,18 @@ def _words(rows: UInt8[Tensor, "rows bytes"]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _block_table(bits: int, first_stride: int, device: torch.device) -> Tensor:
-    values = decode_blocks(torch.arange(1 << (BLOCK * bits)), bits)
+    values = decode_blocks(torch.arange(1 << (BLOCK * bits), device="cpu"), bits)
     return hadamard_stages(values, 1, first_stride).to(device)
 
 
 @lru_cache(maxsize=16)
 def _parity(bits: int, device: torch.device) -> Tensor:
-    return _bit_parity(torch.arange(1 << _WORD) & block_code(bits).parity_mask).to(device)
+    return _bit_parity(torch.arange(1 << _WORD, device="cpu") & block_code(bits).parity_mask).to(device)
 
 
 @lru_cache(maxsize=16)
 def _parity_high(bits: int, device: torch.device) -> Tensor:
-    return _bit_parity(torch.arange(256) << _WORD & block_code(bits).parity_mask).to(device)
+    return _bit_parity(torch.arange(256, device="cpu") << _WORD & block_code(bits).parity_mask).to(device)
 
 
 def _bit_parity(x: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def _bit_parity(x: Tensor) -> Tensor:
 def _half_table(bits: int, first_stride: int, device: torch.device) -> Tensor:
     """Return the tables of channels 0-3 and 4-7, one after the other, indexed by bits and the block's sign."""
     size = 1 << (_HALF if bits == 3 else _WORD)  # noqa: PLR2004
-    index = torch.arange(size)
+    index = torch.arange(size, device="cpu")
     low, high = index, index << _WORD
     if bits == 3:  # noqa: PLR2004
         high = (index & 15) << _HALF | (index >> 4) << _WORD

@@ -1,0 +1,418 @@
+"""Where tensors live: layers on several devices, offloading, and two processes that share a model.
+
+There is one real device here.  Others are simulated by `Placed`, a tensor that says it lives elsewhere and
+refuses to meet tensors that live somewhere else.
+"""
+
+import copy
+import functools
+import gc
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from integration import tensor_parallel
+from integration.tiny import (
+    SMALL,
+    fingerprint,
+    generate,
+    logits,
+    prompt,
+    random_states,
+    reachable_tensors,
+    tiny_llama,
+)
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from transformers import LlamaForCausalLM
+
+import nexusquant_cache
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy, ScoreInputs
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def balanced(model: LlamaForCausalLM, **overrides: Any) -> NexusQuantCache:
+    return NexusQuantCache("balanced", config=model.config, **(SMALL | overrides))
+
+
+def forget_tables() -> None:
+    """Empty every `lru_cache` of the package, so that its tables are computed anew."""
+    for thing in gc.get_objects():
+        if type(thing) is functools._lru_cache_wrapper and thing.__module__.startswith(nexusquant_cache.__name__):
+            thing.cache_clear()
+
+
+@pytest.fixture
+def fresh_tables() -> Iterator[None]:
+    """Compute all tables within this test, and keep none of them."""
+    forget_tables()
+    yield
+    forget_tables()
+
+
+# Simulated devices
+
+CPU = torch.device("cpu")
+
+
+class Placed(Tensor):
+    """A tensor on the CPU that says it lives on ``place``."""
+
+    place: torch.device
+
+    @classmethod
+    def of(cls, data: Tensor, place: torch.device) -> Tensor:
+        """Return a tensor that shares memory with ``data``; a plain one for the CPU."""
+        data = data.as_subclass(Tensor)
+        if place == CPU:
+            return data
+        placed = data.as_subclass(cls)
+        placed.place = place
+        return placed
+
+    @property
+    def device(self) -> torch.device:
+        return self.place
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        return Placed.of(copy.deepcopy(self.as_subclass(Tensor), memo), self.place)
+
+
+def tensors_in(x: object) -> Iterator[Tensor]:
+    if isinstance(x, Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for item in x:
+            yield from tensors_in(item)
+    elif isinstance(x, dict):
+        yield from tensors_in(list(x.values()))
+
+
+def replaced(x: Any, change: Any) -> Any:
+    """Return ``x`` with every tensor in it replaced by ``change(tensor)``; named tuples of torch become tuples."""
+    if isinstance(x, Tensor):
+        return change(x)
+    if isinstance(x, (list, tuple)):
+        items = [replaced(item, change) for item in x]
+        return items if type(x) is list else type(x)(items)
+    return {key: replaced(value, change) for key, value in x.items()} if isinstance(x, dict) else x
+
+
+class SimulatedDevices(TorchFunctionMode):
+    """Run every torch function on the CPU, and let its result live where an accelerator would put it.
+
+    As there, tensors of one operation share a device, but for a number (no axis) on the CPU.  Only `to` and
+    `cpu` move a tensor; `copy_` and assignment into another device are refused too: real ones would copy and wait.
+    """
+
+    moves = (Tensor.to, Tensor.cpu)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used: set[torch.device] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        del types
+        if func.__name__ == "__get__":  # attributes, by far the most calls
+            result = func(args[0].as_subclass(Tensor))
+            return Placed.of(result, args[0].device) if isinstance(result, Tensor) else result
+        kwargs = dict(kwargs or {})
+        given = list(tensors_in([args, kwargs]))
+        places = {x.device for x in given if x.device != CPU or x.ndim > 0}
+        place = next(iter(places), CPU)
+        if len(places) > 1:
+            msg = f"{getattr(func, '__name__', func)}: tensors on {sorted(map(str, places))}"
+            raise RuntimeError(msg)
+        if func in self.moves:
+            found = [torch.device(x) for x in (*args[1:], *kwargs.values()) if isinstance(x, (torch.device, str))]
+            place = CPU if func is Tensor.cpu else next(iter(found), place)
+            args = tuple(CPU if isinstance(x, (torch.device, str)) else x for x in args)
+            kwargs = {key: CPU if isinstance(x, (torch.device, str)) else x for key, x in kwargs.items()}
+        elif kwargs.get("device") is not None:
+            place, kwargs["device"] = torch.device(kwargs["device"]), CPU
+        plain = [replaced(x, lambda tensor: tensor.as_subclass(Tensor)) for x in (args, kwargs)]
+        result = func(*plain[0], **plain[1])
+        self.used.add(place)
+        return replaced(result, lambda tensor: Placed.of(tensor, place))
+
+
+class SpreadCache(NexusQuantCache):
+    """A cache for a model with each layer on a device of its own; the model itself is spared the simulation."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        place = torch.device("xpu", layer_idx)
+        given = Placed.of(key_states, place), Placed.of(value_states, place)
+        returned = super().update(*given, layer_idx, *args, **kwargs)
+        assert [x.device for x in returned] == [place, place]
+        return tuple(x.as_subclass(Tensor) for x in returned)
+
+
+def stored(layer: NexusQuantLayer) -> list[Tensor]:
+    """Return the tensors that a layer holds for itself.
+
+    Its owner and the tables of the phase, which has some for each device, are not its own; `sink_place` is read on
+    the CPU only.
+    """
+    own = {name: value for name, value in vars(layer).items() if name not in ("_owner", "phase", "sink_place")}
+    return list(reachable_tensors(own))
+
+
+def pads() -> Tensor:
+    """Return the mask of two rows of sixty tokens, one of them with seven pads."""
+    return (torch.arange(60) >= torch.tensor([[0], [7]])).long()
+
+
+def greedy(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    text = generate(model, prompt(60), cache, 10)
+    return generate(model, torch.cat([text, prompt(30, seed=1)], -1), cache, 4)
+
+
+def beams(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    return generate(model, prompt(60), cache, 10, num_beams=3)
+
+
+def several(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    return generate(model, prompt(60), cache, 10, do_sample=True, num_return_sequences=2)
+
+
+def lookup(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    return generate(model, prompt(60), cache, 10, prompt_lookup_num_tokens=3)
+
+
+def padded(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    cache.set_attention_mask(pads())
+    return generate(model, prompt(60, 2) * pads(), cache, 10, attention_mask=pads())
+
+
+def cropped(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
+    """Go back into the packed tokens, to where some were evicted, and from there on again."""
+    generate(model, prompt(60), cache, 4)
+    with pytest.warns(UserWarning, match="cut where tokens had been evicted"):
+        cache.crop(-30)
+    return generate(model, prompt(60), cache, 6)
+
+
+@pytest.mark.usefixtures("fresh_tables")
+@pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
+@pytest.mark.parametrize("mode", [greedy, beams, several, lookup, padded, cropped])
+def test_each_layer_computes_and_stores_where_its_keys_are(model: LlamaForCausalLM, mode: Any, when: Any) -> None:
+    """With every layer on another device: the same tokens and the same codes as on one device."""
+    spread, alone = (
+        make("balanced", config=model.config, when=when, **SMALL) for make in (SpreadCache, NexusQuantCache)
+    )
+    texts = []
+    for cache, devices in ((spread, SimulatedDevices()), (alone, nullcontext())):
+        torch.manual_seed(1)
+        with devices:
+            texts.append(mode(model, cache))
+            cache.compress()
+    homes = [{x.device for x in stored(layer)} for layer in spread.layers]
+    assert homes == [{torch.device("xpu", 0)}, {torch.device("xpu", 1)}]
+    with SimulatedDevices():
+        for layer in spread.layers:
+            layer.offload()
+    assert torch.equal(*texts)
+    assert all(layer.kept < layer.seen for layer in alone.layers)
+    assert fingerprint(spread) == fingerprint(alone)
+
+
+class CarelessPolicy(KeyNormPolicy):
+    """Forgets to say where its tensor is to be."""
+
+    def score(self, inputs: ScoreInputs) -> Tensor:
+        return super().score(inputs) + torch.zeros(inputs.keys.shape[2])
+
+
+def test_the_simulation_notices_a_tensor_on_the_wrong_device(model: LlamaForCausalLM) -> None:
+    cache = SpreadCache("balanced", config=model.config, policy=CarelessPolicy(), **SMALL)
+    with SimulatedDevices(), pytest.raises(RuntimeError, match=r"tensors on \['cpu', 'xpu:0'\]"):
+        generate(model, prompt(60), cache, 4)
+    assert generate(model, prompt(60), balanced(model, policy=CarelessPolicy()), 4).shape == (1, 64)
+
+
+@pytest.mark.usefixtures("fresh_tables")
+def test_offload_and_prefetch_move_everything_there_and_back(model: LlamaForCausalLM) -> None:
+    """Out after every forward and in before the next, as transformers' offloading does: nothing else changes."""
+    spread, alone = SpreadCache("balanced", config=model.config, **SMALL), balanced(model)
+    for seed, tokens in enumerate([60, 1, 1, 7, 1, 1, 1, 1, 1]):
+        expected = logits(model, prompt(tokens, seed=seed), alone)
+        with SimulatedDevices():
+            for layer in spread.layers:
+                layer.prefetch()
+            given = logits(model, prompt(tokens, seed=seed), spread)
+            for index, layer in enumerate(spread.layers):
+                assert {x.device for x in stored(layer)} == {torch.device("xpu", index)}
+                layer.offload()
+                assert {x.device for x in stored(layer)} == {CPU}
+        assert torch.equal(given, expected)
+    assert fingerprint(spread) == fingerprint(alone)
+
+
+@pytest.mark.parametrize("keep_ratio", [1.0, 0.4])
+def test_prefetch_moves_every_stored_tensor_to_the_layers_device(model: LlamaForCausalLM, keep_ratio: float) -> None:
+    """The same with a second device that torch itself has, one that forgets what it is given."""
+    cache = balanced(model, keep_ratio=keep_ratio)
+    generate(model, prompt(60), cache, 8)
+    before = fingerprint(cache)
+    for layer in cache.layers:
+        layer.offload()  # to where it is
+    assert fingerprint(cache) == before
+    for layer in cache.layers:
+        shapes = sorted(tuple(x.shape) for x in stored(layer))
+        layer.device = torch.device("meta")
+        layer.prefetch()
+        assert {x.device.type for x in stored(layer)} == {"meta"}
+        assert sorted(tuple(x.shape) for x in stored(layer)) == shapes
+
+
+def use_everything(cache: NexusQuantCache, states: Callable[[int, int], tuple[Tensor, Tensor]]) -> list[object]:
+    """Run a cache through every operation and return what it gives and holds."""
+
+    def feed(tokens: int, rows: int) -> Tensor:
+        keys, values = states(rows, tokens)
+        for index in range(2):
+            returned = cache.update(keys + index, values, index)
+        return torch.cat(returned, -1)
+
+    outputs = [feed(tokens, 2) for tokens in (60, 1, 1, 9, 1, 1, 1, 1, 1)]
+    cache.reorder_cache(torch.tensor([1, 0], device="cpu"))
+    cache.batch_repeat_interleave(2)
+    cache.crop(-3)
+    outputs += [feed(tokens, 4) for tokens in (2, 1, 30)]
+    cache.compress()
+    cache.batch_select_indices(torch.tensor([3, 1, 2], device="cpu"))
+    outputs += [feed(tokens, 3) for tokens in (1, 1)]
+    assert all(layer.kept < layer.seen for layer in cache.layers)
+    return [fingerprint(copy.deepcopy(cache)), cache.memory_report(), *((x.dtype, x.tolist()) for x in outputs)]
+
+
+ROWS_AND_TOKENS = [(2, 60), (2, 9), (2, 1), (4, 2), (4, 1), (4, 30), (3, 1)]
+DEFAULTS = [("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.float64), ("cpu", torch.bfloat16)]
+
+
+@pytest.mark.usefixtures("fresh_tables")
+@pytest.mark.parametrize(
+    ("policy", "dtype"),
+    [(KeyKeyPolicy(), torch.float32), (MeanKeyKeyPolicy(), torch.float16), (KeyNormPolicy(), torch.bfloat16)],
+    ids=["key-key", "mean-key-key", "key-norm"],
+)
+def test_the_defaults_of_torch_decide_nothing(
+    model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype
+) -> None:
+    """Another default device or dtype than the model's changes no bit of what is stored and returned."""
+    drawn = {shape: random_states((shape[0], 2, shape[1], 16), sum(shape), dtype) for shape in ROWS_AND_TOKENS}
+    results, mask = [], pads() if dtype == torch.float16 else None
+    for default_device, default_dtype in DEFAULTS:
+        forget_tables()
+        cache = NexusQuantCache("asym", config=model.config, policy=policy, attention_mask=mask, **SMALL)
+        torch.set_default_dtype(default_dtype)
+        try:
+            with torch.device(default_device):
+                results.append(use_everything(cache, lambda *shape: drawn[shape]))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert all(result == results[0] for result in results[1:])
+
+
+# Offloaded weights
+
+
+def all_weights_on_the_cpu(folder: Path) -> LlamaForCausalLM:
+    """Each layer's weights are fetched when it runs, and dropped behind it."""
+    del folder
+    return accelerate.cpu_offload(tiny_llama(), execution_device=CPU)
+
+
+def all_weights_on_disk(folder: Path) -> LlamaForCausalLM:
+    return accelerate.disk_offload(tiny_llama(), folder, execution_device=CPU)
+
+
+PLACES = dict.fromkeys(("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+PLACES["model.layers.1"] = "disk"
+
+
+def one_layer_on_disk(folder: Path) -> LlamaForCausalLM:
+    return accelerate.dispatch_model(tiny_llama(), PLACES, offload_dir=folder, main_device="cpu")
+
+
+def loaded_in_parts(folder: Path) -> LlamaForCausalLM:
+    tiny_llama().save_pretrained(folder / "model")
+    return LlamaForCausalLM.from_pretrained(folder / "model", device_map=PLACES, offload_folder=folder).eval()
+
+
+# transformers 5.17 takes the model to be on "meta", where its first weight waits.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
+@pytest.mark.parametrize("place", [all_weights_on_the_cpu, all_weights_on_disk, one_layer_on_disk, loaded_in_parts])
+def test_offloaded_weights_change_no_token(model: LlamaForCausalLM, tmp_path: Path, place: Any) -> None:
+    offloaded = place(tmp_path)
+    text = torch.cat([prompt(60), prompt(30, seed=1)], -1)
+    results = []
+    for each in (model, offloaded):
+        cache = balanced(model)
+        first = generate(each, text[:, :60], cache, 10)
+        results.append((generate(each, torch.cat([first, text[:, 60:]], -1), cache, 10), cache))
+    assert any(x.is_meta for x in offloaded.parameters())  # weights are away between forwards
+    assert torch.equal(results[0][0], results[1][0])
+    assert fingerprint(results[0][1]) == fingerprint(results[1][1])
+    assert results[0][1].layers[0].kept < results[0][1].get_seq_length()
+
+
+# Two processes
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Run `tensor_parallel.py` with torchrun, talking over the loopback interface, and return what each rank saved."""
+    folder, tests = tmp_path_factory.mktemp("tensor_parallel"), Path(__file__).parents[1]
+    tiny_llama(**tensor_parallel.OPTIONS).save_pretrained(folder)
+    loopback = next(name for _, name in socket.if_nameindex() if name.startswith("lo"))
+    paths = os.pathsep.join([str(tests), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": loopback}
+    torchrun = ["torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
+    script = [str(tests / "integration" / "tensor_parallel.py"), str(folder), str(folder)]
+    command = [sys.executable, "-m", *torchrun, *script]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)  # noqa: S603
+    assert done.returncode == 0, done.stderr
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def in_one_process(name: str) -> dict[str, Any]:
+    model = tiny_llama(**tensor_parallel.OPTIONS)
+    return tensor_parallel.converse(model, tensor_parallel.CACHES[name](model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["balanced", "lossless"])
+def test_two_processes_with_half_the_heads_each_are_one(two_processes: list[dict[str, Any]], name: str) -> None:
+    """Tensor parallel over gloo: the same tokens, and each rank keeps what one process keeps of these heads."""
+    alone, ranks = in_one_process(name), [rank[name] for rank in two_processes]
+    for rank in ranks:
+        assert torch.equal(rank["text"], alone["text"])
+        assert rank["positions"][0].shape[1] == 2
+    for index in range(2):
+        assert torch.equal(torch.cat([rank["positions"][index] for rank in ranks], 1), alone["positions"][index])
+    assert alone["positions"][0].unique(dim=1).shape[1] == 4  # every head has chosen tokens of its own
+    # Nothing before the first layer's keys is summed over processes, so they agree to the bit.
+    for index in range(2):
+        assert torch.equal(torch.cat([rank["codes"][index] for rank in ranks], 1), alone["codes"][index])
+
+
+@pytest.mark.slow
+def test_a_policy_that_mixes_heads_sees_those_of_its_process_alone(two_processes: list[dict[str, Any]]) -> None:
+    """The last test can fail, and this is the kind of policy for which the law does not hold."""
+    alone, ranks = in_one_process("over heads"), [rank["over heads"] for rank in two_processes]
+    assert not torch.equal(torch.cat([rank["positions"][0] for rank in ranks], 1), alone["positions"][0])
