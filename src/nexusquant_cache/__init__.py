@@ -7,6 +7,7 @@
 """
 
 from nexusquant_cache.cache.cache import NexusQuantCache
+from nexusquant_cache.cache.dropin import compressed_generation
 from nexusquant_cache.cache.report import LayerReport, MemoryReport
 from nexusquant_cache.errors import (
     CacheStateError,
@@ -40,4 +41,5 @@ __all__ = [
     "ScoreInputs",
     "ShapeError",
     "UnsupportedError",
+    "compressed_generation",
 ]

