@@ -1,6 +1,6 @@
 """Put the results into the README and the docs, so that no number there is typed by hand.
 
-Between ``<!-- table:quality -->`` and ``<!-- /table -->`` (or ``memory``, ``speed``, and any of them with a
+Between ``<!-- table:quality -->`` and ``<!-- /table -->`` (or another name of `TABLES`, and any of them with a
 result file's name as in ``table:speed speed_cuda``) this script writes the table of the result file.
 
 python benchmarks/tables.py            write
@@ -112,12 +112,130 @@ def speed_table(content: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def prefill_table(content: dict[str, Any]) -> str:
+    """Return the peaks of every schedule by prompt length, in MiB: of the cache, and of all tensors."""
+    cells = {(row["schedule"], row["tokens"]): row for row in content["rows"]}
+    lengths = sorted({tokens for _, tokens in cells})
+    head = ("schedule", *(f"{tokens:,} tokens" for tokens in lengths))
+    schedules = dict.fromkeys(row["schedule"] for row in content["rows"])
+    return markdown(
+        head,
+        (
+            (
+                name,
+                *(
+                    f"{cell['cache_peak_bytes'] / _MEBIBYTE:.0f} / {cell['peak_bytes'] / _MEBIBYTE:.0f}"
+                    for cell in (cells[name, tokens] for tokens in lengths)
+                ),
+            )
+            for name in schedules
+        ),
+    )
+
+
+def long_answer_table(content: dict[str, Any]) -> str:
+    """Return time and bytes of a long answer at its beginning, in its middle and at its end."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for row in content["rows"]:
+        groups.setdefault(row["cache"], []).append(row)
+    head = ("cache", "tokens seen", "kept", "MiB held", "bits per channel of new tokens", "ms per token", "times plain")
+    lines = []
+    for name, rows in groups.items():
+        picked = sorted({0, len(rows) // 2, len(rows) - 1})
+        for index in picked:
+            row, plain = rows[index], groups["plain"][index]
+            lines.append(
+                (
+                    "plain" if name == "plain" else f"`{name}`",
+                    f"{row['seen_tokens']:,}",
+                    f"{row['kept_tokens']:,}",
+                    f"{row['held_bytes'] / _MEBIBYTE:.2f}" if row["held_bytes"] else "",
+                    _new_bits(rows[0], row, content) if row["held_bytes"] and index else "",
+                    f"{row['mean_ms']:.0f}",
+                    f"{row['mean_ms'] / plain['mean_ms']:.2f}x",
+                )
+            )
+    return markdown(head, lines)
+
+
+def _new_bits(first: dict[str, Any], row: dict[str, Any], content: dict[str, Any]) -> str:
+    grown = row["held_bytes"] - first["held_bytes"]
+    channels = (row["seen_tokens"] - first["seen_tokens"]) * content["settings"]["channels_per_token"]
+    return f"{8 * grown / channels:.2f}"
+
+
+CACHES = {"nexusquant": "`NexusQuantCache`", "quanto": "quanto", "hqq": "hqq", "fp8": "fp8"}
+# How verdicts are counted and shown; the rest of a verdict says more, in the file.
+OTHERS = {"ok without eviction": "without eviction", "refuses": "refused", "raises": "raise", "wrong": "wrong"}
+
+
+def compatibility_table(content: dict[str, Any]) -> str:
+    """Return, for every mode and cache, with how many families it works."""
+    possible = [row for row in content["rows"] if row["verdicts"]["plain"] == "ok"]
+    rows = []
+    for mode, title in content["modes"].items():
+        verdicts = [row["verdicts"] for row in possible if row["mode"] == mode]
+        counts = (_share([each[cache] for each in verdicts if cache in each]) for cache in CACHES)
+        rows.append((f"`{mode}`: {title}", str(len(verdicts)), *counts))
+    return markdown(("mode", "families", *CACHES.values()), rows)
+
+
+def _share(verdicts: list[str]) -> str:
+    if not verdicts:
+        return "not run"
+    works = sum(verdict in {"ok", "runs"} for verdict in verdicts)
+    others = {word: sum(verdict.startswith(start) for verdict in verdicts) for start, word in OTHERS.items()}
+    return ", ".join([str(works), *(f"{count} {word}" for word, count in others.items() if count)])
+
+
+def families_table(content: dict[str, Any]) -> str:
+    """Return the verdict on our cache for every family and mode."""
+    verdicts = {(row["family"], row["mode"]): row["verdicts"] for row in content["rows"]}
+    head = ("family", "compressed layers", *(f"`{mode}`" for mode in content["modes"]))
+    rows = (
+        (
+            f"`{name}`: {family['what']}",
+            f"{family['compressed_layers']} of {family['layers']}",
+            *(_mark(verdicts[name, mode]) for mode in content["modes"]),
+        )
+        for name, family in content["families"].items()
+    )
+    return markdown(head, rows)
+
+
+def _mark(verdicts: dict[str, str]) -> str:
+    if verdicts["plain"] != "ok":
+        return "n/a"
+    short = {"ok": "ok", "ok without eviction": "kept"}
+    return short.get(verdicts["nexusquant"], f"**{verdicts['nexusquant']}**")
+
+
+def refused_table(content: dict[str, Any]) -> str:
+    """Return what each cache runs on, and which families it refuses."""
+    rows = []
+    for cache, title in CACHES.items():
+        state = content["backends"].get(cache, f"nexusquant_cache {content['environment']['nexusquant_cache']}")
+        refused = [_families(content, cache, verdict) for verdict in ("refuses", "ok without")]
+        rows.append((title, state, *(["not run"] * 2 if state.startswith("not run") else refused)))
+    return markdown(("cache", "runs on", "families refused", "families refused with eviction"), rows)
+
+
+def _families(content: dict[str, Any], cache: str, verdict: str) -> str:
+    rows = (row for row in content["rows"] if row["verdicts"].get(cache, "").startswith(verdict))
+    return ", ".join(dict.fromkeys(f"`{row['family']}`" for row in rows)) or "none"
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "choices": (choices_table, "choices"),
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
+    "compatibility": (compatibility_table, "compatibility"),
+    "families": (families_table, "compatibility"),
+    "refused": (refused_table, "compatibility"),
+    "prefill": (prefill_table, "prefill"),
+    "long_answer": (long_answer_table, "long_answer"),
 }
 
 

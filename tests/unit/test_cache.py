@@ -2,10 +2,19 @@
 
 import logging
 
+import pytest
 import torch
-from transformers import DeepseekV3Config, GPT2Config, LlamaConfig
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    GPT2Config,
+    GPTNeoConfig,
+    LlamaConfig,
+    MptConfig,
+)
 
-from nexusquant_cache import NexusQuantCache
+from nexusquant_cache import NexusQuantCache, UnsupportedError
 
 LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 
@@ -27,6 +36,27 @@ def test_latents_are_coded_as_they_come():
         (1, 1, cache.layers[0].kept, 512),
         (1, 1, cache.layers[0].kept, 64),
     ]
+
+
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        (GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]]), "gpt_neo cuts a local window"),
+        (BloomConfig(n_layer=2), r"bloom weighs tokens by their distance \(ALiBi\)"),
+        (FalconConfig(num_hidden_layers=2, alibi=True), r"falcon weighs tokens by their distance \(ALiBi\)"),
+        (MptConfig(n_layers=2), r"mpt weighs tokens by their distance \(ALiBi\)"),
+    ],
+)
+def test_models_that_count_kept_tokens_are_not_evicted_from(config, what):
+    """They would take the distance to an old token for shorter than it is."""
+    with pytest.raises(UnsupportedError, match=what):
+        NexusQuantCache("balanced", config=config)
+    assert len(NexusQuantCache("quant", config=config)) == 2
+
+
+def test_a_window_that_no_layer_has_is_no_hindrance():
+    config = GPTNeoConfig(num_layers=2, attention_types=[[["global"], 2]])
+    assert len(NexusQuantCache("balanced", config=config)) == 2
 
 
 def test_layers_share_one_rotary_phase():

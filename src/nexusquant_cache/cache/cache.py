@@ -15,7 +15,7 @@ from nexusquant_cache.cache.eager import eager
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
-from nexusquant_cache.cache.rotary import has_distance_biases, rotary_phase
+from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
@@ -58,7 +58,7 @@ class NexusQuantCache(DynamicCache):
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
-        UnsupportedError: If tokens are to be evicted and the model weighs them by their distance (ALiBi).
+        UnsupportedError: If tokens are to be evicted and the model tells their distance by counting the kept ones.
     """
 
     def __init__(
@@ -103,10 +103,11 @@ class NexusQuantCache(DynamicCache):
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
-        if has_distance_biases(self.model_config) and self.cache_config.keep_ratio < 1:
+        counts = counts_kept_tokens(self.model_config)
+        if counts is not None and self.cache_config.keep_ratio < 1:
             msg = (
-                f"{self.model_config.model_type} weighs tokens by their distance (ALiBi) and counts it in kept tokens, "
-                "so evicting would move all others. Use the preset 'quant', or keep_ratio=1.0: both only quantize."
+                f"{self.model_config.model_type} {counts} and counts in kept tokens, so evicting would move others: "
+                "use the preset 'quant', or keep_ratio=1.0, which only quantize."
             )
             raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
@@ -218,6 +219,8 @@ class NexusQuantCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
+        for layer in self._compressed_layers():
+            layer.compress_early()  # the last one may still wait, and would now wait longer than the others
         self._records_from_start = not self.layers
         super().activate_past_recording()  # type: ignore[no-untyped-call]
 
@@ -238,7 +241,7 @@ class NexusQuantCache(DynamicCache):
         position_shows = self._position_shows()
         if self.padding.settled_at is None:
             self.padding.observe(key_states, value_states, seen, position_shows)
-        elif seen >= self.padding.settled_at and key_states.shape[2] > 1 and position_shows and not self._has_images():
+        elif self.padding.is_settled(seen) and key_states.shape[2] > 1 and position_shows and not self._has_images():
             evicted = max((each.seen - each.kept for each in self._compressed_layers()), default=0)
             self.padding.observe_turn(key_states, value_states, evicted)
 
@@ -266,10 +269,10 @@ class NexusQuantCache(DynamicCache):
                     other.compress_early()
         if layer.pending and layer.is_due(tokens) and layer is next(self._compressed_layers()):
             self._note_peak()
-            self._warn_if_kept_whole(layer)
 
-    def _warn_if_kept_whole(self, layer: NexusQuantLayer) -> None:
-        if self.padding.may_evict(layer.seen) or self.cache_config.keep_ratio == 1 or self._has_warned:
+    def warn_kept_whole(self) -> None:
+        """Say, once for each prompt, that tokens are kept since it is not known which of them are padding."""
+        if self._has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
             return
         self._has_warned = True
         warnings.warn(
@@ -330,8 +333,6 @@ class NexusQuantCache(DynamicCache):
         """
         self._note_peak()
         for layer in self._compressed_layers():
-            if layer.pending:
-                self._warn_if_kept_whole(layer)
             layer.compress()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -351,19 +352,21 @@ class NexusQuantCache(DynamicCache):
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(self._compressed_layers())
-        count = -tokens_to_remove
+        seen = ours[0].seen if ours else -tokens_to_remove
+        count = min(-tokens_to_remove, seen)
         for layer in ours:
             layer.check_crop(count)
         others: list[Any] = [layer for layer in self.layers if not isinstance(layer, NexusQuantLayer)]
-        for other in others:  # transformers' own may refuse, so they come first
-            other.crop(tokens_to_remove)
-        for layer in ours:
-            layer.compress_early()  # all layers alike: the last one may still have been waiting
+        for other in others if seen else ():  # transformers' own may refuse, so they come first
+            other.crop(-count if count > 0 else tokens_to_remove)
+        if len({layer.pending for layer in ours}) > 1:
+            for layer in ours:
+                layer.compress_early()  # the last one still waits: all alike, before tokens go
         counts = [kept for layer in ours if (kept := layer.kept_before(count)) is not None]
         least = min((int(kept.min()) for kept in counts), default=None)
         most = max((int(kept.max()) for kept in counts), default=None)
-        if ours:
-            self.padding.crop(max(ours[0].seen - count, 0))
+        if count > 0:
+            self.padding.crop(seen - count)
         for layer in ours:
             layer.crop(tokens_to_remove, least)
         if least != most:

@@ -43,6 +43,10 @@ class LayerOwner(Protocol):
         """Return the rotary phase to take off this layer's keys, or None."""
         ...
 
+    def warn_kept_whole(self) -> None:
+        """Say that tokens are kept for want of knowledge about the padding."""
+        ...
+
 
 class NexusQuantLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer.
@@ -199,7 +203,8 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def compress_early(self) -> None:
         """Compress during the prefill, if that is wanted and enough tokens are there; otherwise leave them waiting."""
-        if self._is_due_early():
+        is_candidate = self.record_past and not self._expects_prompt  # and may still be taken back
+        if self._is_due_early() and not is_candidate:
             self._make_room()
 
     def is_due(self, query_length: int) -> bool:
@@ -212,8 +217,6 @@ class NexusQuantLayer(CacheLayerMixin):
         """Tell whether to compress before the prefill is over: if enough tokens wait, and all pads will go."""
         if self._owner.when == "post_prefill" or not self.pending or not self._owner.padding.is_settled(self.seen):
             return False
-        if self.record_past and not self._expects_prompt:
-            return False  # candidates, which may still be taken back
         candidates = self._candidates()
         if candidates < self._owner.cache_config.min_tokens:
             return False
@@ -323,6 +326,8 @@ class NexusQuantLayer(CacheLayerMixin):
         settings = self._owner.cache_config
         candidates = self._candidates()
         if self.pending and candidates >= settings.min_tokens:
+            if not self._owner.padding.may_evict(self.seen) and ceil(settings.keep_ratio * candidates) < candidates:
+                self._owner.warn_kept_whole()
             self._encode_oldest(candidates, self._kept_of(candidates))
         elif not self.pending and candidates >= (settings.min_tokens if self.body is None else settings.flush_length):
             self._encode_oldest(candidates, candidates)
@@ -341,6 +346,8 @@ class NexusQuantLayer(CacheLayerMixin):
 
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
+        if self.body is None:
+            self._owner.padding.give_up()
         tail_keys, tail_values = self._exact()
         offset = self.seen - self.tail_tokens
         sinks = self._owner.cache_config.sink_tokens if self.body is None else 0
@@ -518,10 +525,15 @@ class NexusQuantLayer(CacheLayerMixin):
             if self.seen:
                 self._make_room()
 
+    @property
+    def _is_padded(self) -> bool:
+        """Whether the sinks of any row do not stand at its beginning."""
+        return self.sink_place is not None and bool(self.sink_place[:, 0].any())
+
     def check_crop(self, count: int) -> None:
         """Raise UnsupportedError if the newest ``count`` tokens cannot be removed."""
         end = self.seen - count
-        if self.sink_place is None or self.sinks is None or end <= 0:
+        if not self._is_padded or self.sinks is None or self.sink_place is None or end <= 0:
             return
         last = int(self.sink_place[:, 0].max()) + self.sinks[0].shape[2]
         if end < last:
@@ -555,7 +567,7 @@ class NexusQuantLayer(CacheLayerMixin):
         assert self.sinks is not None
         keys, values = self._exact()
         sinks = self.sinks[0].shape[2]
-        if end <= (sinks if self.sink_place is None else 0):
+        if end <= (0 if self._is_padded else sinks):
             # Nothing packed is left: as if nothing had ever been.
             self.tail = (_own(self.sinks[0][:, :, :end]), _own(self.sinks[1][:, :, :end]))
             self.sinks = self.body = self.phase = self.sink_place = None

@@ -81,6 +81,10 @@ class _Beginning:
         run = self.run + torch.where(self.open, equal.cpu(), 0)
         return _Beginning(self.first, after, run, self.open & ~ends.cpu())
 
+    def cropped(self, seen: int) -> "_Beginning":
+        """Return this as it was when so many tokens had been seen."""
+        return _Beginning(self.first, self.after, self.run.clamp_max(seen), self.open | (self.run >= seen))
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "_Beginning":
         """Return this with ``function`` applied to every tensor; all have the batch as first axis."""
         return _Beginning(function(self.first), function(self.after), function(self.run), function(self.open))
@@ -153,11 +157,11 @@ class BatchPadding:
         return 0 if self.pads is None else int(self.pads.max())
 
     def is_settled(self, seen: int) -> bool:
-        """Tell whether the padding was known when this many tokens had been seen.
+        """Tell whether the padding was known, and every row had a real token, when this many tokens had been seen.
 
         Asked with the count of the layer at hand, the answer is the same for all layers of one forward.
         """
-        return self.settled_at is not None and seen >= self.settled_at
+        return self.settled_at is not None and seen >= self.settled_at and seen > self.most
 
     def may_evict(self, seen: int) -> bool:
         """Tell whether tokens may be evicted without risk of taking text for padding or padding for text."""
@@ -167,8 +171,13 @@ class BatchPadding:
         """Take the pads of each row as given; with a known batch size, for each of its rows."""
         self.stated, self.certain, self.beginning = pads, True, None
         if batch is not None:
-            self.pads = _per_row(pads, batch)
-            self.settled_at = int(pads.max()) + 1
+            self.pads, self.stated = _per_row(pads, batch), pads.repeat_interleave(batch // len(pads))
+            self.settled_at = 0
+
+    def give_up(self) -> None:
+        """Take all tokens for text for good: they are about to be coded, and it is not known which are pads."""
+        if self.settled_at is None:
+            self.pads, self.certain, self.settled_at, self.beginning = None, False, 0, None
 
     def observe(
         self,
@@ -225,10 +234,13 @@ class BatchPadding:
             self.pads, self.certain, self.settled_at, self.beginning = None, True, None, None
         elif self.settled_at is not None:
             self.settled_at = min(self.settled_at, seen)
+        elif self.beginning is not None:
+            self.beginning = self.beginning.cropped(seen)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to every tensor of the batch; all have the batch as first axis."""
         self.pads = None if self.pads is None else function(self.pads)
+        self.stated = None if self.stated is None else function(self.stated)
         self.beginning = None if self.beginning is None else self.beginning.map(function)
 
 

@@ -101,14 +101,25 @@ def rotary_phases(config: PreTrainedConfig, seen_tokens: int) -> list[RotaryPhas
     return phases
 
 
-def has_distance_biases(config: PreTrainedConfig) -> bool:
-    """Tell whether the model weighs tokens by their distance, which it counts in kept tokens (ALiBi)."""
+def counts_kept_tokens(config: PreTrainedConfig) -> str | None:
+    """Return what the model does with distances that it counts in kept tokens, or None if it does nothing such.
+
+    transformers computes these inside the model, from the number of keys; evicting tokens would change them.
+    """
+    if _has_distance_biases(config):
+        return "weighs tokens by their distance (ALiBi)"
+    if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo, whose layers look like full attention
+        return "cuts a local window"
+    return None
+
+
+def _has_distance_biases(config: PreTrainedConfig) -> bool:
     return config.model_type in ALIBI or bool(getattr(config, "alibi", False))
 
 
 def _is_rotary(config: PreTrainedConfig, layer_idx: int) -> bool:
     """Tell whether the layer applies any rotary embedding."""
-    if has_distance_biases(config):
+    if _has_distance_biases(config):
         return False
     # Multi-head latent attention caches latents that are not rotary in the place of keys.
     if getattr(config, "kv_lora_rank", None):

@@ -1,0 +1,258 @@
+"""Every family of models in every mode of generation, against caches that cannot be wrong.
+
+`benchmarks/compatibility.py` runs the same families and modes; its table in the docs points to the tests here.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from integration.families import FAMILIES, build, inputs
+from integration.modes import DRAFTED, MODES, MOVED, PROMPT, REFUSED_BY_TRANSFORMERS
+from integration.tiny import SMALL, LosslessCache, LosslessCodec, lossless_cache
+from oracle_cache import OracleCache
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+
+from nexusquant_cache import EvictionPolicy, NexusQuantCache, UnsupportedError
+from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.policy import ScoreInputs
+
+# Their attention adds a bias that grows with the distance, which transformers computes from the number of kept tokens.
+ALIBI = {"falcon_alibi", "bloom"}
+# No layer of full attention alone, so nothing to compress.
+DELEGATED = {"mistral", "falcon_h1"}
+EVICTING = SMALL | {"keep_ratio": 0.5}
+
+BUILDS = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
+CASES = [(name, mode, attention) for name, attention in BUILDS for mode in MODES]
+# With sdpa one family of each kind is enough: eager is the stricter one, it needs the mask at every step.
+ALSO_SDPA = {"llama", "gemma3", "qwen3_next", "deepseek_v3"}
+EVICTED = [case for case in CASES if case[0] not in ALIBI and (case[2] == "eager" or case[0] in ALSO_SDPA)]
+
+
+@pytest.fixture(autouse=True)
+def _annotations(request: pytest.FixtureRequest) -> None:
+    """Check annotations in one mode of each family: it takes longer than all that is to be tested."""
+    names = request.fixturenames
+    given = {name: request.getfixturevalue(name) for name in ("mode", "attention") if name in names}
+    if "mode" in given and given != {"mode": "greedy", "attention": "eager"}:
+        request.getfixturevalue("unchecked")
+
+
+def ids(cases: list[tuple[str, ...]]) -> list[str]:
+    return ["-".join(case) for case in cases]
+
+
+def every(cases: list[tuple[str, ...]], *names: str) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(names, cases, ids=ids(cases))
+
+
+@dataclass
+class Maker:
+    """Makes caches of one kind for one model, and keeps them to be looked at."""
+
+    make: Callable[..., Any]
+    config: PreTrainedConfig
+    takes_mask: bool = True
+
+    def __post_init__(self) -> None:
+        self.made: list[Any] = []
+
+    def __call__(self, attention_mask: Tensor | None = None) -> Any:
+        known = {"attention_mask": attention_mask} if self.takes_mask else {}
+        self.made.append(self.make(config=self.config, **known))
+        return self.made[-1]
+
+    @property
+    def layers(self) -> list[NexusQuantLayer]:
+        """The layers of our kind in all caches made."""
+        return [layer for cache in self.made for layer in cache.layers if isinstance(layer, NexusQuantLayer)]
+
+
+def same_tokens(name: str, mode: str, attention: str, expected: Callable[..., Any], given: Maker) -> None:
+    """Assert that both caches give the same tokens, or the same error where transformers cannot do it at all."""
+    model, plain = build(name, attention), Maker(expected, given.config, takes_mask=expected is not DynamicCache)
+    error = REFUSED_BY_TRANSFORMERS.get((name, mode))
+    if error is None:
+        assert torch.equal(MODES[mode](model, plain), MODES[mode](model, given))
+        return
+    for each in (Maker(DynamicCache, given.config, takes_mask=False), given):
+        with pytest.raises(error) as raised:
+            MODES[mode](model, each)
+        assert raised.type is error
+
+
+@every(CASES, "name", "mode", "attention")
+def test_keeping_all_without_loss_is_the_plain_cache(name: str, mode: str, attention: str) -> None:
+    """The same tokens, though the older ones went through the codec."""
+    ours = Maker(lossless_cache, build(name, attention).config)
+    same_tokens(name, mode, attention, DynamicCache, ours)
+    if (name, mode) not in REFUSED_BY_TRANSFORMERS:
+        assert bool(ours.layers) == (name not in DELEGATED)
+        assert all(layer.body is not None and layer.kept == layer.seen for layer in ours.layers)
+
+
+@pytest.mark.filterwarnings("ignore:the prompt was cut where tokens had been evicted")
+@every(EVICTED, "name", "mode", "attention")
+def test_codes_and_eviction_are_those_of_the_slow_model(name: str, mode: str, attention: str) -> None:
+    """The same tokens as a cache that keeps everything, and hides or replaces what ours evicts or encodes."""
+    balanced = lambda kind: lambda **known: kind("balanced", **known, **EVICTING)  # noqa: E731 - reads best in one line
+    ours = Maker(balanced(NexusQuantCache), build(name, attention).config)
+    same_tokens(name, mode, attention, balanced(OracleCache), ours)
+    if (name, mode) not in REFUSED_BY_TRANSFORMERS:
+        assert all(layer.body is not None and layer.kept < layer.seen for layer in ours.layers)
+
+
+class ByPosition(EvictionPolicy):
+    """Keeps the same tokens in all layers, heads and rows, and some of every region."""
+
+    def score(self, inputs: ScoreInputs) -> Tensor:
+        scores = (inputs.positions * 7919 % 101).float()
+        return scores.expand(*inputs.keys.shape[:3])
+
+
+def positions_of(model: PreTrainedModel, first: int, count: int) -> dict[str, Tensor]:
+    """Return what tells a model the positions of these tokens, if it takes that."""
+    order = torch.arange(first, first + count)[None].expand(2, -1)
+    if model.config.model_type == "qwen2_vl":
+        return {"position_ids": order.expand(3, -1, -1)}  # time, height, width
+    return {"position_ids": order}
+
+
+@every([case for case in BUILDS if case[0] not in ALIBI], "name", "attention")
+@torch.no_grad()
+def test_evicted_tokens_are_out_of_sight_and_nothing_else_moves(name: str, attention: str) -> None:
+    """Logits are those of the plain cache with a mask that hides the evicted tokens, in steps and in turns.
+
+    The evicted tokens are older than the windows of sliding layers, which would still see them.
+    """
+    model = build(name, attention)
+    options = EVICTING | {"residual_length": 16, "policy": ByPosition()}
+    cache, plain = lossless_cache(model.config, **options), DynamicCache(config=model.config)
+    mask, text = torch.ones(2, 0, dtype=torch.long), inputs(model, 100, 2, seed=5)["input_ids"].clamp_max(200)
+    for tokens in (48, 1, 1, 6, 1, 30, 1):
+        seen = mask.shape[1]
+        mask = torch.cat([mask, torch.ones(2, tokens, dtype=torch.long)], -1)
+        new = {"input_ids": text[:, seen : seen + tokens]} | positions_of(model, seen, tokens)
+        given = model(**new, past_key_values=cache, attention_mask=torch.ones_like(mask)).logits
+        for layer in cache.layers:
+            if isinstance(layer, NexusQuantLayer) and layer.body is not None:
+                kept = [
+                    *range(2),
+                    *layer.body.positions.positions(torch.device("cpu")).expand(2, -1, -1)[0, 0].tolist(),
+                ]
+                mask[:, [at for at in range(layer.seen - layer.tail_tokens) if at not in kept]] = 0
+        expected = model(**new, past_key_values=plain, attention_mask=mask).logits
+        assert (given - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert bool((mask == 0).any()) == (name not in DELEGATED)
+
+
+class ShiftedCodec(LosslessCodec):
+    """Gives every vector to the token behind its own."""
+
+    def decode(self, packed: PackedVectors, transform: VectorTransform) -> Tensor:
+        return super().decode(packed, transform).roll(1, 2)
+
+
+class ShiftedCache(LosslessCache):
+    """A cache with a bug, in keys or in values."""
+
+    side = "keys"
+
+    def make_codec(self, side: str, head_dim: int, layer_idx: int) -> LosslessCodec:
+        del layer_idx
+        return (ShiftedCodec if side == self.side else LosslessCodec)(head_dim)
+
+
+@pytest.mark.parametrize("side", ["keys", "values"])
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in DELEGATED])
+def test_tokens_tell_what_the_cache_holds(name: str, side: str) -> None:
+    """The models of these tests attend to what is coded: a mistake there changes their tokens."""
+    model, kind = build(name, "eager"), type("Shifted", (ShiftedCache,), {"side": side})
+    caches = (DynamicCache(config=model.config), kind("quant", config=model.config, **SMALL))
+    right, wrong = (MODES["greedy"](model, lambda cache=cache: cache)[:, PROMPT:] for cache in caches)
+    assert len(right.unique()) > 2
+    assert not torch.equal(right, wrong)
+
+
+class WatchedCache(LosslessCache):
+    """Writes down how it was used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.events: list[tuple[str, Any]] = []
+        super().__init__(*args, **kwargs)
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if layer_idx == 0:
+            self.events.append(("update", tuple(key_states.shape[:3:2])))
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        self.events.append(("crop", tokens_to_remove))
+        super().crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.events.append(("reorder", tuple(beam_idx.tolist())))
+        super().reorder_cache(beam_idx)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_mode_does_to_the_cache_what_its_name_says(mode: str) -> None:
+    model, caches = build("llama"), []
+
+    def make(attention_mask: Tensor | None = None) -> WatchedCache:
+        caches.append(WatchedCache("quant", config=model.config, attention_mask=attention_mask, **SMALL))
+        return caches[-1]
+
+    MODES[mode](model, make)
+    (cache,) = caches
+    updates = [what for event, what in cache.events if event == "update"]
+    crops = {what for event, what in cache.events if event == "crop"}
+    swaps = {what for event, what in cache.events if event == "reorder" and list(what) != sorted(set(what))}
+    batches, tokens = {batch for batch, _ in updates}, [count for _, count in updates]
+    drafted, turns = mode in DRAFTED, mode in {"two_turns", "continued", "taken_back", "shared_prefix"}
+    assert drafted or tokens[0] == (16 if mode == "chunked" else PROMPT)
+    assert (tokens[:3] == [16, 16, 16]) == (mode == "chunked")
+    assert bool(swaps) == (mode in {"beams", "sampled_beams", "padded_beams"})
+    assert any(crop < 0 for crop in crops) == (drafted or mode == "taken_back")
+    if mode in {"assisted", "assisted_sampling"}:
+        assert len(tokens) < 8  # some guesses were right: fewer forwards than tokens
+    assert any(count > 1 for count in tokens[1:]) == (drafted or turns or mode == "chunked")
+    expected = {"several": 6, "beams": 6, "sampled_beams": 6, "padded": 3, "padded_beams": 6}
+    expected |= dict.fromkeys((*DRAFTED, "streamed", "shared_prefix"), 1)
+    assert batches == {expected.get(mode, 2)}
+    assert (cache.padding.pads is not None) == (mode in {"padded", "padded_beams"})
+
+
+@pytest.mark.parametrize("mode", MOVED)
+@pytest.mark.parametrize("kind", [DynamicCache, lossless_cache])
+def test_modes_that_transformers_gave_up_are_refused_with_any_cache(mode: str, kind: Callable[..., Any]) -> None:
+    """They live in repositories of their own, of which transformers wants to run the code."""
+    model = build("llama")
+    with pytest.raises(ValueError, match="requires `trust_remote_code=True`"):
+        MOVED[mode](model, lambda: kind(config=model.config))
+
+
+@pytest.mark.parametrize("name", sorted(ALIBI))
+def test_evicting_is_refused_where_distances_would_be_wrong(name: str) -> None:
+    config = build(name, "eager").config
+    with pytest.raises(UnsupportedError, match="ALiBi"):
+        NexusQuantCache("balanced", config=config)
+    NexusQuantCache("quant", config=config)
+
+
+def test_the_table_in_the_docs_shows_these_cases() -> None:
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "compatibility.json"
+    rows = json.loads(results.read_text(encoding="utf-8"))["rows"]
+    assert {(row["family"], row["mode"]) for row in rows} == {(name, mode) for name in FAMILIES for mode in MODES}
+    for row in rows:
+        if row["verdicts"]["plain"] == "ok":
+            expected = "ok without eviction" if row["family"] in ALIBI else "ok"
+            assert row["verdicts"]["nexusquant"] == expected
