@@ -387,6 +387,19 @@ def test_a_forward_that_fails_half_compressed_leaves_nothing_silently_wrong() ->
     assert fingerprint(cache) == fingerprint(fresh)
 
 
+def test_a_first_forward_that_fails_does_not_end_the_recording() -> None:
+    cache = NexusQuantCache("balanced", config=tiny_config(num_hidden_layers=LAYERS), **SMALL)
+    cache.activate_past_recording()
+    for index in range(2):
+        cache.update(*states(60, index), index)
+    with pytest.raises(NonFiniteError):
+        cache.update(*nan_in(states(60)), 2)
+    feed(cache, 60)
+    assert [layer.kept for layer in cache.layers] == [60] * LAYERS
+    cache.crop(-3)
+    assert all(layer.kept < 57 for layer in cache.layers)
+
+
 def test_a_first_forward_that_fails_half_compressed_changes_nothing() -> None:
     cache, fresh = (NexusQuantCache("balanced", when="during_prefill", **SMALL) for _ in range(2))
     for index in range(2):

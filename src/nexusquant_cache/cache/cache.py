@@ -238,10 +238,9 @@ class NexusQuantCache(DynamicCache):
         if not key_states.is_floating_point() or not value_states.is_floating_point():
             return
         seen = layer.get_seq_length()
-        position_shows = self._position_shows()
         if self.padding.settled_at is None:
-            self.padding.observe(key_states, value_states, seen, position_shows)
-        elif self.padding.is_settled(seen) and key_states.shape[2] > 1 and position_shows and not self._has_images():
+            self.padding.observe(key_states, value_states, seen, self._position_shows())
+        elif key_states.shape[2] > 1 and self.padding.is_settled(seen) and self._position_shows_in_turns():
             evicted = max((each.seen - each.kept for each in self._compressed_layers()), default=0)
             self.padding.observe_turn(key_states, value_states, evicted)
 
@@ -254,10 +253,10 @@ class NexusQuantCache(DynamicCache):
             return True
         return rotary_phase(self.model_config, self._first_attention_layer(), 0) is not None
 
-    def _has_images(self) -> bool:
-        """Tell whether the rotary embedding has axes for images, so that like patches side by side look alike."""
+    def _position_shows_in_turns(self) -> bool:
+        """Tell the same of tokens inside a text, where images may stand: like patches side by side look alike."""
         parameters = getattr(self.model_config, "rope_parameters", None) or {}
-        return parameters.get("mrope_section") is not None
+        return parameters.get("mrope_section") is None and self._position_shows()
 
     def _before_update(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
         """Make what has to happen outside a layer before it takes new tokens."""
@@ -287,7 +286,10 @@ class NexusQuantCache(DynamicCache):
         for layer in self._compressed_layers():
             count = layer.seen - seen
             if seen == 0:
+                is_recording = layer.record_past
                 layer.reset()
+                if is_recording:
+                    layer.activate_past_recording()
             elif count > layer.tail_tokens:
                 self._is_broken = True  # compressed early, together with tokens that were there before
             else:
@@ -419,7 +421,12 @@ class NexusQuantCache(DynamicCache):
     # Accounting
 
     def _shared(self) -> list[object]:
-        return [self.padding, *self._phases, *(layer.phase for layer in self._compressed_layers())]
+        return [
+            self.padding,
+            self._padding_before,
+            *self._phases,
+            *(layer.phase for layer in self._compressed_layers()),
+        ]
 
     def _note_peak(self) -> None:
         self._peak_bytes = max(
