@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import nexusquant_cache
 from nexusquant_cache import NexusQuantCache
@@ -51,6 +52,25 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+RANDOM_LLAMA: dict[str, Any] = {
+    "num_hidden_layers": 16,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "vocab_size": 512,
+    "max_position_embeddings": 131_072,
+}
+"""Sizes of a random model for bytes and time, where the cache weighs much and the rest little."""
+
+
+def random_llama() -> LlamaForCausalLM:
+    """Return a model with random weights, always the same."""
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**RANDOM_LLAMA)).eval()
 
 
 def text_id(name: str, text: str) -> dict[str, str]:

@@ -11,25 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import IMAGES, RESULTS, describe, environment, write_json
+from _common import IMAGES, RANDOM_LLAMA, RESULTS, describe, environment, random_llama, write_json
 from _plot import plot_prefill
 from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 
-SIZES: dict[str, Any] = {
-    "num_hidden_layers": 16,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "head_dim": 64,
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "vocab_size": 512,
-    "max_position_embeddings": 131_072,
-}
 PRESET = "balanced"
 CHUNK = 512
 SCHEDULES: dict[str, tuple[str | None, int | None]] = {
@@ -72,14 +62,21 @@ def measure(model: LlamaForCausalLM, schedule: str, tokens: int) -> dict[str, An
     """Prefill one prompt and generate one token; return the peaks."""
     when, chunk = SCHEDULES[schedule]
     cache = DynamicCache() if when is None else NexusQuantCache(PRESET, config=model.config, when=when)
-    ids = torch.randint(0, SIZES["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(0, RANDOM_LLAMA["vocab_size"], (1, tokens), generator=torch.Generator().manual_seed(0))
     weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}  # noqa: SLF001
     with LiveBytes() as live:
         live._known |= dict.fromkeys(weights, 0)  # noqa: SLF001 - known, and not counted
         for part in ids.split(chunk or tokens, dim=1):
             model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
         model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
-    dense = 2 * SIZES["num_hidden_layers"] * SIZES["num_key_value_heads"] * SIZES["head_dim"] * tokens * 4
+    dense = (
+        2
+        * RANDOM_LLAMA["num_hidden_layers"]
+        * RANDOM_LLAMA["num_key_value_heads"]
+        * RANDOM_LLAMA["head_dim"]
+        * tokens
+        * 4
+    )
     report = None if when is None else cache.memory_report()
     return {
         "schedule": schedule,
@@ -97,13 +94,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="prompt lengths")
     parser.add_argument("--output", type=Path, default=RESULTS / "prefill.json", help="result file")
     given = parser.parse_args()
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    model = random_llama()
     cases = [(schedule, tokens) for tokens in given.tokens for schedule in SCHEDULES]
     rows = [measure(model, *case) for case in track(cases, description="prefilling")]
     content = {
         "environment": environment(),
-        "settings": SIZES | {"dtype": "float32", "preset": PRESET, "attention": model.config._attn_implementation},  # noqa: SLF001
+        "settings": RANDOM_LLAMA
+        | {"dtype": "float32", "preset": PRESET, "attention": model.config._attn_implementation},  # noqa: SLF001
         "presets": {PRESET: describe(PRESETS[PRESET])},
         "rows": rows,
     }

@@ -354,21 +354,21 @@ class NexusQuantCache(DynamicCache):
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(self._compressed_layers())
-        seen = ours[0].seen if ours else -tokens_to_remove
-        count = min(-tokens_to_remove, seen)
+        count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
         for layer in ours:
             layer.check_crop(count)
         others: list[Any] = [layer for layer in self.layers if not isinstance(layer, NexusQuantLayer)]
-        for other in others if seen else ():  # transformers' own may refuse, so they come first
-            other.crop(-count if count > 0 else tokens_to_remove)
+        is_empty = bool(ours) and ours[0].seen == 0
+        for other in () if is_empty else others:  # transformers' own may refuse, so they come first
+            other.crop(-count)  # also by 0, which lets them drop what they had recorded
         if len({layer.pending for layer in ours}) > 1:
             for layer in ours:
                 layer.compress_early()  # the last one still waits: all alike, before tokens go
         counts = [kept for layer in ours if (kept := layer.kept_before(count)) is not None]
         least = min((int(kept.min()) for kept in counts), default=None)
         most = max((int(kept.max()) for kept in counts), default=None)
-        if count > 0:
-            self.padding.crop(seen - count)
+        if ours and count > 0:
+            self.padding.crop(ours[0].seen - count)
         for layer in ours:
             layer.crop(tokens_to_remove, least)
         if least != most:
