@@ -387,10 +387,6 @@ class OracleLayer(CacheLayerMixin):
             self.expects_prompt = False
             self.make_room()
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse: a crop is decided over all layers."""
-        raise NotImplementedError(tokens_to_remove)
-
     def take_rows(self, rows: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows] if self.rows else []
 

@@ -6,33 +6,25 @@ from typing import Any
 
 import pytest
 import torch
-from integration.test_generate import masks, visible_mask
 from integration.tiny import (
+    ROUNDING,
     SMALL,
+    balanced,
     fingerprint,
     generate,
     logits,
     lossless_cache,
+    masks,
     prompt,
     random_states,
     reachable_bytes,
     tiny_llama,
+    visible_mask,
 )
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import NexusQuantCache
-
-ROUNDING = 2e-5
-
-
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return tiny_llama(request.param)
-
-
-def balanced(model: LlamaForCausalLM, **options: Any) -> NexusQuantCache:
-    return NexusQuantCache("balanced", config=model.config, **(SMALL | options))
 
 
 def grown(model: LlamaForCausalLM, cache: Any, steps: int = 15) -> Any:
@@ -100,24 +92,9 @@ def test_going_on_without_crop_ends_the_recording(model: LlamaForCausalLM) -> No
     for each in (cache, usual):
         for tokens in (50, 1, 1):
             logits(model, prompt(tokens, seed=tokens), each)
-    assert not cache.is_recording_past(0) if hasattr(cache, "is_recording_past") else True
+    assert not any(layer.record_past for layer in cache.layers)
     assert cache.layers[0].kept == usual.layers[0].kept < 0.7 * cache.layers[0].seen
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, usual.layers, strict=True))
-
-
-def test_the_steps_of_deferred_stopping(model: LlamaForCausalLM) -> None:
-    """transformers may record after the prefill, crop(0) at each step, and take the last one back."""
-    cache, usual = balanced(model), balanced(model)
-    for each in (cache, usual):
-        logits(model, prompt(60), each)
-    cache.activate_past_recording()
-    for step in range(20):
-        given, expected = (logits(model, prompt(1, seed=step), each) for each in (cache, usual))
-        cache.crop(-1 if step == 19 else 0)
-        if step:  # the first step sees the whole prompt: it is compressed by the crop that follows
-            assert given.shape == expected.shape
-    assert cache.get_seq_length() == usual.get_seq_length() - 1
-    assert cache.layers[0].seen - cache.layers[0].kept > 20
 
 
 @pytest.mark.parametrize("tokens", [3, 12, 25, 70, 77, 80])

@@ -22,6 +22,7 @@ import torch
 from integration import tensor_parallel
 from integration.tiny import (
     SMALL,
+    balanced,
     fingerprint,
     generate,
     logits,
@@ -43,10 +44,6 @@ from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy,
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return tiny_llama()
-
-
-def balanced(model: LlamaForCausalLM, **overrides: Any) -> NexusQuantCache:
-    return NexusQuantCache("balanced", config=model.config, **(SMALL | overrides))
 
 
 def forget_tables() -> None:

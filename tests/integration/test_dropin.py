@@ -50,16 +50,6 @@ LOSSLESS = "nexusquant_cache.NexusQuantCache.make_codec", lambda *given: Lossles
 DRAFTS = pytest.mark.filterwarnings("ignore:Passing `generation_config` together")
 
 
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return tiny_llama(request.param)
-
-
-@pytest.fixture(scope="module")
-def sdpa() -> LlamaForCausalLM:
-    return tiny_llama("sdpa")
-
-
 @pytest.fixture(autouse=True)
 def _no_hook_stays(sdpa: LlamaForCausalLM) -> Iterator[None]:
     """Whatever a test does, the model has no hooks when it is over."""

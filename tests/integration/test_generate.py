@@ -1,24 +1,24 @@
 """Whole conversations on tiny random models: what `generate` yields, compared with plain caches."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
 from integration.tiny import (
+    ROUNDING,
     SMALL,
     fingerprint,
     generate,
     kept_positions,
     logits,
     lossless_cache,
+    masks,
     prompt,
     reachable_bytes,
     tiny_llama,
+    visible_mask,
 )
-from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -31,20 +31,6 @@ from transformers import (
 
 from nexusquant_cache import CacheStateError, NexusQuantCache
 from nexusquant_cache.cache.layer import NexusQuantLayer
-
-# A few roundings of float32 in logits of unit size, over two layers.
-ROUNDING = 2e-5
-
-
-@pytest.fixture(scope="module", params=["eager", "sdpa"])
-def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
-    return tiny_llama(request.param)
-
-
-@pytest.fixture(scope="module")
-def sdpa() -> LlamaForCausalLM:
-    return tiny_llama("sdpa")
-
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -86,34 +72,6 @@ def test_a_conversation_without_loss_is_the_plain_cache(
             text = torch.cat([text, answer[:, -10:]], -1)
         texts.append(text)
     assert torch.equal(*texts)
-
-
-@contextmanager
-def masks(model: LlamaForCausalLM, per_layer: list[Tensor]) -> Iterator[None]:
-    """Give every layer a mask ``[batch, heads, queries, tokens]`` of its own."""
-
-    def use(mask: Tensor) -> Any:
-        def hook(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            return args, kwargs | {"attention_mask": mask}
-
-        return hook
-
-    layers = zip(model.model.layers, per_layer, strict=True)
-    handles = [layer.self_attn.register_forward_pre_hook(use(mask), with_kwargs=True) for layer, mask in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def visible_mask(cache: NexusQuantCache, layer_idx: int, queries: int, heads_per_kv_head: int) -> Tensor:
-    """Return the mask that hides what the cache has evicted, and the future."""
-    seen, kept = cache.get_seq_length(), kept_positions(cache, layer_idx)
-    visible = torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, value=True)
-    visible = visible.repeat_interleave(heads_per_kv_head, 1)[:, :, None]
-    causal = torch.arange(seen)[None] <= torch.arange(seen - queries, seen)[:, None]
-    return torch.zeros(()).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)
 
 
 def test_eviction_without_loss_is_a_mask_on_the_plain_cache(model: LlamaForCausalLM) -> None:

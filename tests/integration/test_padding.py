@@ -6,7 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from integration.tiny import SMALL, TINY, generate, lossless_cache, prompt, random_states, tiny_llama
+from integration.tiny import (
+    ROUNDING,
+    SMALL,
+    TINY,
+    generate,
+    lossless_cache,
+    prompt,
+    random_states,
+    tiny_llama,
+)
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -21,8 +30,6 @@ from nexusquant_cache import (
 )
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 
-# Float32, two layers, logits of unit size; batches of another shape are multiplied in another order.
-ROUNDING = 2e-5
 TOKENS = 60
 SINKS, RESIDUAL = SMALL["sink_tokens"], SMALL["residual_length"]
 # Pads of each row of 60 tokens.  With half of 50 candidates evicted: none kept, some kept, a row that fits into

@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 from integration.tiny import (
-    SMALL,
     LosslessCache,
+    balanced,
     fingerprint,
     generate,
     logits,
@@ -34,10 +34,6 @@ from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy,
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     return tiny_llama()
-
-
-def balanced(model: LlamaForCausalLM, **options: Any) -> NexusQuantCache:
-    return NexusQuantCache("balanced", config=model.config, **(SMALL | options))
 
 
 def evicting(model: LlamaForCausalLM, **options: Any) -> LosslessCache:

@@ -4,11 +4,12 @@ import gc
 import hashlib
 import types
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
@@ -27,6 +28,8 @@ TINY: dict[str, Any] = {
     "eos_token_id": None,  # generation runs to its full length
     "initializer_range": 0.1,  # logits far enough apart that rounding does not choose the token
 }
+# A few roundings of float32 in logits of unit size, over two layers.
+ROUNDING = 2e-5
 # Settings under which a prompt of some fifty tokens is compressed.
 SMALL: dict[str, Any] = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}
 
@@ -93,6 +96,11 @@ class LosslessCache(NexusQuantCache):
         return LosslessCodec(head_dim)
 
 
+def balanced(model: PreTrainedModel, **options: Any) -> NexusQuantCache:
+    """Return a cache that codes and evicts, from some thirty tokens on."""
+    return NexusQuantCache("balanced", config=model.config, **(SMALL | options))
+
+
 def lossless_cache(config: PreTrainedConfig | None = None, **overrides: Any) -> LosslessCache:
     return LosslessCache("quant", config=config, **(SMALL | overrides))
 
@@ -129,10 +137,12 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
         transform = packed.transform
         return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
 
-    rows: list[object] = [cache.may_evict]
+    pads = cache.padding.pads
+    rows: list[object] = [cache.may_evict, None if pads is None else pads.tolist()]
     for layer in cache.layers:
         flags = (layer.record_past, layer._expects_prompt, layer._updated_since_crop, layer._pending_from)
         row = [layer.is_initialized, layer.seen, layer.kept, flags, frozen(layer.sinks), frozen(layer.tail)]
+        row.append(frozen(layer.sink_place))
         if layer.body is not None:
             positions = layer.body.positions.positions(torch.device("cpu"))
             row += [side(layer.body.keys), side(layer.body.values), frozen(positions)]
@@ -164,3 +174,31 @@ def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 
 @torch.no_grad()
 def logits(model: LlamaForCausalLM, ids: Tensor, cache: object, **options: Any) -> Tensor:
     return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+
+
+@contextmanager
+def masks(model: LlamaForCausalLM, per_layer: list[Tensor]) -> Iterator[None]:
+    """Give every layer a mask ``[batch, heads, queries, tokens]`` of its own."""
+
+    def use(mask: Tensor) -> Any:
+        def hook(_: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            return args, kwargs | {"attention_mask": mask}
+
+        return hook
+
+    layers = zip(model.model.layers, per_layer, strict=True)
+    handles = [layer.self_attn.register_forward_pre_hook(use(mask), with_kwargs=True) for layer, mask in layers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def visible_mask(cache: NexusQuantCache, layer_idx: int, queries: int, heads_per_kv_head: int) -> Tensor:
+    """Return the mask that hides what the cache has evicted, and the future."""
+    seen, kept = cache.get_seq_length(), kept_positions(cache, layer_idx)
+    visible = torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, value=True)
+    visible = visible.repeat_interleave(heads_per_kv_head, 1)[:, :, None]
+    causal = torch.arange(seen)[None] <= torch.arange(seen - queries, seen)[:, None]
+    return torch.zeros(()).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, Static
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.cache.layer import When
+from nexusquant_cache.cache.padding import is_left_padding
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
@@ -179,7 +180,8 @@ class _Hook:
         if any(flags):
             served.activate_past_recording()
         elif not flags:
-            served.recording_shows_at = _shape(given)
+            shape = _shape(given)
+            served.recording_shows_at = None if shape is None else shape[1]
 
 
 class _ServedCache(NexusQuantCache):
@@ -191,11 +193,11 @@ class _ServedCache(NexusQuantCache):
     And only a decoder that rolls back crops right after the first forward.
     """
 
-    recording_shows_at: tuple[int, int] | None = None  # batch and tokens of the first forward, if nothing else shows it
+    recording_shows_at: int | None = None  # tokens of the first forward, if nothing else shows a recording
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest tokens; right behind the first forward, take it for the beginning of a recording."""
-        if self.recording_shows_at is not None and self.recording_shows_at[1] == self.get_seq_length():
+        if self.recording_shows_at == self.get_seq_length():
             for layer in self._compressed_layers():
                 layer.activate_past_recording()
         self.recording_shows_at = None
@@ -326,5 +328,5 @@ def _left_padding(mask: object, tokens: int) -> Tensor | None:
     """Return the part of a mask for so many tokens, or None if it is not just left padding."""
     if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < tokens:  # noqa: PLR2004 - batch, tokens
         return None
-    real = mask[:, :tokens] != 0
-    return real if bool((real[:, 1:] >= real[:, :-1]).all()) else None
+    part = mask[:, :tokens]
+    return part if is_left_padding(part) else None

@@ -17,6 +17,7 @@ from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
 # Two roundings of one vector differ by less; a rotary step moves the fastest pair of channels by a radian.
 _RELATIVE = 0.02
 _ABSOLUTE = 1e-5  # of the largest channel
+_LOOK = 256  # tokens looked at before the rest of a long prompt
 
 
 def leading_pads(attention_mask: Shaped[Tensor, "rows n"]) -> Int[Tensor, "rows"]:
@@ -30,15 +31,19 @@ def leading_pads(attention_mask: Shaped[Tensor, "rows n"]) -> Int[Tensor, "rows"
         shape = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
         msg = f"attention_mask must be a tensor [batch, tokens] of ones and zeros, got {shape}"
         raise OptionError(msg)
-    real = mask.detach().to("cpu") != 0
-    pads = (~real).cumprod(1).sum(1)
-    if bool((pads + real.sum(1) != mask.shape[1]).any()):
+    if not is_left_padding(mask):
         msg = (
             "attention_mask must be zeros, then ones, in every row: padding on the left. "
             "Set tokenizer.padding_side = 'left'; padding elsewhere cannot be told from text by a cache."
         )
         raise OptionError(msg)
-    return pads
+    return mask.detach().to("cpu").eq(0).sum(1)
+
+
+def is_left_padding(mask: Shaped[Tensor, "rows n"]) -> bool:
+    """Tell whether every row of a mask is zeros, then ones."""
+    real = mask != 0
+    return bool((real[:, 1:] >= real[:, :-1]).all())
 
 
 @dataclass
@@ -167,7 +172,7 @@ class BatchPadding:
         """Tell whether tokens may be evicted without risk of taking text for padding or padding for text."""
         return self.certain and self.is_settled(seen)
 
-    def state(self, pads: Int[Tensor, "rows"], batch: int | None) -> None:
+    def take_stated(self, pads: Int[Tensor, "rows"], batch: int | None) -> None:
         """Take the pads of each row as given; with a known batch size, for each of its rows."""
         self.stated, self.certain, self.beginning = pads, True, None
         if batch is not None:
@@ -195,7 +200,7 @@ class BatchPadding:
             position_shows: Whether equal tokens at different positions differ at this layer.
         """
         if seen == 0 and self.stated is not None:
-            self.state(self.stated, len(keys))
+            self.take_stated(self.stated, len(keys))
         if self.settled_at is not None:
             return
         tokens = min(keys.shape[2], _LOOK) if self.beginning is None else keys.shape[2]
@@ -242,9 +247,6 @@ class BatchPadding:
         self.pads = None if self.pads is None else function(self.pads)
         self.stated = None if self.stated is None else function(self.stated)
         self.beginning = None if self.beginning is None else self.beginning.map(function)
-
-
-_LOOK = 256  # tokens looked at before the rest of a long prompt
 
 
 def _per_row(pads: Int[Tensor, "rows"], batch: int) -> Int[Tensor, "b"] | None:

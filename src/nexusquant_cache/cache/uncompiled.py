@@ -11,7 +11,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def eager(function: Callable[P, R]) -> Callable[P, R]:
+def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
     """Run a function as it stands when the model around it is compiled.
 
     The compiler is not imported for that, which would take seconds: where it has not been, nothing is compiled.
