@@ -6,9 +6,11 @@
 0
 """
 
+from nexusquant_cache import attention as attention
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.cache.dropin import compressed_generation
 from nexusquant_cache.cache.report import LayerReport, MemoryReport
+from nexusquant_cache.cache.tokens import LayerTransforms
 from nexusquant_cache.errors import (
     CacheStateError,
     DtypeError,
@@ -18,28 +20,57 @@ from nexusquant_cache.errors import (
     ShapeError,
     UnsupportedError,
 )
-from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy, ScoreInputs
+from nexusquant_cache.policy import (
+    DEFAULT_POLICY,
+    Combined,
+    EvictionPolicy,
+    ExpectedAttentionPolicy,
+    KeyDiffPolicy,
+    KeyKeyPolicy,
+    KeyNormPolicy,
+    LeveragePolicy,
+    MeanKeyKeyPolicy,
+    PooledPolicy,
+    RecentAttentionPolicy,
+    ReconstructionPolicy,
+    ScoreInputs,
+    SharedOverHeads,
+    ValueAware,
+    WindowAttentionPolicy,
+)
 from nexusquant_cache.presets import PRESETS, CacheConfig
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_POLICY",
     "PRESETS",
     "CacheConfig",
     "CacheStateError",
+    "Combined",
     "DtypeError",
     "EvictionPolicy",
+    "ExpectedAttentionPolicy",
+    "KeyDiffPolicy",
     "KeyKeyPolicy",
     "KeyNormPolicy",
     "LayerReport",
+    "LayerTransforms",
+    "LeveragePolicy",
     "MeanKeyKeyPolicy",
     "MemoryReport",
     "NexusQuantCache",
     "NexusQuantError",
     "NonFiniteError",
     "OptionError",
+    "PooledPolicy",
+    "RecentAttentionPolicy",
+    "ReconstructionPolicy",
     "ScoreInputs",
     "ShapeError",
+    "SharedOverHeads",
     "UnsupportedError",
+    "ValueAware",
+    "WindowAttentionPolicy",
     "compressed_generation",
 ]

@@ -19,14 +19,19 @@ kernel one multiplication and no table.
 little-endian 16-bit words per block, in block order, then one byte for each block of odd ``b``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from struct import pack, unpack
+from typing import TypeAlias
 
 from nexusquant_cache.errors import OptionError, ShapeError
 
 BLOCK = 8
 """Channels per block."""
+
+Bits: TypeAlias = int | float
+"""Mean bits per channel; whole numbers are the usual ones."""
 
 MAX_BITS = 4
 
@@ -38,6 +43,11 @@ _COMPANDER = {
     3: (384, 192, 6.3753e-4),
     4: (224, 112, 5.2328e-4),
 }
+
+DISTORTION = (1.0, 0.3406, 0.0986, 0.0277, 0.0074)
+"""Mean squared error per channel of a unit Gaussian at 0, 1, ... 4 bits (`benchmarks/levels.py`)."""
+
+_OCTAVES = (0, 2, 4, 6, 8)  # how far the variance falls from the first block to the last, in the plans of a rate
 
 
 @dataclass(frozen=True)
@@ -121,6 +131,19 @@ class CodeLayout:
         """Return the layout that gives every block ``bits`` bits per channel."""
         return cls(head_dim, (bits,) * max(head_dim // BLOCK, 0))
 
+    @classmethod
+    def flat(cls, head_dim: int, bits: Bits) -> "CodeLayout":
+        """Return the layout for channels of equal variance at a mean of ``bits`` bits per channel.
+
+        Where the mean is not whole, the first blocks get one bit more than the others.
+
+        Raises:
+            OptionError: If the mean is outside 1/8 to 4 bits, or less than one bit in one block.
+        """
+        blocks = max(head_dim // BLOCK, 0)
+        total = whole_bits(blocks, bits) if blocks else 0
+        return cls(head_dim, tuple(total // blocks + (index < total % blocks) for index in range(blocks)))
+
     @property
     def blocks(self) -> int:
         """Number of 8-channel blocks."""
@@ -147,6 +170,53 @@ class CodeLayout:
         words = [(block, 8 * byte) for block, bits in enumerate(self.block_bits) for byte in range(2 * (bits // 2))]
         tail = [(block, 8 * (bits - 1)) for block, bits in enumerate(self.block_bits) if bits % 2]
         return (*words, *tail)
+
+
+def whole_bits(blocks: int, bits: Bits) -> int:
+    """Return how many bits the channels of a vector get together, in eighths: one for a bit in each of 8 channels.
+
+    Raises:
+        OptionError: If that is none, or more than `MAX_BITS` for each block.
+    """
+    total = round(blocks * bits)
+    if not 1 <= total <= MAX_BITS * blocks:
+        msg = f"{bits:g} bits per channel give {total} bits to {blocks} blocks; from 1 to {MAX_BITS * blocks} are possible"
+        raise OptionError(msg)
+    return total
+
+
+@lru_cache(maxsize=64)
+def sloped_layouts(head_dim: int, total: int) -> tuple[CodeLayout, ...]:
+    """Return layouts of one size for channels sorted by falling variance, from flat to steep.
+
+    Each is the reverse water-filling for a variance that falls by a fixed number of octaves from the first block to the
+    last.  A few of them serve every spectrum to within some tenths of a decibel, so that a kernel knows all
+    plans when it is compiled.
+
+    Args:
+        head_dim: Channels per vector.
+        total: Bytes per vector: the sum of the blocks' bits.
+
+    References:
+        Cover & Thomas (2006), "Elements of Information Theory", theorem 10.3.3 (reverse water-filling), in whole
+        bits: each goes where it lowers the distortion most.
+    """
+    blocks = head_dim // BLOCK
+    steps = [index / max(blocks - 1, 1) for index in range(blocks)]
+    plans = (fill_with_bits([2.0 ** (-octaves * step) for step in steps], total) for octaves in _OCTAVES)
+    return tuple(CodeLayout(head_dim, plan) for plan in dict.fromkeys(plans))
+
+
+def fill_with_bits(variances: Sequence[float], total: int) -> tuple[int, ...]:
+    """Give ``total`` bits to blocks of these variances, one by one where the distortion falls most; ties go first."""
+    plan = [0] * len(variances)
+    for _ in range(total):
+        gains = [
+            variance * (DISTORTION[bits] - DISTORTION[bits + 1]) if bits < MAX_BITS else -1.0
+            for variance, bits in zip(variances, plan, strict=True)
+        ]
+        plan[gains.index(max(gains))] += 1
+    return tuple(plan)
 
 
 @lru_cache(maxsize=64)

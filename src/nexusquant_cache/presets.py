@@ -4,9 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from nexusquant_cache.codec.e8 import GainRule
+from nexusquant_cache.codec.e8 import GainRule, TransformRule
 from nexusquant_cache.errors import OptionError, suggest
-from nexusquant_cache.layout import MAX_BITS
+from nexusquant_cache.layout import MAX_BITS, Bits
+
+
+_LEAST_BITS = 0.5  # per channel: a head of 16 channels then has one coded block
 
 
 @dataclass(frozen=True)
@@ -14,8 +17,8 @@ class CacheConfig:
     """How a cache spends its bytes.
 
     Attributes:
-        key_bits: Bits per channel of coded keys, 1 to 4.
-        value_bits: Bits per channel of coded values, 1 to 4.
+        key_bits: Mean bits per channel of coded keys, 1/2 to 4; rounded to what the blocks of a head can hold.
+        value_bits: Mean bits per channel of coded values, likewise.
         keep_ratio: Part of the prompt's tokens that is kept, in (0, 1]; 1 evicts nothing.  Sinks and the
             residual are kept besides.
         sink_tokens: First tokens, always kept, in full precision.
@@ -25,16 +28,20 @@ class CacheConfig:
             statistics of a handful of tokens would be frozen for all later ones.
         center_keys: Remove the mean key of each head before coding.
         remove_rope: Code keys without their rotary phase; needs the model's config.
+        transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
         key_gain: Gain rule of keys, see `codec.e8.E8Codec`.
         value_gain: Gain rule of values.
         scale_candidates: Scales to try per vector, relative to its root mean square.
+        most_code_error: A layer whose attention output would move by more than this part of its length when the first
+            tokens are coded gets one more bit per channel, and again, up to 4.  `MemoryReport` says what it was.
+        protect_boundary: So many layers at the beginning and at the end of the model get 4 bits per channel.
 
     Raises:
         OptionError: If a value is outside its range.
     """
 
-    key_bits: int = 2
-    value_bits: int = 2
+    key_bits: Bits = 2
+    value_bits: Bits = 2
     keep_ratio: float = 1.0
     sink_tokens: int = 4
     residual_length: int = 64
@@ -42,19 +49,28 @@ class CacheConfig:
     min_tokens: int = 128
     center_keys: bool = True
     remove_rope: bool = True
+    transform: TransformRule = "auto"
     key_gain: GainRule = "norm"
     value_gain: GainRule = "norm"
     scale_candidates: tuple[float, ...] = (0.92, 1.1)
+    most_code_error: float = 0.7
+    protect_boundary: int = 0
 
     def __post_init__(self) -> None:
         """Check every range."""
         for name in ("key_bits", "value_bits"):
-            _check_whole(name, getattr(self, name), 1, MAX_BITS)
-        for name, least in (("sink_tokens", 0), ("residual_length", 1), ("flush_length", 1), ("min_tokens", 1)):
+            bits = getattr(self, name)
+            if not _is_positive(bits) or not _LEAST_BITS <= bits <= MAX_BITS:
+                msg = f"{name} must be from {_LEAST_BITS} to {MAX_BITS} bits per channel, got {bits!r}"
+                raise OptionError(msg)
+        for name, least in (("sink_tokens", 0), ("residual_length", 1), ("flush_length", 1), ("min_tokens", 1), ("protect_boundary", 0)):
             _check_whole(name, getattr(self, name), least)
         ratio: object = self.keep_ratio  # whatever the annotation says
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             msg = f"keep_ratio must be in (0, 1], the part of the tokens that is kept; got {ratio!r}"
+            raise OptionError(msg)
+        if not _is_positive(self.most_code_error):
+            msg = f"most_code_error must be a positive number, got {self.most_code_error!r}"
             raise OptionError(msg)
         for name in ("center_keys", "remove_rope"):
             if not isinstance(getattr(self, name), bool):
@@ -64,10 +80,10 @@ class CacheConfig:
         if not isinstance(scales, tuple) or not scales or not all(_is_positive(scale) for scale in scales):
             msg = f"scale_candidates must be positive numbers, at least one, in a tuple; got {scales!r}"
             raise OptionError(msg)
-        for name in ("key_gain", "value_gain"):
+        for name, rules in (("key_gain", GainRule), ("value_gain", GainRule), ("transform", TransformRule)):
             given = getattr(self, name)
-            if given not in get_args(GainRule):
-                msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(GainRule))}"
+            if given not in get_args(rules):
+                msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(rules))}"
                 raise OptionError(msg)
 
     def override(self, options: Mapping[str, Any]) -> "CacheConfig":
@@ -88,21 +104,21 @@ def _is_positive(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
-def _check_whole(name: str, value: object, least: int, most: int | None = None) -> None:
-    bounds = f"at least {least}" if most is None else f"from {least} to {most}"
-    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
-        msg = f"{name} must be a whole number {bounds}, got {value!r}"
+def _check_whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        msg = f"{name} must be a whole number, at least {least}, got {value!r}"
         raise OptionError(msg)
 
 
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
-# exact tokens weigh most, and stay there while the tail and the buffers fill (tests/integration/test_preset_bytes.py).
+# exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
+# (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
 PRESETS: dict[str, CacheConfig] = {
-    "quant": CacheConfig(key_bits=3, value_bits=2, residual_length=32),
-    "high": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.715),
-    "asym": CacheConfig(key_bits=3, value_bits=2, keep_ratio=0.408),
-    "balanced": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.412),
-    "max": CacheConfig(key_bits=2, value_bits=2, keep_ratio=0.205, residual_length=32),
+    "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
+    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72),
+    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507),
+    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411),
+    "max": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32),
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 

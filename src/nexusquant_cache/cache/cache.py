@@ -3,24 +3,25 @@
 import copy
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, get_args
 
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from nexusquant_cache.cache.eager import eager
 from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
+from nexusquant_cache.cache.tokens import LayerTransforms
+from nexusquant_cache.cache.uncompiled import uncompiled
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
-from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy
+from nexusquant_cache.layout import MAX_BITS, CodeLayout
+from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.reference.rope import RotaryPhase
 
@@ -48,8 +49,10 @@ class NexusQuantCache(DynamicCache):
     Args:
         preset: Name of a preset (`PRESETS`) or a `CacheConfig`.
         config: The model's config.
-        policy: Which tokens to keep; `KeyKeyPolicy` by default.
+        policy: Which tokens to keep; `DEFAULT_POLICY` by default.
         attention_mask: The mask of the prompt, ``[batch, tokens]``, 1 for text and 0 for padding on the left.
+        transforms: The `transforms` of an earlier cache of the same model, preset and config, to be used in place of fitting new ones
+            to this prompt: encoding is faster, and a prompt too short to pay for its own has some.
         when: ``"post_prefill"`` compresses at the first generation step, so that the whole prompt attends to itself
             exactly; ``"during_prefill"`` compresses each layer as soon as the next one is reached, so that about
             one layer at a time is held in full precision.  A prompt in one piece still attends to itself exactly;
@@ -68,6 +71,7 @@ class NexusQuantCache(DynamicCache):
         config: PretrainedConfig | None = None,
         policy: EvictionPolicy | None = None,
         attention_mask: Shaped[Tensor, "rows n"] | None = None,
+        transforms: Sequence[LayerTransforms | None] | None = None,
         when: When = "post_prefill",
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
     ) -> None:
@@ -82,6 +86,7 @@ class NexusQuantCache(DynamicCache):
             msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
             raise OptionError(msg)
         self.policy = policy
+        self._given_transforms = _checked_transforms(transforms)
         self.when: When = when
         self.model_config = None if config is None else config.get_text_config(decoder=True)
         self.padding = BatchPadding(None if attention_mask is None else leading_pads(attention_mask))
@@ -102,6 +107,9 @@ class NexusQuantCache(DynamicCache):
     def _make_layers(self) -> list[Any]:
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
+            if self.cache_config.protect_boundary:
+                msg = "protect_boundary counts layers from the model's end and needs config=model.config"
+                raise OptionError(msg)
             return []
         counts = counts_kept_tokens(self.model_config)
         if counts is not None and self.cache_config.keep_ratio < 1:
@@ -121,7 +129,7 @@ class NexusQuantCache(DynamicCache):
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         """Return the policy of a layer."""
         del layer_idx
-        return self.policy or KeyKeyPolicy()
+        return self.policy or DEFAULT_POLICY
 
     def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
         """Return the codec of the keys or the values of a layer.
@@ -129,15 +137,21 @@ class NexusQuantCache(DynamicCache):
         Raises:
             ShapeError: If ``head_dim`` is not a multiple of 8.
         """
-        del layer_idx
         settings = self.cache_config
         keys = side == "keys"
+        bits = settings.key_bits if keys else settings.value_bits
         return E8Codec(
-            CodeLayout.uniform(head_dim, settings.key_bits if keys else settings.value_bits),
+            CodeLayout.flat(head_dim, MAX_BITS if self._is_protected(layer_idx) else bits),
+            transform=settings.transform,
             gain=settings.key_gain if keys else settings.value_gain,
             candidates=settings.scale_candidates,
             center=keys and settings.center_keys,
         )
+
+    def _is_protected(self, layer_idx: int) -> bool:
+        """Tell whether a layer is so near the beginning or the end of the model that it gets all bits."""
+        count = self.cache_config.protect_boundary
+        return count > 0 and not count <= layer_idx < len(self.layers) - count
 
     def make_phase(self, layer_idx: int, seen_tokens: int) -> RotaryPhase | None:
         """Return the rotary phase to take off a layer's keys, or None to code them as they are.
@@ -161,17 +175,17 @@ class NexusQuantCache(DynamicCache):
 
     # The interface of transformers
 
-    @eager
+    @uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
         return super().get_seq_length(layer_idx)
 
-    @eager
+    @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Return (kept + new tokens, evicted tokens) of a layer, as they will be after the next update."""
         return super().get_mask_sizes(query_length, layer_idx)
 
-    @eager
+    @uncompiled
     def update(
         self,
         key_states: Tensor,
@@ -210,6 +224,23 @@ class NexusQuantCache(DynamicCache):
         if self.when == "during_prefill" and key_states.shape[-2] > 1:
             self._note_peak()
         return held
+
+    def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
+        """Show a layer the queries of the tokens that it was given last, or of the last of them.
+
+        `nexusquant_cache.attention.enable` makes the model do this.  Up to 64 queries are kept until the prompt is
+        compressed, if the policy wants them; otherwise, and by layers of transformers' own classes, they are ignored.
+
+        Args:
+            queries: With their rotary phase, scaled so that ``queries @ keys.mT / head_dim**0.5`` are the logits.
+            layer_idx: Index of the layer.
+
+        Raises:
+            ShapeError: If they do not fit the keys of the layer.
+        """
+        layer = self.layers[layer_idx]
+        if isinstance(layer, NexusQuantLayer):
+            layer.observe_queries(queries)
 
     def _add_layer(self) -> None:
         layer = NexusQuantLayer(self, len(self.layers))
@@ -269,6 +300,24 @@ class NexusQuantCache(DynamicCache):
         if layer.pending and layer.is_due(tokens) and layer is next(self._compressed_layers()):
             self._note_peak()
 
+    @property
+    def transforms(self) -> tuple[LayerTransforms | None, ...]:
+        """What each layer has fitted to the prompt, for ``transforms=`` of another cache; None where nothing was."""
+        return tuple(layer.transforms if isinstance(layer, NexusQuantLayer) else None for layer in self.layers)
+
+    def given_transforms(self, layer_idx: int) -> LayerTransforms | None:
+        """Return the transforms that a layer shall use in place of fitting its own, if there are any."""
+        return self._given_transforms[layer_idx] if layer_idx < len(self._given_transforms) else None
+
+    def warn_code_error(self, layer_idx: int, error: float) -> None:
+        """Say that coding a layer changes what attention reads beyond what is allowed."""
+        warnings.warn(
+            f"coding the prompt moves the attention output of layer {layer_idx} by {100 * error:.0f} % of its length, "
+            f"also at the most bits its codec has; {100 * self.cache_config.most_code_error:.0f} % are allowed "
+            "(most_code_error). Check the answers against a plain cache, or leave this model uncompressed.",
+            stacklevel=2,
+        )
+
     def warn_kept_whole(self) -> None:
         """Say, once for each prompt, that tokens are kept since it is not known which of them are padding."""
         if self._has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
@@ -306,10 +355,10 @@ class NexusQuantCache(DynamicCache):
         pads = leading_pads(attention_mask)
         first = next((layer for layer in self._compressed_layers() if layer.is_initialized), None)
         if first is None or first.tail is None:
-            self.padding.state(pads, None)
+            self.padding.take_stated(pads, None)
             return
         new = BatchPadding()
-        new.state(pads, first.tail[0].shape[0])
+        new.take_stated(pads, first.tail[0].shape[0])
         if any(layer.body is not None for layer in self._compressed_layers()):
             known = self.padding.pads
             # None stands for no padding in both.
@@ -444,10 +493,24 @@ class NexusQuantCache(DynamicCache):
         )
 
 
+def _checked_transforms(transforms: object) -> tuple[LayerTransforms | None, ...]:
+    """Return the transforms given, one for each layer.
+
+    Raises:
+        OptionError: If they are anything else.
+    """
+    if transforms is None:
+        return ()
+    if not isinstance(transforms, Sequence) or not all(isinstance(x, LayerTransforms | None) for x in transforms):
+        msg = f"transforms must be the transforms of another cache, cache.transforms; got {type(transforms).__name__}"
+        raise OptionError(msg)
+    return tuple(transforms)
+
+
 def _content(layer: object) -> object:
     """Return what a layer stores, without its owner and the tables it shares with other layers."""
     if isinstance(layer, NexusQuantLayer):
-        return layer.sinks, layer.tail, layer.body, layer.sink_place
+        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed
     return vars(layer)
 
 
@@ -471,8 +534,9 @@ def _layer_report(index: int, layer: object) -> LayerReport:
         kind="compressed",
         seen_tokens=layer.seen,
         kept_tokens=layer.kept,
-        exact_bytes=storage_bytes(layer.sinks, layer.tail),
+        exact_bytes=storage_bytes(layer.sinks, layer.tail, layer.observed),
         code_bytes=storage_bytes(codes),
         other_bytes=storage_bytes(other),
         dense_bytes=layer.seen * channels * DENSE_BYTES_PER_CHANNEL,
+        code_error=layer.code_error,
     )

@@ -1,25 +1,29 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from math import ceil
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
-from nexusquant_cache.cache.tokens import PackedSide, PackedTokens, PositionMap
-from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.cache.probe import attention_error, stand_in_queries
+from nexusquant_cache.cache.tokens import LayerTransforms, PackedSide, PackedTokens, PositionMap
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
-from nexusquant_cache.errors import CacheStateError, DtypeError, NonFiniteError, ShapeError, UnsupportedError
+from nexusquant_cache.errors import CacheStateError, DtypeError, NonFiniteError, OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.reference.rope import RotaryPhase
 
 Side = Literal["keys", "values"]
 When = Literal["post_prefill", "during_prefill"]
+_Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
 
 
@@ -43,9 +47,42 @@ class LayerOwner(Protocol):
         """Return the rotary phase to take off this layer's keys, or None."""
         ...
 
+    def given_transforms(self, layer_idx: int) -> LayerTransforms | None:
+        """Return the transforms that this layer shall use in place of fitting its own, if there are any."""
+        ...
+
+    def warn_code_error(self, layer_idx: int, error: float) -> None:
+        """Say that coding changes what attention reads beyond what is allowed."""
+        ...
+
     def warn_kept_whole(self) -> None:
         """Say that tokens are kept for want of knowledge about the padding."""
         ...
+
+
+@dataclass(frozen=True)
+class _First:
+    """The tokens of a layer's first compression.
+
+    Attributes:
+        keys: Those to encode, without their rotary phase if it is known.
+        values: Likewise.
+        keep: Which tokens of the tail they are; None for all from ``start`` on.
+        start: Where they begin in the tail.
+        candidates: Tokens that leave the tail besides the sinks.
+        count: How many of them are encoded.
+        phase: What was taken off the keys.
+        rows: The rows that have so many pads; None without padding.
+    """
+
+    keys: Float[Tensor, "b h n d"]
+    values: Float[Tensor, "b h n dv"]
+    keep: Bool[Tensor, "b h m"] | None
+    start: int
+    candidates: int
+    count: int
+    phase: RotaryPhase | None
+    rows: dict[int, list[int]] | None
 
 
 class NexusQuantLayer(CacheLayerMixin):
@@ -68,8 +105,10 @@ class NexusQuantLayer(CacheLayerMixin):
         body: Packed tokens.
         tail: Newest tokens, exact.
         phase: The rotary phase that was taken off the packed keys.
+        observed: What attention has shown of the prompt that waits for its compression.
         sink_place: Of each row of a padded batch, the position of its first sink, and how many kept tokens (pads)
             come before it.  On the CPU.
+        code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
         record_past: Whether a `crop` is expected after each update; transformers sets it to False as well.
     """
 
@@ -99,17 +138,30 @@ class NexusQuantLayer(CacheLayerMixin):
         self._pending_from: int | None = None
         self._undo: tuple[int | None, bool, bool] = (None, False, False)
         self.sink_place: Int[Tensor, "b 2"] | None = None
+        self.observed = Observations()
+        self.code_error: float | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
         self._check_kind(key_states, value_states)
-        key_codec = self._owner.make_codec("keys", key_states.shape[-1], self.layer_idx)
-        value_codec = self._owner.make_codec("values", value_states.shape[-1], self.layer_idx)
-        self.key_codec, self.value_codec = key_codec, value_codec
+        self._make_codecs(key_states, value_states)
         self.policy = self._owner.make_policy(self.layer_idx)
         self.device = key_states.device
         self.tail = (_own(key_states[:, :, :0]), _own(value_states[:, :, :0]))
         self.is_initialized = True
+
+    def _make_codecs(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Ask for codecs, at the bits of transforms that were given: they may have been raised for the earlier prompt."""
+        codecs = tuple(
+            self._owner.make_codec(side, states.shape[-1], self.layer_idx)
+            for side, states in (("keys", key_states), ("values", value_states))
+        )
+        given = self._owner.given_transforms(self.layer_idx)
+        raised: _Codecs | None = (codecs[0], codecs[1])
+        while given is not None and raised is not None and raised != given.codecs:
+            raised = _with_more_bits(raised)
+        self.key_codec, self.value_codec = raised or codecs
+        self._check_transforms(key_states)
 
     # Lengths
 
@@ -184,6 +236,7 @@ class NexusQuantLayer(CacheLayerMixin):
             self._check_finite(key_states, value_states, "the prompt")
         if self.is_due(query_length):
             self._make_room()
+        self.observed.start_update()
         # An update that no crop has followed ends the recording.
         self._undo = (self._pending_from, self.record_past, self._updated_since_crop)
         self.record_past = self._is_recording
@@ -194,7 +247,46 @@ class NexusQuantLayer(CacheLayerMixin):
         first = self.seen == 0
         self.tail = (_append(tail_keys, key_states), _append(tail_values, value_states))
         self.seen += query_length
-        return (key_states, value_states) if first else self.dense()
+        held = (key_states, value_states) if first else self.dense()
+        if self.wants_queries:
+            note_keys(self, held[0])
+        return held
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether tokens wait for a compression in which the policy will look at their queries."""
+        return self.pending and self._owner.cache_config.keep_ratio < 1 and self.policy.wants_queries
+
+    def observe_queries(self, queries: Float[Tensor, "b q w d"]) -> None:
+        """Keep the queries of the newest tokens until the compression, if it will use them.
+
+        Args:
+            queries: The queries of the last update's tokens, or of the last of them, with their rotary phase, scaled so
+                that ``queries @ keys.mT / head_dim**0.5`` are the logits of the model.
+
+        Raises:
+            ShapeError: If they do not fit the keys.
+        """
+        if not self.wants_queries:
+            return
+        batch, heads, _, head_dim = self._exact()[0].shape
+        fits = queries.ndim == _AXES and (queries.shape[0], queries.shape[3]) == (batch, head_dim)
+        if not fits or queries.shape[1] % heads or not queries.shape[2]:
+            msg = (
+                f"queries of layer {self.layer_idx} must be [{batch}, a multiple of {heads}, tokens, {head_dim}], got "
+                f"shape {tuple(queries.shape)}"
+            )
+            raise ShapeError(msg)
+        self.observed.append(queries, self.seen)
+
+    def observe_reconstruction(self, attention: Float[Tensor, "b h n"]) -> None:
+        """Keep, until the compression, the greatest attention that was paid to each token seen, in a second reading.
+
+        Tokens that come later count as fully attended.
+        """
+        assert self.pending
+        assert self.body is None
+        self.observed.reconstruction = _own(attention)
 
     def compress(self) -> None:
         """Compress now what the next generation step would compress."""
@@ -322,7 +414,17 @@ class NexusQuantLayer(CacheLayerMixin):
         return candidates - self._kept_of(candidates)
 
     def _make_room(self) -> None:
-        """Encode what the tail need not hold: a prompt with eviction, generated tokens without."""
+        """Encode what the tail need not hold, in the precision that the code asks for, also under autocast."""
+        with torch.autocast(self._exact()[0].device.type, enabled=False):
+            self._encode_waiting()
+        self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        self._pending_from = None
+        self.observed = Observations()
+
+    def _encode_waiting(self) -> None:
+        """Encode a prompt with eviction, or generated tokens without, if enough of them wait."""
         settings = self._owner.cache_config
         candidates = self._candidates()
         if self.pending and candidates >= settings.min_tokens:
@@ -331,18 +433,9 @@ class NexusQuantLayer(CacheLayerMixin):
             self._encode_oldest(candidates, self._kept_of(candidates))
         elif not self.pending and candidates >= (settings.min_tokens if self.body is None else settings.flush_length):
             self._encode_oldest(candidates, candidates)
-        self._pending_from = None
 
     def _encode_oldest(self, candidates: int, count: int) -> None:
         """Move ``candidates`` tokens out of the tail, encoding the ``count`` best of them.
-
-        Scores and codes are computed in the precision that is asked for, under autocast too.
-        """
-        with torch.autocast(self._exact()[0].device.type, enabled=False):
-            self._encode(candidates, count)
-
-    def _encode(self, candidates: int, count: int) -> None:
-        """Do the work of `_encode_oldest`.
 
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
@@ -354,40 +447,119 @@ class NexusQuantLayer(CacheLayerMixin):
         rows = self._rows_by_pads()
         # The sinks of padded rows lie in different places, so the first time their rest has to be picked.
         evicts_none = count == candidates and (rows is None or self.body is not None)
-        keep = None if evicts_none else self._select(sinks, candidates, count, rows)
+        phase = self.phase if self.body is not None else self._owner.make_phase(self.layer_idx, self.seen)
+        keep = None if evicts_none else self._select(sinks, candidates, count, rows, phase)
         start = sinks if keep is None else 0
         stop = sinks + candidates
         keys, values = (_pick(x[:, :, start:stop], keep) for x in (tail_keys, tail_values))
         self._check_finite(keys, values, "generated tokens")
 
-        phase = self.phase if self.body is not None else self._owner.make_phase(self.layer_idx, self.seen)
         if phase is not None:
             positions: Int[Tensor, "*heads n"] = torch.arange(offset + start, offset + stop, device=keys.device)
             if keep is not None:
                 positions = positions.expand(*keep.shape)[keep].view(*keep.shape[:2], count)
             keys = phase.rotate(keys.float(), self._angles(positions, *keys.shape[:2]), inverse=True)
 
-        if self.body is not None:
-            transforms = self.body.keys.transform, self.body.values.transform
-        else:
-            transforms = self._fit(keys, values, candidates - count, phase, rows)
-        packed = self.key_codec.encode(keys, transforms[0]), self.value_codec.encode(values, transforms[1])
-
         if self.body is None:
-            self.sinks, self.sink_place = self._take_sinks(sinks, candidates, count)
-            self.phase = phase
-            # Sinks inside the covered range are simply not among the kept ones of the map.
-            self.body = PackedTokens(
-                PackedSide.of(packed[0], transforms[0]), PackedSide.of(packed[1], transforms[1]), PositionMap(start)
-            )
+            self._start_body(_First(keys, values, keep, start, candidates, count, phase, rows))
         else:
-            self.body.keys.append(packed[0])
-            self.body.values.append(packed[1])
+            self.body.keys.append(self.key_codec.encode(keys, self.body.keys.transform))
+            self.body.values.append(self.value_codec.encode(values, self.body.values.transform))
+        assert self.body is not None
         if keep is None:
             self.body.positions.append_all(count)
         else:
             self.body.positions.append(keep)
         self.tail = (_own(tail_keys[:, :, stop:]), _own(tail_values[:, :, stop:]))
+
+    def _start_body(self, first: "_First") -> None:
+        """Fit the transforms and encode the first tokens, with more bits if attention would suffer too much."""
+        sinks, place = self._take_sinks(self._owner.cache_config.sink_tokens, first.candidates, first.count)
+        codecs = self.key_codec, self.value_codec
+        while True:
+            keys, values = self._encode_first(first, codecs)
+            error = self._code_error(first, sinks, (codecs[0].decode(*keys), codecs[1].decode(*values)))
+            more = None if error <= self._owner.cache_config.most_code_error else _with_more_bits(codecs)
+            if more is None:
+                break
+            codecs = more
+        if error > self._owner.cache_config.most_code_error:
+            self._owner.warn_code_error(self.layer_idx, error)
+        self.key_codec, self.value_codec = codecs
+        self.code_error = error
+        self.sinks, self.sink_place, self.phase = sinks, place, first.phase
+        # Sinks inside the covered range are simply not among the kept ones of the map.
+        self.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
+
+    def _encode_first(
+        self, first: "_First", codecs: tuple[VectorCodec, VectorCodec]
+    ) -> tuple[tuple[PackedVectors, VectorTransform], tuple[PackedVectors, VectorTransform]]:
+        """Return the codes of the first tokens, each with its transform."""
+        transforms = self._given_transforms(codecs)
+        if transforms is None:
+            transforms = self._fit(first, codecs)
+        keys, values = codecs[0].encode(first.keys, transforms[0]), codecs[1].encode(first.values, transforms[1])
+        return (keys, transforms[0]), (values, transforms[1])
+
+    def _code_error(self, first: "_First", sinks: tuple[Tensor, Tensor], decoded: tuple[Tensor, Tensor]) -> float:
+        """Return what coding does to attention; see `probe.attention_error`."""
+        tail = tuple(x[:, :, self._owner.cache_config.sink_tokens + first.candidates :] for x in self._exact())
+        keys = [first.keys, decoded[0]]
+        if first.phase is not None:
+            positions = torch.arange(first.start, first.start + first.keys.shape[2], device=first.keys.device)
+            if first.keep is not None:
+                positions = first.keep.nonzero()[:, -1].view(*first.keys.shape[:3])
+            angles = self._angles(positions, *first.keys.shape[:2])
+            keys = [first.phase.rotate(x.float(), angles) for x in keys]
+        exact, coded = (
+            (torch.cat([sinks[0], k, tail[0]], 2), torch.cat([sinks[1], v, tail[1]], 2))
+            for k, v in zip(keys, (first.values, decoded[1]), strict=True)
+        )
+        queries = self.observed.last_queries(QUERY_WINDOW, self.seen)
+        return attention_error(stand_in_queries(exact[0]) if queries is None else queries, exact, coded)
+
+    def _given_transforms(
+        self, codecs: tuple[VectorCodec, VectorCodec]
+    ) -> tuple[VectorTransform, VectorTransform] | None:
+        """Return the transforms of another prompt for this batch, if the owner has any that these codecs can use."""
+        given = self._owner.given_transforms(self.layer_idx)
+        if given is None or given.codecs != codecs:
+            return None
+        batch = self._exact()[0].shape[0]
+
+        def fitted(x: Tensor) -> Tensor:
+            return x.to(self.device).expand(batch, *x.shape[1:])
+
+        return given.keys.map_batch(fitted), given.values.map_batch(fitted)
+
+    def _check_transforms(self, key_states: Tensor) -> None:
+        """Raise OptionError if transforms were given that do not fit this layer."""
+        given = self._owner.given_transforms(self.layer_idx)
+        if given is None:
+            return
+        batch, heads = key_states.shape[:2]
+        rows, fitted_heads = given.keys.reference.shape[:2]
+        wrong = ""
+        if given.codecs != (self.key_codec, self.value_codec):
+            wrong = f"were fitted by {given.codecs[0]} and {given.codecs[1]}"
+        elif fitted_heads != heads or rows not in {1, batch}:
+            wrong = f"are for {rows} rows and {fitted_heads} KV heads, this prompt has {batch} and {heads}"
+        elif given.unrotated != (self._owner.make_phase(self.layer_idx, 0) is not None):
+            wrong = f"are for keys {'without' if given.unrotated else 'with'} their rotary phase, unlike this cache's"
+        if wrong:
+            msg = (
+                f"the transforms given for layer {self.layer_idx} {wrong}. Use those of a cache of the same model, "
+                "preset and config."
+            )
+            raise OptionError(msg)
+
+    @property
+    def transforms(self) -> LayerTransforms | None:
+        """What was fitted to the prompt; None before the first compression."""
+        if self.body is None:
+            return None
+        codecs = self.key_codec, self.value_codec
+        return LayerTransforms(self.body.keys.transform, self.body.values.transform, codecs, self.phase is not None)
 
     def _rows_by_pads(self) -> dict[int, list[int]] | None:
         """Return the rows that have so many pads; None without padding."""
@@ -405,7 +577,12 @@ class NexusQuantLayer(CacheLayerMixin):
         return min(max(pads - before, 0), self.tail_tokens)
 
     def _select(
-        self, sinks: int, candidates: int, count: int, rows: dict[int, list[int]] | None
+        self,
+        sinks: int,
+        candidates: int,
+        count: int,
+        rows: dict[int, list[int]] | None,
+        phase: RotaryPhase | None,
     ) -> Bool[Tensor, "b h n"]:
         """Choose which of the first ``sinks + candidates`` tokens of the tail to encode.
 
@@ -419,7 +596,7 @@ class NexusQuantLayer(CacheLayerMixin):
             gone = min(pads, candidates - count)
             chosen = torch.ones_like(keep[members])
             if candidates - count > pads:
-                inputs = self._score_inputs(members, row_pads, sinks, candidates - pads)
+                inputs = self._score_inputs(members, row_pads, sinks, candidates - pads, phase)
                 selected = self.policy.select(inputs, count)
                 chosen[..., pads:] = selected[..., : sinks + candidates - pads]
             chosen[..., :gone] = False
@@ -427,10 +604,14 @@ class NexusQuantLayer(CacheLayerMixin):
             keep[members] = chosen
         return keep
 
-    def _score_inputs(self, members: list[int], row_pads: int, sinks: int, candidates: int) -> ScoreInputs:
+    def _score_inputs(
+        self, members: list[int], row_pads: int, sinks: int, candidates: int, phase: RotaryPhase | None
+    ) -> ScoreInputs:
         """Return what a policy sees of these rows: their real tokens in the tail."""
         keys, values = (x if len(members) == len(x) else x[members] for x in self._exact())
         pads = self._in_tail(row_pads)
+        queries = self.observed.last_queries(min(QUERY_WINDOW, self.tail_tokens - pads), self.seen)
+        attention = self.observed.attention_to(self.tail_tokens)
         order = torch.arange(self.tail_tokens - pads, device=keys.device)
         first = self.seen - len(order) - row_pads
         return ScoreInputs(
@@ -439,31 +620,30 @@ class NexusQuantLayer(CacheLayerMixin):
             positions=order + first,
             protected=(order < sinks) | (order >= sinks + candidates),
             layer_idx=self.layer_idx,
+            queries=None if queries is None else queries[members],
+            reconstruction=None if attention is None else attention[members][:, :, pads:],
+            phase=phase,
         )
 
     def _fit(
-        self,
-        keys: Float[Tensor, "b h n d"],
-        values: Float[Tensor, "b h n dv"],
-        evicted: int,
-        phase: RotaryPhase | None,
-        rows: dict[int, list[int]] | None,
+        self, first: "_First", codecs: tuple[VectorCodec, VectorCodec]
     ) -> tuple[VectorTransform, VectorTransform]:
         """Fit both codecs to the tokens that are going to be encoded, pads left out."""
+        keys, values, rows = first.keys, first.values, first.rows
         if rows is None:
-            return self.key_codec.fit(keys), self.value_codec.fit(values)
+            return codecs[0].fit(keys), codecs[1].fit(values)
         parts: tuple[list[VectorTransform], list[VectorTransform]] = ([], [])
-        candidates = keys.shape[2] + evicted
+        evicted, candidates = first.candidates - first.count, first.candidates
         for row_pads, members in rows.items():
             in_tail = self._in_tail(row_pads)
             pads = max(min(in_tail, candidates) - evicted, 0)
             sample = keys[members][:, :, pads:], values[members][:, :, pads:]
             if pads == keys.shape[2] and in_tail < self.tail_tokens:
-                sample = self._real_residual(members, in_tail, phase)
+                sample = self._real_residual(members, in_tail, first.phase)
             elif pads == keys.shape[2]:
                 sample = keys[members], values[members]  # a row of pads alone: anything will do
-            parts[0].append(self.key_codec.fit(sample[0]))
-            parts[1].append(self.value_codec.fit(sample[1]))
+            parts[0].append(codecs[0].fit(sample[0]))
+            parts[1].append(codecs[1].fit(sample[1]))
         order = [row for members in rows.values() for row in members]
         back = torch.tensor(order, device=keys.device).argsort()
         key_transform, value_transform = (
@@ -520,7 +700,7 @@ class NexusQuantLayer(CacheLayerMixin):
         self._updated_since_crop = False
         if self.record_past:
             if not self._expects_prompt:
-                self._pending_from = None  # these were candidates
+                self._stop_waiting()  # these were candidates
             self._expects_prompt = False
             if self.seen:
                 self._make_room()
@@ -554,7 +734,8 @@ class NexusQuantLayer(CacheLayerMixin):
         end = self.seen - count
         keys, values = self._exact()
         if self._pending_from is not None and end <= self._pending_from:
-            self._pending_from = None
+            self._stop_waiting()
+        self.observed.crop(end)
         if count <= self.tail_tokens or self.body is None:
             stop = self.tail_tokens - count
             self.tail = (_own(keys[:, :, :stop]), _own(values[:, :, :stop]))
@@ -570,7 +751,8 @@ class NexusQuantLayer(CacheLayerMixin):
         if end <= (0 if self._is_padded else sinks):
             # Nothing packed is left: as if nothing had ever been.
             self.tail = (_own(self.sinks[0][:, :, :end]), _own(self.sinks[1][:, :, :end]))
-            self.sinks = self.body = self.phase = self.sink_place = None
+            self.sinks = self.body = self.phase = self.sink_place = self.code_error = None
+            self._make_codecs(keys, values)
             return
         before = self.body.kept_before(end)
         least = int(before.min()) if packed_tokens is None else packed_tokens
@@ -601,6 +783,7 @@ class NexusQuantLayer(CacheLayerMixin):
             self.tail = (function(self.tail[0]), function(self.tail[1]))
         if self.body is not None:
             self.body.map(function)
+        self.observed.map(function)
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on rows of the batch, to all that is stored per row."""
@@ -673,6 +856,12 @@ class NexusQuantLayer(CacheLayerMixin):
                     "not changed. Look for overflow in the model: float16 weights often need bfloat16."
                 )
                 raise NonFiniteError(msg)
+
+
+def _with_more_bits(codecs: _Codecs) -> _Codecs | None:
+    """Return both codecs with more bits, or the one that has such; None if neither has."""
+    more = codecs[0].with_more_bits(), codecs[1].with_more_bits()
+    return None if more == (None, None) else (more[0] or codecs[0], more[1] or codecs[1])
 
 
 def _own(x: Tensor) -> Tensor:

@@ -47,10 +47,13 @@ class LayerReport:
         kind: ``"compressed"`` for layers of ours, else the name of transformers' layer class.
         seen_tokens: Tokens seen.
         kept_tokens: Tokens stored.
-        exact_bytes: Sinks and tail in full precision; everything, for layers that are not compressed.
+        exact_bytes: Sinks and tail in full precision, and the queries that wait with a prompt for its compression;
+            everything, for layers that are not compressed.
         code_bytes: Packed codes and scales, with the room they have to grow.
         other_bytes: Positions of kept tokens and what the transforms hold.
         dense_bytes: What a plain 16-bit cache would hold.
+        code_error: How far coding the first tokens moved the output of attention on the prompt's last queries (or keys, where
+            no queries are known), relative to its length, in the head that suffered most; None if nothing was coded.
     """
 
     layer_idx: int
@@ -61,6 +64,7 @@ class LayerReport:
     code_bytes: int
     other_bytes: int
     dense_bytes: int
+    code_error: float | None = None
 
     @property
     def held_bytes(self) -> int:

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
 
 _LEAST_ROOM = 32  # tokens
@@ -67,6 +67,23 @@ def _exact(data: Tensor) -> Tensor:
     """Return the tensor, copied if it is a view of something larger, which it would keep alive."""
     exact = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
     return data if exact else data.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
+class LayerTransforms:
+    """What a layer has fitted to a prompt, for a cache of another prompt to use in place of fitting its own.
+
+    Attributes:
+        keys: Transform of the keys.
+        values: Transform of the values.
+        codecs: The codecs that fitted them, by which alone they can be used.
+        unrotated: Whether the keys were without their rotary phase.
+    """
+
+    keys: VectorTransform
+    values: VectorTransform
+    codecs: tuple[VectorCodec, VectorCodec]
+    unrotated: bool
 
 
 @dataclass

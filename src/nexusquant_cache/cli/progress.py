@@ -1,12 +1,24 @@
-"""Progress bars on a terminal, one line per phase elsewhere."""
+"""Progress bars on a terminal; elsewhere a line per phase, and one a minute while it lasts."""
 
 import contextlib
+import time
 from collections.abc import Iterator
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 
-from nexusquant_cache.evaluation.demo import Report, Step
+from nexusquant_cache.evaluation.steps import Report, Step
+
+_SECONDS_BETWEEN_LINES = 60
 
 
 @contextlib.contextmanager
@@ -19,10 +31,11 @@ def progress_bars(console: Console) -> Iterator[Report]:
         SpinnerColumn(),
         TextColumn("{task.description:<28}"),
         BarColumn(),
-        TextColumn("{task.fields[detail]:<8}"),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, expand=True) as progress:
         yield _Bars(progress).show
 
 
@@ -30,11 +43,18 @@ class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._phase = ""
+        self._shown_at = 0.0
 
     def show(self, step: Step) -> None:
+        now = time.monotonic()
         if step.phase != self._phase:
-            self._phase = step.phase
-            self._console.print(f"{step.phase} ...", markup=False, highlight=False)
+            line = f"{step.phase} ..."
+        elif now - self._shown_at >= _SECONDS_BETWEEN_LINES:
+            line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip()
+        else:
+            return
+        self._phase, self._shown_at = step.phase, now
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class _Bars:

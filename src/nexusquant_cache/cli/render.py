@@ -1,14 +1,19 @@
-"""The demo's results as text."""
+"""Results as text."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
+from nexusquant_cache.evaluation.intervals import Interval
+from nexusquant_cache.evaluation.summary import CacheSummary, summaries
 
 _MEBIBYTE = 2**20
 _NONE = "-"
@@ -26,16 +31,57 @@ def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
         style="dim",
     )
     if any(row.needle for row in result.rows):
-        yield Text(f"\nHidden fact: {result.fact.sentence}\nQuestion:    {result.fact.question}")
+        yield Text(f"\nHidden fact: {result.needle.sentences[0]}\nQuestion:    {result.needle.question}")
         yield _answers(result.rows)
 
 
+def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[RenderableType]:
+    """Yield the evaluation's tables, and where the report is."""
+    rows = summaries(content)
+    yield Text(f"{content['settings']['model']}, {rows[0].quality.texts} texts; 95 % intervals in brackets.")
+    table = _empty_table(("cache", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %", "s"))
+    for row in rows:
+        table.add_row(*_quality_cells(row))
+    yield table
+    kinds = list(rows[0].recall)
+    if kinds:
+        yield Text("Needles found, by kind:")
+        table = _empty_table(("cache", *kinds))
+        for row in rows:
+            table.add_row(row.name, *(f"{found.found} of {found.asked}" for found in row.recall.values()))
+        yield table
+    yield Text(f"Report: {page}")
+
+
+def _quality_cells(row: CacheSummary) -> Iterator[str]:
+    quality = row.quality
+    plain = row.name == PLAIN
+    yield row.name
+    yield f"{100 * row.kept_tokens / row.seen_tokens:.0f} %"
+    yield f"{quality.held_bytes / _MEBIBYTE:.2f}"
+    yield f"{quality.compression_factor:.1f}x"
+    yield "0" if plain else _with_interval(quality.dppl_percent, "+.1f")
+    yield "0" if plain else _with_interval(quality.kl, ".3f")
+    yield "100" if plain else f"{100 * quality.top1.mean:.1f}"
+    yield f"{row.compress_seconds.mean:.2f}" if row.compress_seconds else _NONE
+
+
+def _with_interval(value: Interval, spec: str) -> str:
+    mean = f"{value.mean:{spec}}"
+    return f"{mean} ({value.low:{spec}}, {value.high:{spec}})" if math.isfinite(value.low) else mean
+
+
 def _table(rows: tuple[DemoRow, ...]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name in {"cache", "needle"} else "right", no_wrap=True)
+    table = _empty_table(_COLUMNS)
     for row in rows:
         table.add_row(*_cells(row))
+    return table
+
+
+def _empty_table(columns: tuple[str, ...]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in columns:
+        table.add_column(name, justify="left" if name in {"cache", "needle"} else "right", no_wrap=True)
     return table
 
 

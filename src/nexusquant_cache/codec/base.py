@@ -62,3 +62,7 @@ class VectorCodec(ABC):
     @abstractmethod
     def bytes_per_vector(self) -> int:
         """Bytes held per vector (words and scale)."""
+
+    def with_more_bits(self) -> "VectorCodec | None":
+        """Return the codec for a layer that this one serves badly; None, which is the default, if there is none."""
+        return None

@@ -1,6 +1,6 @@
 """The E8 codec: rotation, one scale per vector, parity-coset block codes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -9,14 +9,15 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
-from nexusquant_cache.codec.transform import HadamardRotation, Rotation, VectorTransform
+from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
-from nexusquant_cache.layout import BLOCK, CodeLayout
+from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
 from nexusquant_cache.reference.tables import covered_stages, decode_rows
 
 GainRule = Literal["least_squares", "norm", "unbiased"]
+TransformRule = Literal["auto", "principal", "hadamard"]
 
 _CHUNK = 4096  # vectors encoded together: their temporaries stay in the cache of a core
 _FLOAT16_MAX = 65504.0
@@ -35,15 +36,20 @@ class E8Codec(VectorCodec):
     - ``norm``: ``|y| / |q|``, which keeps the vector's norm;
     - ``unbiased``: ``<y, y> / <y, q>``, which keeps the inner product with the vector's own direction.
 
+    Blocks without bits take part in none of this; products weigh each block as it weighs in the vector.
+
     Args:
-        layout: Bits of every block.
+        layout: Bits of every block for channels that are alike, as a Hadamard rotation makes them.
         gain: The gain rule.
         candidates: Scales to try, relative to the root mean square.
         center: Whether `fit` removes the mean over tokens.
         seed: Of the random signs.
+        transform: ``"hadamard"`` rotates by a fixed matrix that costs no byte.  ``"principal"`` gives each head the
+            principal axes of its own vectors and, of the layouts of equal size (`layout.sloped_layouts`), the one that
+            suits their variances.  ``"auto"`` does so where the axes cost fewer bytes than they save at equal error.
 
     Raises:
-        OptionError: If the gain rule is unknown or a candidate is not positive.
+        OptionError: If the gain rule or the transform is unknown or a candidate is not positive.
     """
 
     layout: CodeLayout
@@ -51,20 +57,40 @@ class E8Codec(VectorCodec):
     candidates: tuple[float, ...] = (0.92, 1.1)
     center: bool = False
     seed: int = 0
+    transform: TransformRule = "hadamard"
 
     def __post_init__(self) -> None:
         """Check the options."""
-        if self.gain not in get_args(GainRule):
-            msg = f"unknown gain rule {self.gain!r}. {suggest(str(self.gain), get_args(GainRule))}"
-            raise OptionError(msg)
+        for what, given, known in (
+            ("gain rule", self.gain, get_args(GainRule)),
+            ("transform", self.transform, get_args(TransformRule)),
+        ):
+            if given not in known:
+                msg = f"unknown {what} {given!r}. {suggest(str(given), known)}"
+                raise OptionError(msg)
         if not self.candidates or not all(0 < candidate < float("inf") for candidate in self.candidates):
             msg = f"scale candidates must be positive numbers, at least one, got {self.candidates!r}"
             raise OptionError(msg)
 
     @property
+    def layouts(self) -> tuple[CodeLayout, ...]:
+        """The layouts that heads may have, all of one size: that of a Hadamard rotation, then those of principal axes."""
+        if self.transform == "hadamard":
+            return (self.layout,)
+        sloped = sloped_layouts(self.layout.head_dim, self.layout.bytes_per_vector)
+        return (self.layout, *(layout for layout in sloped if layout != self.layout))
+
+    @property
     def bytes_per_vector(self) -> int:
         """Packed codes and one byte of scale."""
         return self.layout.bytes_per_vector + 1
+
+    def with_more_bits(self) -> "E8Codec | None":
+        """Return the same codec at one more bit per channel, at most 4; None if it has 4."""
+        bits = min(self.layout.bits_per_channel + 1, MAX_BITS)
+        if bits == self.layout.bits_per_channel:
+            return None
+        return replace(self, layout=CodeLayout.flat(self.layout.head_dim, bits))
 
     def make_rotation(self, vectors: Float[Tensor, "b h n d"]) -> Rotation:
         """Return the rotation for these (centred) vectors; override it for a basis of your own."""
@@ -72,7 +98,7 @@ class E8Codec(VectorCodec):
         return HadamardRotation(self.layout.head_dim, self.seed)
 
     def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
-        """Freeze the mean (if centring), the rotation and the reference scale of each head."""
+        """Freeze the mean (if centring), the rotation, the layout and the reference scale of each head."""
         self._check(vectors)
         mean = None
         if self.center:
@@ -80,53 +106,127 @@ class E8Codec(VectorCodec):
             mean = vectors.mean(2, keepdim=True, dtype=torch.float32)
             mean = mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
         centred = vectors.float() if mean is None else vectors.float() - mean
-        # The median of the tokens' scales, so that no outlier moves the grid; 1 for a head of zeros.
-        peak = centred.abs().amax(-1, keepdim=True).clamp_min(_TINY)
-        norms = (centred / peak).square().mean(-1).sqrt() * peak[..., 0]
-        reference = norms.median(-1, keepdim=True).values
-        return VectorTransform(self.make_rotation(centred), mean, torch.where(reference > 0, reference, 1.0))
+        if self.transform == "hadamard":
+            return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
+        rows = [self._fit_row(row, None if mean is None else mean[i : i + 1]) for i, row in enumerate(centred.split(1))]
+        return VectorTransform.cat(rows)
+
+    def _fit_row(self, centred: Float[Tensor, "1 h n d"], mean: Float[Tensor, "1 h 1 d"] | None) -> VectorTransform:
+        """Fit one row of the batch: what suits it must not depend on the others."""
+        rotation, variances = PrincipalRotation.fit(centred)
+        errors = torch.stack([_expected_error(variances, layout) for layout in self.layouts])
+        least = errors.min(0)
+        if self.transform == "auto" and not self._pays(variances, least.values, centred.shape[2], rotation):
+            return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
+        plans = least.indices.to("cpu", torch.uint8)
+        return VectorTransform(rotation, mean, _reference(rotation.rotate(centred)), plans)
+
+    def _pays(
+        self, variances: Float[Tensor, "1 h blocks"], errors: Float[Tensor, "1 h"], tokens: int, axes: PrincipalRotation
+    ) -> bool:
+        """Tell whether the principal axes cost fewer bytes than they save at equal error.
+
+        A Hadamard rotation spreads the variance evenly; half a bit per channel brings half the error.
+        """
+        even = variances.mean(-1, keepdim=True).expand_as(variances)
+        ratio = _expected_error(even, self.layout) / errors.clamp_min(_TINY)
+        saved_bits = 0.5 * ratio.clamp_min(1).log2().mean() * self.layout.head_dim
+        cost = (axes.basis.nbytes + axes.step.nbytes) / variances.shape[1]
+        return float(saved_bits) / 8 * tokens >= cost
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         """Return the codes of finite vectors; see the class for the search."""
         self._check(vectors)
-        shape = vectors.shape[:3]
-        channels = transform.forward(vectors).reshape(-1, self.layout.head_dim).T
-        parts = [self._encode_chunk(part.contiguous()) for part in channels.split(_CHUNK, dim=1)]
-        if not parts:
-            parts = [self._encode_chunk(channels)]
-        words = torch.cat([pack(codes, self.layout) for codes, _ in parts])
-        words = words.view(*shape, self.layout.bytes_per_vector)
-        gains = torch.cat([gain for _, gain in parts]).view(shape)
+        batch, heads, tokens, head_dim = vectors.shape
+        y = transform.forward(vectors)
+        if transform.heads_by_plan:
+            return self._encode_by_plan(y.flatten(0, 1), transform)
+        words, gains = self._encode_rows(y.reshape(-1, head_dim).T, self.layout, None)
+        words, gains = words.view(batch, heads, tokens, words.shape[1]), gains.view(batch, heads, tokens)
         return PackedVectors(words, encode_scales(gains, transform.reference))
+
+    def _encode_by_plan(self, y: Float[Tensor, "bh n d"], transform: VectorTransform) -> PackedVectors:
+        """Encode the heads of each layout together."""
+        tokens, head_dim = y.shape[1:]
+        weights = transform.rotation.block_variances
+        words = torch.empty(len(y), tokens, self.layout.bytes_per_vector, dtype=torch.uint8, device=y.device)
+        gains = y.new_empty(len(y), tokens)
+        for plan, members in transform.heads_by_plan.items():
+            weight = None
+            if weights is not None:
+                weight = weights.flatten(0, 1)[members].repeat_interleave(tokens, 0).T
+            rows = y[members].reshape(-1, head_dim).T
+            part, gain = self._encode_rows(rows, self.layouts[plan], weight)
+            words[members], gains[members] = part.view(len(members), *words.shape[1:]), gain.view(len(members), tokens)
+        shape = transform.reference.shape[:2]
+        scales = encode_scales(gains.unflatten(0, shape), transform.reference)
+        return PackedVectors(words.unflatten(0, shape), scales)
+
+    def _encode_rows(
+        self, channels: Float[Tensor, "d rows"], layout: CodeLayout, weights: Float[Tensor, "blocks rows"] | None
+    ) -> tuple[UInt8[Tensor, "rows bytes"], Float[Tensor, "rows"]]:
+        """Return words and gains of channel-major vectors, a chunk at a time."""
+        words, gains = [], []
+        for start in range(0, max(channels.shape[1], 1), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            search = _ScaleSearch(layout, None if weights is None else weights[:, chunk])
+            codes, gain = search.encode(channels[:, chunk].contiguous(), self.candidates, self.gain)
+            words.append(pack(codes, layout))
+            gains.append(gain)
+        return torch.cat(words), torch.cat(gains)
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
         shape = packed.scales.shape
-        done = covered_stages(self.layout, transform.rotation.first_stride)
-        rows = decode_rows(packed.words.reshape(shape.numel(), self.layout.bytes_per_vector), self.layout, done)
         scales = decode_scales(packed.scales, transform.reference)
-        return transform.inverse(rows.view(*shape, self.layout.head_dim), scales, done)
+        groups = transform.heads_by_plan
+        if not groups:
+            done = covered_stages(self.layout, transform.rotation.first_stride)
+            rows = decode_rows(packed.words.reshape(shape.numel(), self.layout.bytes_per_vector), self.layout, done)
+            return transform.inverse(rows.view(*shape, self.layout.head_dim), scales, done)
+        words = packed.words.flatten(0, 1)
+        y = scales.new_empty(len(words), shape[2], self.layout.head_dim)
+        for plan, members in groups.items():
+            rows = words if len(groups) == 1 else words[members]
+            decoded = decode_rows(rows.reshape(-1, rows.shape[-1]), self.layouts[plan])
+            y[members] = decoded.view(len(members), *y.shape[1:])
+        return transform.inverse(y.unflatten(0, shape[:2]), scales)
 
     def _check(self, vectors: Tensor) -> None:
         if vectors.ndim != 4 or vectors.shape[-1] != self.layout.head_dim:  # noqa: PLR2004 - b h n d
             msg = f"expected [batch, kv_heads, tokens, {self.layout.head_dim}], got shape {tuple(vectors.shape)}"
             raise ShapeError(msg)
 
-    def _encode_chunk(self, y: Float[Tensor, "d rows"]) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "rows"]]:
-        """Return codes and gains of channel-major vectors."""
+
+@dataclass(frozen=True)
+class _ScaleSearch:
+    """The search for the scale of each vector: one layout, channel-major vectors.
+
+    ``weights`` says how much each block of each vector weighs in products; None if all weigh alike.
+    """
+
+    layout: CodeLayout
+    weights: Float[Tensor, "blocks rows"] | None
+
+    def encode(
+        self, y: Float[Tensor, "d rows"], candidates: tuple[float, ...], gain: GainRule
+    ) -> tuple[Int[Tensor, "rows blocks"], Float[Tensor, "rows"]]:
+        """Return codes and gains."""
         # Divided by its largest channel first: no square of a finite vector overflows.
         peak = y.abs().amax(0).clamp_min(_TINY)
         y = y / peak
-        power = _row_sum(y.square())
-        rms = (power / self.layout.head_dim).sqrt()
+        coded = sum(bits > 0 for bits in self.layout.block_bits)
+        square = self._by_block(y.square())
+        rms = (_row_sum(square) / max(coded * BLOCK, 1)).sqrt()
+        power = self._weighted(square)
         inverse = torch.where(rms > 0, 1 / rms, 0.0)
-        best = self._try(y, inverse / self.candidates[0])
-        for candidate in self.candidates[1:]:
+        best = self._try(y, inverse / candidates[0])
+        for candidate in candidates[1:]:
             other = self._try(y, inverse / candidate)
             better = other[0] > best[0]
             best = tuple(torch.where(better, new, old) for new, old in zip(other, best, strict=True))
         _, inner, norm, choices = best
-        return self._codes(choices), self._gain(power, inner, norm) * peak
+        return self._codes(choices), _gain(gain, power, inner, norm) * peak
 
     def _try(self, y: Float[Tensor, "d rows"], scale: Float[Tensor, "rows"]) -> tuple[Tensor, ...]:
         """Return fit, inner product, squared norm and choices of the nearest codewords at this scale.
@@ -138,9 +238,19 @@ class E8Codec(VectorCodec):
         for bits, index in self._rates():
             q[index], choices[index] = nearest(blocks[index], bits)
         q = q.view(y.shape)
-        inner, norm = _row_sum(y * q), _row_sum(q.square())
+        inner, norm = self._weighted(self._by_block(y * q)), self._weighted(self._by_block(q.square()))
         fit = inner.square() / norm.clamp_min(_TINY)
         return fit, inner, norm, choices
+
+    def _by_block(self, products: Float[Tensor, "d rows"]) -> Float[Tensor, "blocks rows"]:
+        """Return the sum over the channels of each block; nothing for blocks without bits."""
+        sums = _row_sum(products.view(self.layout.blocks, BLOCK, -1).transpose(0, 1))
+        if 0 in self.layout.block_bits:
+            sums = sums * torch.tensor([[float(bits > 0)] for bits in self.layout.block_bits], device=sums.device)
+        return sums
+
+    def _weighted(self, by_block: Float[Tensor, "blocks rows"]) -> Float[Tensor, "rows"]:
+        return _row_sum(by_block if self.weights is None else by_block * self.weights)
 
     def _codes(self, choices: UInt8[Tensor, "blocks 8 rows"]) -> Int[Tensor, "rows blocks"]:
         codes = torch.zeros(self.layout.blocks, choices.shape[-1], dtype=torch.int64, device=choices.device)
@@ -155,18 +265,33 @@ class E8Codec(VectorCodec):
             return [(plan[0], slice(None))]
         return [(bits, [i for i, b in enumerate(plan) if b == bits]) for bits in sorted(set(plan) - {0})]
 
-    def _gain(self, power: Tensor, inner: Tensor, norm: Tensor) -> Tensor:
-        norm, inner = norm.clamp_min(_TINY), inner.clamp_min(_TINY)
-        if self.gain == "least_squares":
-            gain = inner / norm
-        elif self.gain == "norm":
-            gain = (power / norm).sqrt()
-        else:
-            gain = power / inner
-        return torch.where(power > 0, gain, 0.0)
+
+def _gain(rule: GainRule, power: Tensor, inner: Tensor, norm: Tensor) -> Tensor:
+    norm, inner = norm.clamp_min(_TINY), inner.clamp_min(_TINY)
+    if rule == "least_squares":
+        gain = inner / norm
+    elif rule == "norm":
+        gain = (power / norm).sqrt()
+    else:
+        gain = power / inner
+    return torch.where(power > 0, gain, 0.0)
 
 
-def _row_sum(x: Float[Tensor, "d rows"]) -> Float[Tensor, "rows"]:
+def _reference(y: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1"]:
+    """Return the median of the vectors' scales, so that no outlier moves the grid; 1 for a head of zeros."""
+    peak = y.abs().amax(-1, keepdim=True).clamp_min(_TINY)
+    norms = (y / peak).square().mean(-1).sqrt() * peak[..., 0]
+    reference = norms.median(-1, keepdim=True).values
+    return torch.where(reference > 0, reference, 1.0)
+
+
+def _expected_error(variances: Float[Tensor, "*heads blocks"], layout: CodeLayout) -> Float[Tensor, "*heads"]:
+    """Return the squared error per block channel, summed, that Gaussian channels of these variances would have."""
+    distortion = torch.tensor([DISTORTION[bits] for bits in layout.block_bits], device=variances.device)
+    return (variances * distortion).sum(-1)
+
+
+def _row_sum(x: Float[Tensor, "d *rows"]) -> Float[Tensor, "*rows"]:
     """Sum over channels, by halves: the order does not depend on how many rows there are."""
     while x.shape[0] > 1:
         half = x.shape[0] // 2

@@ -3,17 +3,24 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
+from nexusquant_cache.layout import BLOCK
 from nexusquant_cache.reference.hadamard import (
     apply_hadamard,
     apply_hadamard_rows,
     hadamard_factors,
+    hadamard_matrix,
     random_signs,
 )
+
+_INT8_MAX = 127
+_LEAST_DEVIATION = 1e-4  # of a channel, relative to the largest: what lies below is rounding, or a constant
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Rotation(ABC):
@@ -30,6 +37,11 @@ class Rotation(ABC):
         A decoder may apply the stages below this stride itself and say so to `unrotate`.
         """
         return 1
+
+    @property
+    def block_variances(self) -> Float[Tensor, "b h blocks"] | None:
+        """What a unit of squared error in a coded channel of each block weighs in the vector; None if all weigh alike."""
+        return None
 
     @abstractmethod
     def rotate(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
@@ -88,6 +100,101 @@ class HadamardRotation(Rotation):
 
 
 @dataclass(frozen=True)
+class PrincipalRotation(Rotation):
+    """The principal axes of the vectors of each head, by falling variance, every channel scaled to unit variance.
+
+    The eight axes of a block are mixed by a Hadamard matrix of order 8, so that its channels are alike, as the block code
+    assumes.  Encoder and decoder know the axes from the same 8-bit numbers.
+
+    Args:
+        basis: Axis of each coded channel, in units of ``step``.
+        step: Of each axis; includes the deviation of the block's channels, so that a decoded vector is the sum
+            of the axes times the coded channels.
+
+    References:
+        Karhunen-Loeve transform coding: Huang & Schultheiss (1963), "Block quantization of correlated Gaussian random
+        variables", IEEE Trans. Commun. Syst. 11(3), 289-296; for KV caches, with calibration data, KVTC
+        (2025), "KV Cache Transform Coding".
+    """
+
+    basis: Int8[Tensor, "b h d d"]
+    step: Float[Tensor, "b h d 1"]
+
+    @classmethod
+    def fit(cls, vectors: Float[Tensor, "b h n d"]) -> tuple["PrincipalRotation", Float[Tensor, "b h blocks"]]:
+        """Return the rotation for these centred vectors, and the variance of each block's channels, falling.
+
+        Variances are relative to the head's largest channel, whose square may be no float32 number.  A head of zeros
+        counts as white.
+
+        Computed in float64 where the device has it, which makes the result the same in every batch.
+        """
+        peak = vectors.abs().amax((-1, -2), keepdim=True)
+        peak = torch.where(peak > 0, peak, 1.0)
+        x = _double(vectors) / peak
+        tokens, head_dim = x.shape[-2:]
+        variances, axes = torch.linalg.eigh(x.mT @ x / max(tokens, 1))
+        variances, axes = variances.flip(-1).clamp_min(0), axes.flip(-1)
+        # The sign of an axis is free: fixed, it cannot depend on the library that found it.
+        largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
+        axes = torch.where(largest < 0, -axes, axes)
+        by_block = variances.unflatten(-1, (-1, BLOCK)).mean(-1)
+        deviations = by_block.sqrt().clamp_min(by_block[..., :1].sqrt() * _LEAST_DEVIATION)
+        deviations = torch.where(deviations > 0, deviations, 1.0)
+        mixed = torch.einsum("bhdki,ij->bhkjd", axes.unflatten(-1, (-1, BLOCK)), _mixing(axes)).flatten(2, 3)
+        scaled = mixed * deviations.repeat_interleave(BLOCK, -1)[..., None]
+        step = (scaled.abs().amax(-1, keepdim=True) / _INT8_MAX).clamp_min(_TINY)
+        basis = (scaled / step).round().to(torch.int8)
+        step = (step * peak).float().clamp(_TINY, torch.finfo(torch.float32).max)
+        return cls(basis, step), deviations.square().float()
+
+    @classmethod
+    def of(cls, rotation: "HadamardRotation", heads: tuple[int, int], like: Tensor) -> "PrincipalRotation":
+        """Return the axes of a Hadamard rotation, all as long, for every head; exact but for one rounding of the step."""
+        one = torch.eye(rotation.head_dim, device=like.device)
+        axes = rotation.unrotate(one[None, None]).expand(*heads, -1, -1)
+        step = axes.abs().amax(-1, keepdim=True) / _INT8_MAX
+        return cls((axes / step).round().to(torch.int8), step)
+
+    def _axes(self) -> Float[Tensor, "b h d d"]:
+        """Return what each coded channel adds to a decoded vector."""
+        return self.basis.float() * self.step
+
+    @property
+    def block_variances(self) -> Float[Tensor, "b h blocks"]:
+        """The squared length of a block's axes, relative to the longest block's."""
+        lengths = self.basis.float().square().sum(-1).sqrt() * self.step[..., 0]
+        relative = lengths / lengths.amax(-1, keepdim=True).clamp_min(_TINY)
+        return relative.square().unflatten(-1, (-1, BLOCK)).mean(-1)
+
+    def rotate(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Return each vector's product with every axis over its squared length; rounded from float64, see `fit`."""
+        basis = _double(self.basis)
+        # Lengths come in twice: once with the vector, which may be huge, so that no square is formed of it.
+        unit = basis / basis.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+        lengths = basis.norm(dim=-1, keepdim=True).clamp_min(_TINY) * self.step
+        return ((_double(x) @ unit.mT) / lengths.mT).float()
+
+    def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:
+        """Return the sum of the axes, each times its channel."""
+        del first_stride  # no Hadamard stage was asked for
+        return y @ self._axes()
+
+    def map_batch(self, function: Callable[[Tensor], Tensor]) -> "PrincipalRotation":
+        """Apply ``function`` to the axes."""
+        return PrincipalRotation(function(self.basis), function(self.step))
+
+
+def _double(x: Tensor) -> Tensor:
+    """Return the numbers in float64, or in float32 on a device without it."""
+    return x.float() if x.device.type == "mps" else x.double()
+
+
+def _mixing(like: Tensor) -> Float[Tensor, "8 8"]:
+    return hadamard_matrix(BLOCK).to(like) * BLOCK**-0.5
+
+
+@dataclass(frozen=True)
 class VectorTransform:
     """What the keys or the values of one layer share: fitted once, never changed.
 
@@ -95,11 +202,21 @@ class VectorTransform:
         rotation: The rotation of the channels.
         mean: Subtracted from every vector before rotation, ``[batch, kv_heads, 1, head_dim]`` float16, or None.
         reference: The scale that scale code 128 stands for, float32.
+        plans: Which of the codec's layouts each head has, on the CPU; None if all have the first.
     """
 
     rotation: Rotation
     mean: Float[Tensor, "b h 1 d"] | None
     reference: Float[Tensor, "b h 1"]
+    plans: UInt8[Tensor, "b h"] | None = None
+
+    @cached_property
+    def heads_by_plan(self) -> dict[int, list[int]]:
+        """The heads of all rows, counted through the batch, that have each layout; empty if all have the first."""
+        groups: dict[int, list[int]] = {}
+        for head, plan in enumerate([] if self.plans is None else self.plans.flatten().tolist()):
+            groups.setdefault(plan, []).append(head)
+        return groups
 
     def forward(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """Return centred, rotated vectors in float32; scales are not applied."""
@@ -120,13 +237,25 @@ class VectorTransform:
             rotation=self.rotation.map_batch(function),
             mean=None if self.mean is None else function(self.mean),
             reference=function(self.reference),
+            plans=None if self.plans is None else function(self.plans).to("cpu"),
         )
 
     @staticmethod
     def cat(parts: "list[VectorTransform]") -> "VectorTransform":
-        """Return one transform for the rows of all parts, which must differ in nothing but their tensors."""
+        """Return one transform for the rows of all parts, which the same codec must have fitted."""
+        if len({type(part.rotation) for part in parts}) > 1:
+            parts = [part.with_principal_axes() for part in parts]
         joined = (torch.cat(tensors) for tensors in zip(*map(_batch_tensors, parts), strict=True))
         return parts[0].map_batch(lambda _: next(joined))
+
+    def with_principal_axes(self) -> "VectorTransform":
+        """Return the same transform as a `PrincipalRotation`, which can hold any axes."""
+        if isinstance(self.rotation, PrincipalRotation):
+            return self
+        heads = self.reference.shape[:2]
+        assert isinstance(self.rotation, HadamardRotation), "a codec fits no other rotation beside this one"
+        rotation = PrincipalRotation.of(self.rotation, (heads[0], heads[1]), self.reference)
+        return replace(self, rotation=rotation, plans=torch.zeros(heads, dtype=torch.uint8, device="cpu"))
 
 
 def _batch_tensors(transform: VectorTransform) -> list[Tensor]:

@@ -1,20 +1,29 @@
 """Prefill once with a plain cache, fill other caches from it, and weigh them."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from nexusquant_cache.attention import record_queries
 from nexusquant_cache.errors import CacheStateError, UnsupportedError
+from nexusquant_cache.evaluation.clock import now
+from nexusquant_cache.evaluation.models import LoadedModel
 
 CacheFactory: TypeAlias = Callable[[], Cache]
 Progress: TypeAlias = Callable[[int, int], None]
 """Called with the tokens (or steps) done and their total."""
+Prepare: TypeAlias = Callable[[Cache, LoadedModel, Tensor], None]
+"""Called with a filled cache, the model and the ids ``[1, n]`` of the tokens in the cache."""
 
+PLAIN = "plain"
+QUERY_WINDOW = 64
+"""How many of the last queries of each layer a prefill records."""
 _PREFILL_CHUNK = 512
 _HALF_BYTES = 2  # every ratio is against a plain cache in 16 bit, whatever dtype the model runs in
 
@@ -25,6 +34,48 @@ class Compressible(Protocol):
 
     def compress(self) -> object:
         """Compress what is held."""
+
+
+@runtime_checkable
+class QueryObserver(Protocol):
+    """A cache that wants to know the last queries of a prompt."""
+
+    def observe_queries(self, queries: Tensor, layer_idx: int) -> object:
+        """Take the queries of a layer, ``[batch, query_heads, window, head_dim]``, after its `update`."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A cache to measure.
+
+    Attributes:
+        name: What to call it.  Plots join those that share what stands before an ``@``, as in ``"ours@2bit"``.
+        factory: Makes a new cache each time.
+        prepare: Called once the prompt is in the cache and before anything is compressed, with the cache, the
+            model and the tokens; a recipe that no `Cache.update` can follow changes the cache in place here.
+        settings: What decides its results, as plain containers for JSON.  A result file keeps the rows of a
+            candidate as long as they stay the same.
+    """
+
+    name: str
+    factory: CacheFactory
+    prepare: Prepare | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prefilled:
+    """A prompt that the model has read, in full precision; every cache measured starts from it.
+
+    Attributes:
+        cache: The plain cache.
+        queries: The last queries of every layer, with their rotary phase, at most `QUERY_WINDOW` of them.
+        ids: The tokens in the cache.
+    """
+
+    cache: DynamicCache
+    queries: tuple[Float[Tensor, "1 _ _ _"], ...]
+    ids: Int[Tensor, "1 n"]
 
 
 @dataclass(frozen=True)
@@ -49,65 +100,98 @@ class Footprint:
         return self.dense_bytes / self.held_bytes if self.held_bytes else float("nan")
 
 
+@dataclass(frozen=True)
+class Compressed:
+    """A cache that holds a prompt, as its candidate would hold it from now on.
+
+    Attributes:
+        cache: The cache.
+        footprint: What it holds.
+        seconds: Time that preparing and compressing took; None if the candidate does neither.
+    """
+
+    cache: Cache
+    footprint: Footprint
+    seconds: float | None
+
+
 @torch.no_grad()
 def prefill(
     model: PreTrainedModel,
     input_ids: Int[Tensor, "1 n"],
     *,
-    cache: DynamicCache | None = None,
+    start: Prefilled | None = None,
     progress: Progress | None = None,
-) -> DynamicCache:
-    """Run the model over a prompt and return its plain cache.
+) -> Prefilled:
+    """Run the model over a prompt; return its plain cache and its last queries.
 
     The prompt goes through in chunks, which bounds memory and lets ``progress`` move.
 
     Args:
         model: A causal language model of transformers.
         input_ids: One prompt.
-        cache: A plain cache to continue, changed in place; a new one if None.
+        start: The beginning of the prompt, to go on from; it is copied, not changed.
         progress: Called after every chunk with the tokens done and the total.
-
-    Returns:
-        The cache, holding all tokens in full precision.
     """
-    cache = DynamicCache() if cache is None else cache
+    cache = DynamicCache() if start is None else copy.deepcopy(start.cache)
     total = input_ids.shape[1]
     done = 0
-    for chunk in input_ids.to(model.device).split(_PREFILL_CHUNK, dim=1):
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        done += chunk.shape[1]
-        if progress is not None:
-            progress(done, total)
-    return cache
+    with record_queries(model, QUERY_WINDOW) as recorded:
+        for chunk in input_ids.to(model.device).split(_PREFILL_CHUNK, dim=1):
+            model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            done += chunk.shape[1]
+            if progress is not None:
+                progress(done, total)
+    queries = tuple(recorded[index] for index in range(len(cache.layers)))
+    if start is None:
+        return Prefilled(cache, queries, input_ids)
+    joined = (torch.cat(pair, dim=-2)[..., -QUERY_WINDOW:, :] for pair in zip(start.queries, queries, strict=True))
+    return Prefilled(cache, tuple(joined), torch.cat([start.ids, input_ids], dim=1))
 
 
 @torch.no_grad()
-def fill(factory: CacheFactory, plain: DynamicCache) -> Cache:
+def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
     """Return a new cache that has seen what ``plain`` has, as if it had been there during the prefill.
 
-    The keys and values are copied, so nothing done to the new cache reaches ``plain``.
+    Keys, values and, for a cache that wants them, queries are copied, so nothing done to the new cache reaches
+    ``plain``.
 
     Raises:
         UnsupportedError: If ``plain`` holds anything but keys and values of all its tokens.
         CacheStateError: If ``plain`` is empty, or the factory returned a cache that has seen tokens.
     """
-    seen = plain.get_seq_length()
-    if not seen:
+    if not plain.cache.get_seq_length():
         msg = "the plain cache is empty: prefill it first"
         raise CacheStateError(msg)
     cache = factory()
     if cache.get_seq_length():
         msg = f"the factory must return a new cache each time, got one that has seen {cache.get_seq_length()} tokens"
         raise CacheStateError(msg)
-    for index, (keys, values) in enumerate(_exact_layers(plain)):
+    for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
         cache.update(keys.clone(), values.clone(), index)
+        if isinstance(cache, QueryObserver):
+            cache.observe_queries(plain.queries[index].clone(), index)
     return cache
 
 
-def compress(cache: Cache) -> None:
-    """Compress the cache if it has a method for it; other caches are left alone."""
-    if isinstance(cache, Compressible):
-        cache.compress()
+@torch.no_grad()
+def fill_and_compress(loaded: LoadedModel, candidate: Candidate, plain: Prefilled) -> Compressed:
+    """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed."""
+    cache = fill(candidate.factory, plain)
+    start = now()
+    if candidate.prepare is not None:
+        candidate.prepare(cache, loaded, plain.ids)
+    is_compressed = compress(cache)
+    seconds = now() - start if is_compressed or candidate.prepare is not None else None
+    return Compressed(cache, footprint(cache), seconds)
+
+
+def compress(cache: Cache) -> bool:
+    """Compress the cache if it has a method for it; say whether it has.  Other caches are left alone."""
+    if not isinstance(cache, Compressible):
+        return False
+    cache.compress()
+    return True
 
 
 def footprint(cache: Cache) -> Footprint:

@@ -1,18 +1,18 @@
 """The demo: one real text, one hidden fact, the plain cache and every preset, as plain results without output."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache
 
-from nexusquant_cache.cache.cache import NexusQuantCache
-from nexusquant_cache.evaluation.caches import CacheFactory, Footprint, Progress, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Prefilled, Progress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
+from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.models import LoadedModel
-from nexusquant_cache.evaluation.needle import Fact, NeedleResult, NeedleTask, ask, make_needle, prefill_needle
+from nexusquant_cache.evaluation.needle import NeedleResult, NeedleTask, ask, make_needle, prefill_needle
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, preset_candidates
 from nexusquant_cache.evaluation.quality import (
     Continuation,
     PlainRun,
@@ -21,26 +21,12 @@ from nexusquant_cache.evaluation.quality import (
     plain_quality,
     run_plain,
 )
+from nexusquant_cache.evaluation.steps import Report, Step, no_report
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
-from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.presets import resolve_preset
 
-PLAIN = "plain"
 _SHORTEST = 256  # tokens; below this nothing would be compressed worth looking at
-
-
-@dataclass(frozen=True)
-class Step:
-    """What is being done: a phase, how far it is (no total: unknown), and a detail such as the preset's name."""
-
-    phase: str
-    done: int = 0
-    total: int = 0
-    detail: str = ""
-
-
-Report: TypeAlias = Callable[[Step], None]
-"""Called as work goes on."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +87,7 @@ class DemoResult:
     model: str
     text: str
     options: DemoOptions
-    fact: Fact
+    needle: Needle
     rows: tuple[DemoRow, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,23 +99,13 @@ class DemoResult:
         return result
 
 
-def preset_factories(loaded: LoadedModel, names: tuple[str, ...] = ()) -> dict[str, CacheFactory]:
-    """Return a factory for each of these presets, for all if none is named."""
-    config = loaded.model.config
-
-    def factory(name: str) -> CacheFactory:
-        return lambda: NexusQuantCache(name, config=config)
-
-    return {name: factory(name) for name in (names or tuple(PRESETS))}
-
-
 def run_demo(
     loaded: LoadedModel,
     text: str,
     options: DemoOptions,
     *,
     name: str = "text",
-    report: Report = lambda _step: None,
+    report: Report = no_report,
 ) -> DemoResult:
     """Read a text once, then predict and answer through the plain cache and every preset.
 
@@ -146,19 +122,20 @@ def run_demo(
     Raises:
         EvaluationError: If the text is too short.
     """
-    factories = preset_factories(loaded, options.presets)
+    candidates = preset_candidates(loaded, options.presets)
     task, next_ids = _prepare(loaded, text, options, name)
     context = prefill(loaded.model, task.context_ids, progress=_named(report, "reading the text"))
     report(Step("predicting", detail=PLAIN))
-    plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), cache=context)
-    qualities = _measure_all(loaded, plain, factories, report)
-    answers = _ask_all(loaded, task, context, {PLAIN: DynamicCache, **factories}, options, report)
+    plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), prefilled=context)
+    qualities = _measure_all(loaded, plain, candidates, report)
+    answers = _ask_all(loaded, task, context, (PLAIN_CANDIDATE, *candidates), options, report)
     times: dict[str, StepTime] = {}
     if options.rounds:
         named = _named(report, "timing generation")
+        factories = {candidate.name: candidate.factory for candidate in candidates}
         times = time_steps(loaded.model, context, factories, rounds=options.rounds, progress=named)
     rows = (DemoRow(key, quality, answers.get(key), times.get(key)) for key, quality in qualities.items())
-    return DemoResult(loaded.name, name, options, task.fact, tuple(rows))
+    return DemoResult(loaded.name, name, options, task.needle, tuple(rows))
 
 
 def _prepare(loaded: LoadedModel, text: str, options: DemoOptions, name: str) -> tuple[NeedleTask, Int[Tensor, "1 m"]]:
@@ -169,25 +146,26 @@ def _prepare(loaded: LoadedModel, text: str, options: DemoOptions, name: str) ->
         have = ids.shape[1]
         msg = f"{name} is too short: it has {have} tokens, {needed} are needed; take a longer text or fewer tokens"
         raise EvaluationError(msg)
-    task = make_needle(loaded.tokenizer, ids[:, : options.tokens], depth=options.depth, seed=options.seed, name=name)
+    needle = Needle.draw("single", options.seed)
+    task = make_needle(loaded.tokenizer, ids[:, : options.tokens], needle, depth=options.depth, name=name)
     return task, ids[:, task.text_tokens :][:, : options.predictions + 1]
 
 
 def _measure_all(
-    loaded: LoadedModel, plain: PlainRun, factories: Mapping[str, CacheFactory], report: Report
+    loaded: LoadedModel, plain: PlainRun, candidates: Sequence[Candidate], report: Report
 ) -> dict[str, TextQuality]:
     rows = {PLAIN: plain_quality(plain)}
-    for index, (key, factory) in enumerate(factories.items()):
-        report(Step("predicting", index, len(factories), key))
-        rows[key] = measure_quality(loaded.model, plain, factory)
+    for index, candidate in enumerate(candidates):
+        report(Step("predicting", index, len(candidates), candidate.name))
+        rows[candidate.name] = measure_quality(loaded, plain, candidate)
     return rows
 
 
 def _ask_all(  # noqa: PLR0913, PLR0917 - private, called once
     loaded: LoadedModel,
     task: NeedleTask,
-    context: DynamicCache,
-    factories: Mapping[str, CacheFactory],
+    context: Prefilled,
+    candidates: Sequence[Candidate],
     options: DemoOptions,
     report: Report,
 ) -> dict[str, NeedleResult]:
@@ -195,9 +173,9 @@ def _ask_all(  # noqa: PLR0913, PLR0917 - private, called once
         return {}
     prompt = prefill_needle(loaded.model, task, context=context)
     answers = {}
-    for index, (key, factory) in enumerate(factories.items()):
-        report(Step("answering", index, len(factories), key))
-        answers[key] = ask(loaded, task, prompt, factory, max_new_tokens=options.new_tokens)
+    for index, candidate in enumerate(candidates):
+        report(Step("answering", index, len(candidates), candidate.name))
+        answers[candidate.name] = ask(loaded, task, prompt, candidate, max_new_tokens=options.new_tokens)
     return answers
 
 

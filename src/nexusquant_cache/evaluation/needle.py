@@ -1,96 +1,51 @@
-"""Hide a fact in a real text, ask for it, and see whether the model still finds it.
+"""Hide a needle in a real text, ask for it, and see whether the model still finds it.
 
-The question stands at the end of the same prompt.  All but the prompt's last token are prefilled once; each
-cache is filled from that and handed to ``model.generate`` with the whole prompt, so that the generation path
-of transformers runs as it does for a user, and the first generation step compresses.
+The prompt is read once with the plain cache: all but its last token, or, where the question comes in a later
+turn, the text alone.  Each cache is filled from that, compressed, and handed to ``model.generate`` with the
+whole prompt, so that the generation path of transformers runs as it does for a user.
 """
 
-import copy
 import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from nexusquant_cache.evaluation.caches import CacheFactory, Footprint, Progress, fill, footprint, prefill
+from nexusquant_cache.evaluation.caches import Candidate, Footprint, Prefilled, Progress, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
+from nexusquant_cache.evaluation.kinds import Needle, check_kinds
 from nexusquant_cache.evaluation.models import LoadedModel
-from nexusquant_cache.evaluation.texts import token_windows, tokenize
+from nexusquant_cache.evaluation.texts import tokenize
 
-_PLACES = (
-    "the harbour office in Lisbon",
-    "the observatory on Mount Kenya",
-    "the old library of Prague",
-    "the bakery in Cornwall",
-    "the greenhouse in Oslo",
-    "the museum in Toronto",
-    "the railway depot in Kyoto",
-    "the vineyard near Siena",
-    "the lighthouse at Cape Horn",
-    "the clinic in Nairobi",
-    "the bookshop in Dublin",
-    "the theatre in Vienna",
-    "the ferry terminal in Bergen",
-    "the weather station on Iceland",
-    "the botanical garden in Lima",
-    "the shipyard in Gdansk",
-)
-_DIGITS = 6
-_REQUEST = "Somewhere in the following text, an access code is mentioned. Find it."
 _SENTENCE_END = re.compile(r"[.!?][\"”)]?\s+")
-_ANSWER_TOKENS = 20  # the question's words and six digits
-
-
-@dataclass(frozen=True)
-class Fact:
-    """A number that no text contains by chance and no model knows."""
-
-    place: str
-    number: str
-
-    @classmethod
-    def draw(cls, seed: int) -> "Fact":
-        """Return the fact of a seed."""
-        source = random.Random(f"fact {seed}")  # noqa: S311 - reproducible, not secret
-        return cls(source.choice(_PLACES), str(source.randrange(10 ** (_DIGITS - 1), 10**_DIGITS)))
-
-    @property
-    def sentence(self) -> str:
-        """The sentence to hide."""
-        return f"The access code of {self.place} is {self.number}."
-
-    @property
-    def question(self) -> str:
-        """The question to ask."""
-        return f"What is the access code of {self.place}?"
-
-    def is_in(self, answer: str) -> bool:
-        """Return whether the answer contains the number, however its digits are grouped."""
-        return self.number in re.sub(r"(?<=\d)[ ,.](?=\d)", "", answer)
+_HAVE_READ = "I have read the text."  # the model's turn before a later question
 
 
 @dataclass(frozen=True)
 class NeedleTask:
-    """A prompt with a hidden fact.
+    """A prompt with a hidden needle.
 
     Attributes:
-        name: Text, length and depth in words.
-        fact: What is hidden and asked for.
+        name: Kind, text, length and depth in words.
+        needle: What is hidden and asked for.
         context_ids: The prompt up to the end of the text, ``[1, context]``.
         question_ids: The rest of the prompt: the question and the start of the answer's turn.
-        depth: Where the fact stands in the text, 0 (beginning) to 1 (end).
+        length: Tokens the whole prompt was to have; it has as many to within a few.
+        depth: Where the needle stands in the text, 0 (beginning) to 1 (end).
         text_tokens: Tokens of the window that the context holds; the text goes on after them.
     """
 
     name: str
-    fact: Fact
+    needle: Needle
     context_ids: Int[Tensor, "1 n"]
     question_ids: Int[Tensor, "1 q"]
+    length: int
     depth: float
     text_tokens: int
 
@@ -100,166 +55,198 @@ class NeedleTask:
         return torch.cat([self.context_ids, self.question_ids], dim=1)
 
     @property
-    def length(self) -> int:
-        """Tokens of the whole prompt."""
-        return self.context_ids.shape[1] + self.question_ids.shape[1]
+    def asked_ids(self) -> Int[Tensor, "1 k"]:
+        """The part of the question that is in the cache when it is compressed: all but a token, or nothing."""
+        return self.question_ids[:, : 0 if self.needle.comes_later else -1]
 
 
 @dataclass(frozen=True)
 class NeedleResult:
-    """One cache on one task."""
+    """One cache on one task.
+
+    Attributes:
+        task: The task's name.
+        kind: The needle's kind.
+        length: See `NeedleTask`.
+        depth: See `NeedleTask`.
+        expected: The numbers asked for.
+        answer: What the model said.
+        found: Whether the answer gives them.
+        footprint: What the cache held when it had been compressed.
+        compress_seconds: Time that preparing and compressing took; None if there was nothing to do.
+    """
 
     task: str
+    kind: str
     length: int
     depth: float
-    expected: str
+    expected: tuple[str, ...]
     answer: str
     found: bool
     footprint: Footprint
+    compress_seconds: float | None = None
 
 
 def make_needle(
-    tokenizer: PreTrainedTokenizerBase, window: Int[Tensor, "1 n"], *, depth: float, seed: int, name: str = "text"
+    tokenizer: PreTrainedTokenizerBase, window: Int[Tensor, "1 n"], needle: Needle, *, depth: float, name: str = "text"
 ) -> NeedleTask:
-    """Hide a fact between two sentences of a text and ask for it.
+    """Hide a needle between sentences of a text and ask for it.
 
     Args:
         tokenizer: A tokenizer of transformers; its chat template is used if it has one.
         window: Tokens of a real text.  The whole prompt gets as long, to within a few tokens: the end of the
-            text makes room for fact and question.
-        depth: Where to hide the fact, 0 (beginning) to 1 (end).
-        seed: Chooses the fact.
-        name: What to call the text.
+            text makes room for needle and question.
+        needle: What to hide.
+        depth: Where to hide it, 0 (beginning) to 1 (end).
+        name: What to call the task.
 
     Raises:
-        EvaluationError: If the depth is outside [0, 1], or the prompt too short for fact and question.
+        EvaluationError: If the depth is outside [0, 1], or the prompt too short for needle and question.
     """
     if not 0 <= depth <= 1:
         msg = f"depth must be from 0 (beginning of the text) to 1 (its end), got {depth}"
         raise EvaluationError(msg)
-    fact = Fact.draw(seed)
     length = window.shape[1]
-    extra = sum(part.shape[1] for part in _encode(tokenizer, fact.sentence, fact.question))
+    extra = sum(part.shape[1] for part in _encode(tokenizer, needle, " ".join(needle.sentences)))
     if length <= extra:
         msg = f"{name}: fact and question alone take {extra} tokens, the prompt has room for {length}"
         raise EvaluationError(msg)
-    text_tokens = length - extra
-    text = _decode(tokenizer, window[0, :text_tokens])
-    context_ids, question_ids = _encode(tokenizer, _hide(text, fact.sentence, depth), fact.question)
-    return NeedleTask(f"{name}, {length} tokens, depth {depth:g}", fact, context_ids, question_ids, depth, text_tokens)
+    text = _decode(tokenizer, window[0, : length - extra])
+    context_ids, question_ids = _encode(tokenizer, needle, _hide(text, needle.sentences, depth))
+    return NeedleTask(name, needle, context_ids, question_ids, length, depth, length - extra)
 
 
-def needle_grid(
+def needle_grid(  # noqa: PLR0913 - all but four have defaults
     tokenizer: PreTrainedTokenizerBase,
     texts: Mapping[str, str],
     *,
     lengths: Sequence[int],
     depths: Sequence[float],
+    kinds: Sequence[str] = ("single",),
+    repeats: int = 1,
     seed: int = 0,
 ) -> list[NeedleTask]:
-    """Return a task for every length and depth, going through the texts in turn.
+    """Return tasks for every kind, length and depth, going through the texts in turn.
+
+    A task depends on its own kind, length, depth, repetition and text, and not on the rest of the grid, so that
+    a grid can grow without changing what it had.
 
     Raises:
-        EvaluationError: If a text is too short.
+        EvaluationError: If a text is too short, or a kind does not exist.
     """
-    grid = [(length, depth) for length in lengths for depth in depths]
-    names = list(texts)
-    shares = {name: len(grid[index :: len(names)]) for index, name in enumerate(names)}
-    windows = {
-        name: token_windows(tokenizer, texts[name], length=max(lengths), count=share, name=name)
-        for name, share in shares.items()
-        if share
-    }
-    return [
-        make_needle(
-            tokenizer,
-            windows[names[index % len(names)]][index // len(names)][:, :length],
-            depth=depth,
-            seed=seed * len(grid) + index,
-            name=names[index % len(names)],
-        )
-        for index, (length, depth) in enumerate(grid)
-    ]
+    check_kinds(tuple(kinds))
+    ids = {name: tokenize(tokenizer, text) for name, text in texts.items()}
+    names = list(ids)
+    tasks = []
+    cells = product(kinds, range(repeats), enumerate(lengths), enumerate(depths))
+    for kind, repeat, (row, length), (column, depth) in cells:
+        text = names[(row + column + repeat) % len(names)]
+        place = f"{text}, {length} tokens, depth {depth:g}" + (f", #{repeat + 1}" if repeat else "")
+        window = _draw_window(ids[text], length, text, f"{seed} {place}")
+        needle = Needle.draw(kind, f"{seed} {place}")
+        tasks.append(make_needle(tokenizer, window, needle, depth=depth, name=f"{kind}: {place}"))
+    return tasks
 
 
 @torch.no_grad()
 def prefill_needle(
-    model: PreTrainedModel, task: NeedleTask, *, context: DynamicCache | None = None, progress: Progress | None = None
-) -> DynamicCache:
-    """Return a plain cache of the whole prompt but its last token.
+    model: PreTrainedModel, task: NeedleTask, *, context: Prefilled | None = None, progress: Progress | None = None
+) -> Prefilled:
+    """Return the prompt up to where caches are compressed: all but its last token, or the text alone.
 
     Args:
         model: A causal language model of transformers.
         task: The task.
-        context: A plain cache that already holds the task's context; it is copied, not changed.
+        context: The task's context, if it has been read already; it is copied, not changed.
         progress: See `prefill`.
     """
     if context is None:
-        return prefill(model, task.prompt_ids[:, :-1], progress=progress)
-    return prefill(model, task.question_ids[:, :-1], cache=copy.deepcopy(context), progress=progress)
+        return prefill(model, torch.cat([task.context_ids, task.asked_ids], dim=1), progress=progress)
+    return prefill(model, task.asked_ids, start=context, progress=progress) if task.asked_ids.shape[1] else context
 
 
 def ask(
     loaded: LoadedModel,
     task: NeedleTask,
-    plain: DynamicCache,
-    factory: CacheFactory,
+    plain: Prefilled,
+    candidate: Candidate,
     *,
-    max_new_tokens: int = _ANSWER_TOKENS,
+    max_new_tokens: int | None = None,
 ) -> NeedleResult:
-    """Generate the answer greedily through a new cache and look for the number in it.
+    """Generate the answer greedily through a new cache and look for the needle in it.
 
     Args:
         loaded: Model and tokenizer.
         task: The task.
         plain: What `prefill_needle` returned for it; not changed.
-        factory: Makes the cache.
-        max_new_tokens: Longest answer.
+        candidate: The cache.
+        max_new_tokens: Longest answer; what the needle needs if None.
     """
-    cache = fill(factory, plain)
+    held = fill_and_compress(loaded, candidate, plain)
     model, tokenizer = loaded.model, loaded.tokenizer
     prompt = task.prompt_ids.to(model.device)
     generate: Any = model.generate
     output = generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
-        max_new_tokens=max_new_tokens,
+        past_key_values=held.cache,
+        max_new_tokens=max_new_tokens or task.needle.answer_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
     )
     answer = _decode(tokenizer, output[0, prompt.shape[1] :])
     return NeedleResult(
         task=task.name,
+        kind=task.needle.kind,
         length=task.length,
         depth=task.depth,
-        expected=task.fact.number,
+        expected=task.needle.expected,
         answer=answer,
-        found=task.fact.is_in(answer),
-        footprint=footprint(cache),
+        found=task.needle.is_found_in(answer),
+        footprint=held.footprint,
+        compress_seconds=held.seconds,
     )
+
+
+def _draw_window(ids: Int[Tensor, "1 n"], length: int, name: str, seed: str) -> Int[Tensor, "1 m"]:
+    """Return a window at a place that the seed chooses."""
+    total = ids.shape[1]
+    if total < length:
+        msg = f"{name} is too short: it has {total} tokens, a window of {length} tokens is needed"
+        raise EvaluationError(msg)
+    start = random.Random(f"window {seed}").randint(0, total - length)  # noqa: S311 - reproducible, not secret
+    return ids[:, start : start + length]
 
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, "n"]) -> str:
     return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
 
 
-def _hide(text: str, sentence: str, depth: float) -> str:
-    """Insert a sentence at the sentence boundary nearest to a depth."""
-    wanted = depth * len(text)
+def _hide(text: str, sentences: Sequence[str], depth: float) -> str:
+    """Insert sentences at the sentence boundaries nearest to their depths."""
+    text += " "
     ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    place = min(ends, key=lambda end: abs(end - wanted))
-    if place == len(text):
-        return f"{text} {sentence}"
-    return f"{text[:place]}{sentence} {text[place:]}"
+    depths = (depth if index == 0 else (depth + index / len(sentences)) % 1 for index in range(len(sentences)))
+    places = [min(ends, key=lambda end: abs(end - wanted * len(text))) for wanted in depths]
+    for place, sentence in sorted(zip(places, sentences, strict=True), reverse=True):
+        text = f"{text[:place]}{sentence} {text[place:]}"
+    return text.strip()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, context: str, question: str) -> tuple[Tensor, Tensor]:
+def _encode(tokenizer: PreTrainedTokenizerBase, needle: Needle, context: str) -> tuple[Tensor, Tensor]:
     """Return the prompt's tokens up to the end of the context, and those after it."""
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": f"{_REQUEST}\n\n{context}\n\nQuestion: {question}"}]
-        prompt = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    else:
-        prompt = f"{tokenizer.bos_token or ''}{_REQUEST}\n\n{context}\n\nQuestion: {question}\nAnswer:"
+    prompt = _prompt(tokenizer, needle, context)
     end = prompt.index(context) + len(context)
     return tokenize(tokenizer, prompt[:end]), tokenize(tokenizer, prompt[end:])
+
+
+def _prompt(tokenizer: PreTrainedTokenizerBase, needle: Needle, context: str) -> str:
+    reading = f"{needle.request}\n\n{context}"
+    if not tokenizer.chat_template:
+        return f"{tokenizer.bos_token or ''}{reading}\n\nQuestion: {needle.question}\nAnswer:"
+    if needle.comes_later:
+        turns = [("user", reading), ("assistant", _HAVE_READ), ("user", needle.question)]
+    else:
+        turns = [("user", f"{reading}\n\nQuestion: {needle.question}")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
-from nexusquant_cache.evaluation.caches import CacheFactory, Footprint, Progress, compress, fill, footprint, prefill
+from nexusquant_cache.evaluation.caches import (
+    Candidate,
+    Footprint,
+    Prefilled,
+    Progress,
+    fill_and_compress,
+    footprint,
+    prefill,
+)
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.intervals import Interval, mean_interval
+from nexusquant_cache.evaluation.models import LoadedModel
 
 _KL_ROWS = 32  # rows of a vocabulary's width in float32 at a time
 
@@ -49,7 +58,7 @@ class PlainRun:
     """What the plain cache gives for one text, computed once and shared by all caches compared with it."""
 
     text: Continuation
-    cache: DynamicCache
+    prefilled: Prefilled
     log_probs: Float[Tensor, "m vocab"]
     footprint: Footprint
 
@@ -65,6 +74,7 @@ class TextQuality:
         kl: Mean Kullback-Leibler divergence KL(plain || cache) of the predictions, in nats.
         top1: Part of the predictions whose most likely token is the plain cache's.
         footprint: What the cache held when the continuation began.
+        compress_seconds: Time that preparing and compressing the cache took; None if there was nothing to do.
     """
 
     text: str
@@ -73,6 +83,7 @@ class TextQuality:
     kl: float
     top1: float
     footprint: Footprint
+    compress_seconds: float | None = None
 
     @property
     def dppl_percent(self) -> float:
@@ -97,31 +108,30 @@ class QualitySummary:
 
 @torch.no_grad()
 def run_plain(
-    model: PreTrainedModel, text: Continuation, *, cache: DynamicCache | None = None, progress: Progress | None = None
+    model: PreTrainedModel, text: Continuation, *, prefilled: Prefilled | None = None, progress: Progress | None = None
 ) -> PlainRun:
     """Prefill the prefix and predict the continuation with the plain cache.
 
     Args:
         model: A causal language model of transformers.
         text: Prefix and continuation.
-        cache: A plain cache that already holds exactly the prefix; prefilled here if None.
+        prefilled: Exactly the prefix, if it has been read already; it is read here if None.
         progress: See `prefill`.
     """
-    cache = prefill(model, text.prefix_ids, progress=progress) if cache is None else cache
+    prefilled = prefill(model, text.prefix_ids, progress=progress) if prefilled is None else prefilled
+    cache = prefilled.cache
     seen = cache.get_seq_length()
     log_probs = _predict(model, text, cache)
     cache.crop(seen - cache.get_seq_length())
-    return PlainRun(text, cache, log_probs, footprint(cache))
+    return PlainRun(text, prefilled, log_probs, footprint(cache))
 
 
 @torch.no_grad()
-def measure_quality(model: PreTrainedModel, plain: PlainRun, factory: CacheFactory) -> TextQuality:
+def measure_quality(loaded: LoadedModel, plain: PlainRun, candidate: Candidate) -> TextQuality:
     """Fill a new cache with the prefix, compress it, and compare its predictions with the plain cache's."""
-    cache = fill(factory, plain.cache)
-    compress(cache)
-    held = footprint(cache)
-    log_probs = _predict(model, plain.text, cache)
-    return _compare(plain, log_probs, held)
+    held = fill_and_compress(loaded, candidate, plain.prefilled)
+    log_probs = _predict(loaded.model, plain.text, held.cache)
+    return _compare(plain, log_probs, held.footprint, held.seconds)
 
 
 def plain_quality(plain: PlainRun) -> TextQuality:
@@ -162,7 +172,9 @@ def _predict(model: PreTrainedModel, text: Continuation, cache: Cache) -> Float[
     return torch.cat(logits).float().log_softmax(-1)
 
 
-def _compare(plain: PlainRun, log_probs: Float[Tensor, "m vocab"], held: Footprint) -> TextQuality:
+def _compare(
+    plain: PlainRun, log_probs: Float[Tensor, "m vocab"], held: Footprint, seconds: float | None
+) -> TextQuality:
     divergence = 0.0
     agreed = 0
     for ours, theirs in zip(log_probs.split(_KL_ROWS), plain.log_probs.split(_KL_ROWS), strict=True):
@@ -176,6 +188,7 @@ def _compare(plain: PlainRun, log_probs: Float[Tensor, "m vocab"], held: Footpri
         kl=divergence / count,
         top1=agreed / count,
         footprint=held,
+        compress_seconds=seconds,
     )
 
 

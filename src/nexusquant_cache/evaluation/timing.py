@@ -1,14 +1,14 @@
 """Time per generated token against the plain cache, and the speed of compression, in one run."""
 
 import statistics
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from nexusquant_cache.evaluation.caches import CacheFactory, Progress, compress, fill
+from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
+from nexusquant_cache.evaluation.clock import now
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class StepTime:
 @torch.no_grad()
 def time_steps(  # noqa: PLR0913 - all but three have defaults
     model: PreTrainedModel,
-    plain: DynamicCache,
+    plain: Prefilled,
     factories: Mapping[str, CacheFactory],
     *,
     rounds: int = 3,
@@ -45,7 +45,7 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
 
     Args:
         model: A causal language model of transformers.
-        plain: A plain cache; not changed.
+        plain: The prompt; not changed.
         factories: The caches to time, by name.
         rounds: Rounds.
         steps: Steps per round.
@@ -54,7 +54,7 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     Returns:
         The times by name; the plain cache's under ``"plain"``.
     """
-    makers: dict[str, CacheFactory] = {"plain": DynamicCache, **factories}
+    makers: dict[str, CacheFactory] = {PLAIN: DynamicCache, **factories}
     caches = {name: fill(factory, plain) for name, factory in makers.items()}
     for cache in caches.values():
         compress(cache)
@@ -62,17 +62,17 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     spent: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds * steps + 1):
         for name in caches if turn % 2 == 0 else reversed(caches):
-            start = _now()
+            start = now()
             logits = model(input_ids=tokens[name], past_key_values=caches[name], use_cache=True).logits
             tokens[name] = logits[:, -1].argmax(-1, keepdim=True)
-            spent[name].append(1000 * (_now() - start))
+            spent[name].append(1000 * (now() - start))
         if progress is not None:
             progress(turn, rounds * steps)
     times = {name: _round_means(taken[1:], steps) for name, taken in spent.items()}
     return {
         name: StepTime(
             milliseconds=statistics.median(taken),
-            relative=statistics.median(a / b for a, b in zip(taken, times["plain"], strict=True)),
+            relative=statistics.median(a / b for a, b in zip(taken, times[PLAIN], strict=True)),
             rounds=tuple(taken),
         )
         for name, taken in times.items()
@@ -80,22 +80,16 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
 
 
 @torch.no_grad()
-def encode_throughput(plain: DynamicCache, factory: CacheFactory, *, rounds: int = 3) -> float:
+def encode_throughput(plain: Prefilled, factory: CacheFactory, *, rounds: int = 3) -> float:
     """Return how many seen tokens per second a cache compresses, all layers together; the median of rounds."""
     speeds = []
     for _ in range(rounds):
         cache = fill(factory, plain)
-        start = _now()
+        start = now()
         compress(cache)
-        speeds.append(plain.get_seq_length() / (_now() - start))
+        speeds.append(plain.ids.shape[1] / (now() - start))
     return statistics.median(speeds)
 
 
 def _round_means(taken: list[float], steps: int) -> list[float]:
     return [statistics.fmean(taken[start : start + steps]) for start in range(0, len(taken), steps)]
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()

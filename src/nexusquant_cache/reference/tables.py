@@ -16,7 +16,6 @@ from torch import Tensor
 from nexusquant_cache.layout import BLOCK, CodeLayout, block_code
 from nexusquant_cache.reference.blocks import decode_blocks
 from nexusquant_cache.reference.hadamard import hadamard_stages
-from nexusquant_cache.reference.packing import unpack
 
 _WORD = 16
 _HALF = 12  # bits of the four fields that a 3-bit table looks up
@@ -46,12 +45,19 @@ def decode_rows(
     """
     if layout.is_uniform:
         return _lookup(words, layout.block_bits[0], first_stride).view(words.shape[0], layout.head_dim)
-    codes = unpack(words, layout)
-    values = torch.zeros(*codes.shape, BLOCK, device=words.device)
+    values = torch.zeros(words.shape[0], layout.blocks, BLOCK, device=words.device)
     for bits in sorted(set(layout.block_bits) - {0}):
-        blocks = torch.tensor([i for i, b in enumerate(layout.block_bits) if b == bits], device=words.device)
-        values.index_copy_(1, blocks, decode_blocks(codes.index_select(1, blocks), bits))
+        columns, blocks = _columns(layout, bits, words.device)
+        values.index_copy_(1, blocks, _lookup(words.index_select(1, columns), bits, 1).view(len(words), -1, BLOCK))
     return hadamard_stages(values.view(words.shape[0], layout.head_dim), 1, first_stride)
+
+
+@lru_cache(maxsize=128)
+def _columns(layout: CodeLayout, bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the bytes of a row that hold the blocks of one rate, laid out as in a uniform row, and the blocks."""
+    blocks = [block for block, given in enumerate(layout.block_bits) if given == bits]
+    columns = [column for column, (block, _) in enumerate(layout.byte_sources) if block in blocks]
+    return torch.tensor(columns, device=device), torch.tensor(blocks, device=device)
 
 
 def _lookup(words: UInt8[Tensor, "rows bytes"], bits: int, first_stride: int) -> Tensor:

@@ -1,0 +1,160 @@
+"""The attention function: that of another implementation, and a look at the queries.
+
+For each stock implementation there is one of ours, named after it: ``nexusquant_sdpa``, ``nexusquant_eager``.  The name
+in the model's config so says all there is to know, also in a copy of the model and for transformers' own tests for
+"flash" in a name.
+"""
+
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexusquant_cache.cache.observations import take_layer_of
+from nexusquant_cache.cache.uncompiled import uncompiled
+from nexusquant_cache.errors import UnsupportedError
+
+PREFIX = "nexusquant_"
+_EAGER = "eager_attention_forward"  # each file of transformers that has attention has its own, so named
+# These take no account of the name in the config.
+_NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
+# Some layers of these compute the last queries only.  Where sdpa does without a mask, that would not be causal, which
+# they avoid under the name "sdpa".
+_CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
+
+Attention = Callable[..., Any]
+
+
+class Listener(ABC):
+    """Sees what some attention modules, each with the index of its cache layer, compute from."""
+
+    def __init__(self, modules: dict[nn.Module, int]) -> None:
+        self.modules = modules
+
+    @abstractmethod
+    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+        """Take note of one attention of one of the modules."""
+
+
+class _Listeners(threading.local):
+    """Who listens to the forwards of this thread."""
+
+    def __init__(self) -> None:
+        self.all: list[Listener] = []
+
+
+LISTENERS = _Listeners()
+_found: dict[tuple[type, str], Attention] = {}
+
+
+def name_for(stock: str) -> str:
+    """Return the name of our implementation on top of a stock one."""
+    return PREFIX + stock
+
+
+def stock_of(name: str | None) -> str | None:
+    """Return the stock implementation under one of ours; None if this is the name of another one."""
+    return name.removeprefix(PREFIX) if name is not None and name.startswith(PREFIX) else None
+
+
+def register(stock: str) -> str:
+    """Register our implementation on top of a stock one, and its mask; return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - heavy; a model has it
+
+    name = name_for(stock)
+    AttentionInterface.register(name, _attention_on(stock))
+    masks = AttentionMaskInterface()
+    if stock in masks:  # without one transformers makes no mask
+        AttentionMaskInterface.register(name, masks[stock])
+    return name
+
+
+def _attention_on(stock: str) -> Attention:
+    def attention(
+        module: Any,  # noqa: ANN401 - an attention module of transformers
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,  # noqa: ANN401 - of a type for each implementation
+        **kwargs: Any,  # noqa: ANN401 - passed on
+    ) -> Any:  # noqa: ANN401
+        show_queries(module, query, key, kwargs.get("scaling"))
+        compute = _found.get((type(module), stock)) or find_stock(type(module), stock)
+        if stock == "sdpa" and attention_mask is None and module.config.model_type in _CUTS_QUERIES:
+            attention_mask = _causal_mask(query, key)
+        named = module if stock in _NAMELESS else _Renamed(module, stock)
+        return compute(named, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
+    """Return the mask of the last queries of a prompt; None for all or one of them, where sdpa needs none."""
+    queries, tokens = query.shape[2], key.shape[2]
+    if queries in {1, tokens}:
+        return None
+    return torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+
+
+class _Renamed:
+    """A module whose config names the stock implementation, for kernels that are found by that name."""
+
+    def __init__(self, module: Any, stock: str) -> None:  # noqa: ANN401 - a module or its config
+        self._module, self._attn_implementation = module, stock
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        found = getattr(self._module, name)
+        return _Renamed(found, self._attn_implementation) if name == "config" else found
+
+
+@uncompiled
+def show_queries(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
+    """Hand the queries to the cache layer that these keys come from, and to whoever listens."""
+    layer = take_layer_of(keys)
+    listeners = [each for each in LISTENERS.all if module in each.modules]
+    if layer is None and not listeners:
+        return
+    scaled = _scaled(queries.detach(), scaling)
+    if layer is not None:
+        layer.observe_queries(scaled)
+    for listener in listeners:
+        listener.hear(listener.modules[module], scaled, keys)
+
+
+def _scaled(queries: Tensor, scaling: float | None) -> Tensor:
+    """Return queries whose logits are those of the model when they are divided by ``head_dim ** 0.5``."""
+    factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
+    return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
+
+
+def has_interface(attention: type) -> bool:
+    """Tell whether a class of modules finds its attention function by name."""
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_of(attention).__code__.co_names
+
+
+def find_stock(attention: type, stock: str) -> Attention:
+    """Return the function that a class of attention modules would call under a stock implementation.
+
+    It is looked up as transformers does it: in the interface of the file that the class is from, with the function of
+    that file as the eager one.
+
+    Raises:
+        UnsupportedError: If there is none.
+    """
+    forward = _forward_of(attention)
+    eager = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
+    interface = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    found: Attention | None = interface.get(stock, forward.__globals__.get(eager) if stock == "eager" else None)
+    if found is None:
+        msg = f"{attention.__name__} has no attention function for {stock!r}"
+        raise UnsupportedError(msg)
+    _found[attention, stock] = found
+    return found
+
+
+def _forward_of(attention: Any) -> Any:  # noqa: ANN401 - a class of modules, a function
+    return inspect.unwrap(attention.forward)

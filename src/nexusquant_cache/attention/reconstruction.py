@@ -1,0 +1,215 @@
+"""Which tokens of a prompt the model looks at when it reads the prompt once more, as if to repeat it."""
+
+import copy
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, DynamicLayer
+
+from nexusquant_cache.attention.implementation import Listener
+from nexusquant_cache.attention.recording import listening
+from nexusquant_cache.attention.selection import attention_modules
+from nexusquant_cache.cache.cache import NexusQuantCache
+from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+
+_BLOCK = 1 << 25  # logits computed at once, over all heads: 128 MiB in float32
+
+
+@torch.no_grad()
+def reconstruct(
+    model: nn.Module,
+    cache: NexusQuantCache,
+    input_ids: Int[Tensor, "b n"],
+    *,
+    chunk: int = 2048,
+    repeat_prompt_ids: Int[Tensor, "*one m"] | None = None,
+) -> None:
+    """Find out what in a prompt the model needs to repeat it, for policies that keep just that.
+
+    The prompt is read a second time, chunk by chunk, each behind the whole prompt, and for each token in the cache the
+    greatest attention that any of these queries pays it is kept for the coming compression (`ReconstructionPolicy`).
+    Unlike the attention of the last queries, it does not depend on what the prompt ends with, so it serves questions
+    that come later::
+
+        cache = NexusQuantCache(config=model.config, policy=ReconstructionPolicy())
+        model(context_ids, past_key_values=cache)
+        attention.reconstruct(model, cache, context_ids)
+        model.generate(torch.cat([context_ids, question_ids], -1), past_key_values=cache)
+
+    The cache stays as it is, whatever happens, but for one number per token and head, which its memory report counts
+    and the compression frees.  Tokens that it is given later count as fully attended.  The cost is that of a second
+    prefill, with up to twice as many keys to attend to.
+
+    Args:
+        model: The model that has read the prompt; `enable` selects the attention for the time of the call.
+        cache: What it was read into: the prompt, all of it and nothing else, not yet compressed.
+        input_ids: The tokens of the prompt.  Images are not shown again.
+        chunk: Tokens that are read at once.
+        repeat_prompt_ids: An instruction to read before each chunk, like "Repeat the previous context:", one row for
+            all.  By default there is none.
+
+    Raises:
+        OptionError: If the cache is of another kind, or ``chunk`` is below 1.
+        ShapeError: If the tokens are not as many as the cache has seen.
+        CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
+        UnsupportedError: If the cache compresses during the prefill, or if the queries of the model cannot be seen.
+
+    References:
+        Kim et al. (2025), "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv:2505.23416,
+        section 3.  There each chunk is scored by attention within the chunk and its repetition alone; here the softmax
+        runs over the whole prompt.
+    """
+    _check(cache, input_ids, chunk)
+    if not any(isinstance(layer, NexusQuantLayer) for layer in cache.layers):
+        return  # sliding windows only
+    context = _real(cache, input_ids)
+    readers = [
+        _Reader(layer) if isinstance(layer, NexusQuantLayer) and layer.is_initialized else layer
+        for layer in cache.layers
+    ]
+    listener = _GreatestAttention(attention_modules(model), [each for each in readers if isinstance(each, _Reader)])
+    instruction = input_ids[:, :0]
+    if repeat_prompt_ids is not None:
+        instruction = repeat_prompt_ids.to(input_ids.device).reshape(1, -1).expand(len(input_ids), -1)
+    with listening(model, listener):
+        for ids, real in zip(input_ids.split(chunk, 1), context.split(chunk, 1), strict=True):
+            listener.real = torch.cat([context, torch.ones_like(instruction, dtype=torch.bool), real], 1)
+            _read(model, readers, torch.cat([instruction, ids], 1), listener.real)
+    listener.store()
+
+
+def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
+    given: object = cache  # whatever the annotation says
+    if not isinstance(given, NexusQuantCache):
+        msg = f"cache must be a NexusQuantCache, got {type(given).__name__}"
+        raise OptionError(msg)
+    if chunk < 1:
+        msg = f"chunk must be at least 1 token, got {chunk}"
+        raise OptionError(msg)
+    if cache.when != "post_prefill":
+        msg = f"reconstruct needs the whole prompt exact, and this cache compresses early: when={cache.when!r}"
+        raise UnsupportedError(msg)
+    layers = [layer for layer in cache.layers if isinstance(layer, NexusQuantLayer) and layer.is_initialized]
+    if any(layer.body is not None for layer in layers):
+        msg = "the cache is compressed already: call reconstruct between the prompt and the first generation step"
+        raise CacheStateError(msg)
+    if any(layer.record_past for layer in layers):
+        msg = "the cache records a past, as in assisted decoding: call reconstruct before that"
+        raise CacheStateError(msg)
+    if cache.get_seq_length() == 0 or not all(layer.pending for layer in layers):
+        msg = "no prompt waits for its compression: let the model read it into the cache first"
+        raise CacheStateError(msg)
+    expected = [(layer.dense()[0].shape[0], layer.seen) for layer in layers]
+    if any(tuple(input_ids.shape) != shape for shape in expected):
+        msg = f"input_ids must be what the cache has seen, {list(expected[0])}, got shape {tuple(input_ids.shape)}"
+        raise ShapeError(msg)
+
+
+def _real(cache: NexusQuantCache, input_ids: Tensor) -> Bool[Tensor, "b n"]:
+    """Tell which tokens are not padding."""
+    pads = cache.padding.pads
+    order = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return torch.ones_like(input_ids, dtype=torch.bool) if pads is None else order >= pads.to(order.device)[:, None]
+
+
+def _read(model: Any, layers: list[Any], ids: Tensor, real: Bool[Tensor, "b n"]) -> None:  # noqa: ANN401 - any model
+    """Let the model read tokens behind what the layers hold, and forget them."""
+    options: dict[str, Any] = {}
+    if not bool(real.all()):
+        positions = real.long().cumsum(1).sub(1).clamp_min(0)
+        options = {"attention_mask": real.long(), "position_ids": positions[:, -ids.shape[1] :]}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # As a tensor: for a number, some models compute no other queries in their last layers.
+        options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
+    cache = Cache(layers=[layer if isinstance(layer, _Reader) else copy.deepcopy(layer) for layer in layers])
+    model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+
+
+class _Reader(DynamicLayer):
+    """Shows the exact tokens of a layer, and new ones for the time of one attention."""
+
+    def __init__(self, layer: NexusQuantLayer) -> None:
+        """Read from a layer that is not compressed."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.layer = layer
+        self.is_initialized = True
+        self.returned: weakref.ref[Tensor] | None = None
+        self.attention: Tensor | None = None
+
+    def get_seq_length(self) -> int:
+        """Return the number of tokens seen."""
+        return self.layer.seen
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return (seen + new tokens, 0)."""
+        return self.layer.seen + query_length, 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """Return the prompt's keys and values and the new ones behind them; store nothing."""
+        keys, values = self.layer.dense()
+        joined = torch.cat([keys, key_states], 2)
+        self.returned = weakref.ref(joined)
+        return joined, torch.cat([values, value_states], 2)
+
+
+class _GreatestAttention(Listener):
+    """Notes in each reader the greatest attention that was paid to its tokens."""
+
+    def __init__(self, modules: dict[nn.Module, int], readers: list[_Reader]) -> None:
+        super().__init__(modules)
+        self.readers = readers
+        self.real: Bool[Tensor, "b n"] | None = None  # of all tokens of the coming forward
+
+    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+        """Look at the attention to keys that a reader has returned; layers may share them."""
+        del layer_idx
+        for reader in self.readers:
+            if reader.returned is not None and reader.returned() is keys:
+                assert self.real is not None
+                found = greatest_attention(queries, keys, self.real)[..., : reader.layer.seen]
+                reader.attention = found if reader.attention is None else torch.maximum(reader.attention, found)
+
+    def store(self) -> None:
+        """Hand everything to the layers.
+
+        Raises:
+            UnsupportedError: If the attention of one was not heard.
+        """
+        if any(reader.attention is None for reader in self.readers):
+            msg = "the model changes keys between cache and attention, as in latent attention: nothing can be seen"
+            raise UnsupportedError(msg)
+        for reader in self.readers:
+            assert reader.attention is not None
+            reader.layer.observe_reconstruction(reader.attention)
+
+
+def greatest_attention(
+    queries: Float[Tensor, "b q m d"], keys: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"]
+) -> Float[Tensor, "b h n"]:
+    """Return the greatest attention weight that a token gets from any query, over the query heads of its KV head.
+
+    The queries are those of the last tokens, and attend to what comes before them.
+
+    Args:
+        queries: Scaled as `ScoreInputs.queries`.
+        keys: All keys.
+        real: Which tokens are not padding; others neither attend nor are attended to.
+    """
+    batch, heads, tokens, head_dim = keys.shape
+    count, real = queries.shape[2], real.to(keys.device)
+    order = torch.arange(tokens, device=keys.device)
+    groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
+    greatest = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
+    step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)
+    for part, places in zip(groups.split(step, 3), order[-count:].split(step), strict=True):
+        hidden = ~real[:, None] | (order > places[:, None])  # [b, queries, n]
+        logits = (part.flatten(2, 3) @ keys.mT).float().unflatten(2, part.shape[2:4])
+        logits.masked_fill_(hidden[:, None, None], -torch.inf)
+        weights = logits.softmax(-1).masked_fill(~real[:, None, None, places, None], 0.0)
+        greatest = torch.maximum(greatest, weights.amax((2, 3)))
+    return greatest

@@ -1,0 +1,72 @@
+"""`record_queries`: look at the queries of any model, whatever its cache."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from nexusquant_cache.attention.implementation import LISTENERS, Listener
+from nexusquant_cache.attention.selection import attention_modules, disable, enable, is_enabled
+from nexusquant_cache.errors import OptionError
+
+
+@contextmanager
+def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tensor]]:
+    """Record the last queries of each layer, over all forwards of a model in this thread inside a ``with`` block.
+
+    For experiments, with any cache or none::
+
+        with record_queries(model, 64) as queries:
+            model(input_ids, past_key_values=cache)
+        queries[0]  # of layer 0: [batch, query_heads, 64, head_dim]
+
+    The batch has to stay the same.  What a `crop` takes out of a cache stays recorded.
+
+    Args:
+        model: The model; `enable` selects the attention for the time of the block.
+        window: How many queries to keep.
+
+    Yields:
+        The queries of each layer by index, ``[batch, query_heads, up to window, head_dim]``: as attention sees them
+        (with their rotary phase), scaled so that ``queries @ keys.mT / head_dim**0.5`` are the logits of the model.
+
+    Raises:
+        OptionError: If the window is empty, or this is no model of transformers.
+        UnsupportedError: If the model is one that `enable` refuses.
+    """
+    if window < 1:
+        msg = f"window must be at least 1 query, got {window}"
+        raise OptionError(msg)
+    recorder = _Recorder(attention_modules(model), window)
+    with listening(model, recorder):
+        yield recorder.queries
+
+
+@contextmanager
+def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Let a listener hear what a model computes attention from in this thread inside a ``with`` block."""
+    was_enabled = is_enabled(model)
+    enable(model)
+    LISTENERS.all.append(listener)
+    try:
+        yield
+    finally:
+        LISTENERS.all.remove(listener)
+        if not was_enabled:
+            disable(model)
+
+
+class _Recorder(Listener):
+    """Keeps the last queries of each layer."""
+
+    def __init__(self, modules: dict[nn.Module, int], window: int) -> None:
+        super().__init__(modules)
+        self.window = window
+        self.queries: dict[int, Tensor] = {}
+
+    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+        """Append queries to those of the layer."""
+        del keys
+        known = self.queries.get(layer_idx, queries[:, :, :0])
+        self.queries[layer_idx] = torch.cat([known, queries[:, :, -self.window :]], 2)[:, :, -self.window :].clone()

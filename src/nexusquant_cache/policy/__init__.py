@@ -1,0 +1,35 @@
+"""Which tokens are kept: a policy scores, the base class does everything else.
+
+A policy is one class with one method, `EvictionPolicy.score`.  Protection (sinks and recent tokens), equal
+kept counts, top-k and checks are the same for all of them and live in `EvictionPolicy.select`.
+"""
+
+from nexusquant_cache.policy.base import EvictionPolicy, PooledPolicy, ScoreInputs
+from nexusquant_cache.policy.combined import Combined, SharedOverHeads, ValueAware
+from nexusquant_cache.policy.default import DEFAULT_POLICY
+from nexusquant_cache.policy.keys import KeyDiffPolicy, KeyKeyPolicy, KeyNormPolicy, LeveragePolicy, MeanKeyKeyPolicy
+from nexusquant_cache.policy.queries import (
+    ExpectedAttentionPolicy,
+    RecentAttentionPolicy,
+    ReconstructionPolicy,
+    WindowAttentionPolicy,
+)
+
+__all__ = [
+    "DEFAULT_POLICY",
+    "Combined",
+    "EvictionPolicy",
+    "ExpectedAttentionPolicy",
+    "KeyDiffPolicy",
+    "KeyKeyPolicy",
+    "KeyNormPolicy",
+    "LeveragePolicy",
+    "MeanKeyKeyPolicy",
+    "PooledPolicy",
+    "RecentAttentionPolicy",
+    "ReconstructionPolicy",
+    "ScoreInputs",
+    "SharedOverHeads",
+    "ValueAware",
+    "WindowAttentionPolicy",
+]

@@ -1,0 +1,159 @@
+"""Policies made of other policies."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nexusquant_cache.errors import OptionError
+from nexusquant_cache.policy.base import (
+    Aggregate,
+    EvictionPolicy,
+    PooledPolicy,
+    ScoreInputs,
+    aggregated,
+    check_aggregate,
+)
+
+
+class PolicyOfPolicies(EvictionPolicy):
+    """Scores by the scores of others, and needs what they need."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The others."""
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether any of them does."""
+        return any(part.wants_queries for part in self.parts)
+
+    @property
+    def requires_queries(self) -> bool:
+        """Whether any of them does."""
+        return any(part.requires_queries for part in self.parts)
+
+    @property
+    def requires_reconstruction(self) -> bool:
+        """Whether any of them does."""
+        return any(part.requires_reconstruction for part in self.parts)
+
+    def check_inputs(self, inputs: ScoreInputs) -> None:
+        """Leave that to the parts, which are named in their messages."""
+
+
+@dataclass(frozen=True)
+class ValueAware(PolicyOfPolicies, PooledPolicy):
+    """Multiplies the scores of another policy by the size of the values: what attention adds is weight times value.
+
+    Scores that begin below zero, like negative norms, are first shifted to begin at zero.
+
+    Args:
+        policy: The other policy; give it ``pool=1`` where the pooling shall come after the product.
+        pool: Width of the max-pooling of the product, in tokens; odd.  1 leaves it to the other policy.
+
+    References:
+        Guo, Kamigaito & Watanabe (2024), "Attention Score is not All You Need for Token Importance Indicator in KV
+        Cache Reduction: Value Also Matters", arXiv:2406.12335, equation 4, with their norm, the sum of magnitudes.
+    """
+
+    policy: EvictionPolicy
+    pool: int = field(default=1, kw_only=True)
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The other policy."""
+        return (self.policy,)
+
+    def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return score times norm."""
+        scores = self.policy.checked_scores(inputs).float()
+        least = scores.masked_fill(inputs.protected, torch.inf).amin(-1, keepdim=True)
+        norms: Tensor = inputs.values.float().abs().sum(-1)
+        return (scores - least.clamp_max(0)) * norms
+
+
+@dataclass(frozen=True)
+class SharedOverHeads(PolicyOfPolicies):
+    """Lets all heads of a layer keep the same tokens: what one of them needs, the others keep for it.
+
+    Scores of different heads are compared by their ranks.
+
+    Args:
+        policy: Whose scores are shared.
+        aggregate: ``"max"`` keeps what any head ranks high, ``"mean"`` what they agree on.
+    """
+
+    policy: EvictionPolicy
+    aggregate: Aggregate = "max"
+
+    def __post_init__(self) -> None:
+        """Check the option."""
+        check_aggregate(self.aggregate)
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The other policy."""
+        return (self.policy,)
+
+    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the ranks, the same for all heads."""
+        ranks = _ranks(self.policy, inputs)
+        return aggregated(ranks, self.aggregate, 1, keepdim=True).expand_as(ranks)
+
+
+@dataclass(frozen=True)
+class Combined(PolicyOfPolicies):
+    """Uses several policies at once, whose scores are compared by their ranks in each head.
+
+    Args:
+        policies: The policies.
+        aggregate: ``"max"`` keeps what any of them ranks high, ``"mean"`` what they agree on.
+        shares: Which part of the places each of them fills, up to tokens that several choose; positive, relative
+            to each other.  Equal parts by default.  For ``"mean"`` they are weights.
+    """
+
+    policies: Sequence[EvictionPolicy]
+    aggregate: Aggregate = "max"
+    shares: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_aggregate(self.aggregate)
+        if not self.policies:
+            msg = "Combined needs at least one policy"
+            raise OptionError(msg)
+        if self.shares is not None and (len(self.shares) != len(self.policies) or min(self.shares) <= 0):
+            msg = f"shares must be one positive number for each of {len(self.policies)} policies, got {self.shares!r}"
+            raise OptionError(msg)
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The policies."""
+        return self.policies
+
+    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the aggregated ranks."""
+        ranks = torch.stack([_ranks(part, inputs) for part in self.parts])
+        if self.shares is None:
+            return aggregated(ranks, self.aggregate, 0)
+        shares = ranks.new_tensor(self.shares).view(-1, 1, 1, 1)
+        if self.aggregate == "mean":
+            return (ranks * shares).sum(0) / shares.sum()
+        # Above any threshold, a policy with share 3 has three tokens where one with share 1 has one.
+        return (1 - (1 - ranks) / (shares / shares.max())).amax(0)
+
+
+def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+    """Return for each token which part of the unprotected tokens of its head scores less; 0 for protected ones."""
+    scores = policy.checked_scores(inputs).float()
+    free = inputs.free
+    given = scores.index_select(-1, free).contiguous()
+    below = torch.searchsorted(given.sort(-1).values, given)
+    ranks = torch.zeros_like(scores)
+    ranks[..., free] = below.float() / max(len(free), 1)
+    return ranks
