@@ -124,11 +124,20 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run every script in benchmarks/ (long; part of no check); arguments go to those that read texts."""
     install_torch(session)
-    install(session, ".[cli,plots]")
+    install(session, ".[cli]")
     install_model(session)
     for script in sorted(ROOT.glob("benchmarks/[!_]*.py")):
-        reads_texts = script.stem in {"quality", "choices"}
+        reads_texts = script.stem in {"quality", "peers", "ablations"}
         session.run("python", str(script.relative_to(ROOT)), *(session.posargs if reads_texts else ()))
+
+
+@nox.session
+def peers(session: nox.Session) -> None:
+    """Compare with other packages' caches, and install those; arguments go to benchmarks/peers.py."""
+    install_torch(session)
+    install(session, ".[cli]", group="peers")
+    install_model(session)
+    session.run("python", "benchmarks/peers.py", *session.posargs)
 
 
 @nox.session(reuse_venv=False)

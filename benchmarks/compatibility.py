@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _common import RESULTS, ROOT, environment, write_json
+from _common import RESULTS, ROOT
 from rich.progress import track
 from transformers import DynamicCache, QuantizedCache
 from transformers.utils import logging as transformers_logging
 
 from nexusquant_cache import NexusQuantCache, UnsupportedError
 from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.evaluation import environment, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable

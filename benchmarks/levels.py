@@ -9,8 +9,10 @@ import argparse
 
 import numpy as np
 import torch
-from _common import RESULTS, environment, write_json
+from _common import RESULTS
 from torch import Tensor
+
+from nexusquant_cache.evaluation import environment, write_json
 
 # Candidates per rate.  Steps divisible by a high power of two let a kernel multiply a field where it lies.
 CANDIDATES = {

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import IMAGES, RANDOM_LLAMA, RESULTS, describe, environment, random_llama, write_json
+from _common import IMAGES, RANDOM_LLAMA, RESULTS, random_llama
 from _plot import plot_long_answer
 from rich.progress import Progress
 from transformers import DynamicCache
 
 from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.evaluation import describe, environment, write_json
 
 
 class Answer:

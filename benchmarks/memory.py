@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, describe, environment, factory_of, write_json
+from _common import RESULTS
 from rich.progress import track
 from transformers import LlamaConfig
 
-from nexusquant_cache import PRESETS
+from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.evaluation import describe, environment, write_json
 
 LAYERS = 2
 KV_HEADS = 8
@@ -30,7 +31,7 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
         hidden_size=KV_HEADS * head_dim,
         max_position_embeddings=131_072,
     )
-    cache = factory_of(PRESETS[preset], config)()
+    cache = NexusQuantCache(preset, config=config)
     random = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random).bfloat16()

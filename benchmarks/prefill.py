@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import IMAGES, RANDOM_LLAMA, RESULTS, describe, environment, random_llama, write_json
+from _common import IMAGES, RANDOM_LLAMA, RESULTS, random_llama
 from _plot import plot_prefill
 from rich.progress import track
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.evaluation import describe, environment, write_json
 
 PRESET = "balanced"
 CHUNK = 512

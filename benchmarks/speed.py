@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from _common import RESULTS, describe, environment, factory_of, text_id, write_json
+from _common import RESULTS
 from rich.progress import Progress
 
 from nexusquant_cache import PRESETS
 from nexusquant_cache.evaluation import (
+    describe,
     encode_throughput,
+    environment,
     load_model,
     prefill,
+    preset_candidates,
     python_topics,
     read_text,
+    text_id,
     time_steps,
     token_windows,
+    write_json,
 )
 
 if TYPE_CHECKING:
@@ -47,7 +52,7 @@ def main() -> None:
         progress.update(loading, total=1, completed=1)
         (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
         plain = prefill(loaded.model, window, progress=_bar(progress, "prefill"))
-        factories = {key: factory_of(settings, loaded.model.config) for key, settings in PRESETS.items()}
+        factories = {preset.name: preset.factory for preset in preset_candidates(loaded)}
         encoding = {
             key: encode_throughput(plain, factories[key]) for key in progress.track(PRESETS, description="encoding")
         }

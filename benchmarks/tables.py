@@ -16,12 +16,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _summary import CacheSummary, summaries
+from nexusquant_cache.evaluation import summaries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from nexusquant_cache.evaluation import Interval
+    from nexusquant_cache.evaluation import CacheSummary, Interval
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEBIBYTE = 2**20
@@ -41,18 +41,25 @@ def quality_table(content: dict[str, Any]) -> str:
 
 
 def _quality_row(row: CacheSummary) -> tuple[str, ...]:
-    quality = row.quality
-    plain = row.name == "plain"
     name, _, same = row.name.partition("@")
+    return (f"predecessor's recipe, bytes of `{same}`" if same else _cache_name(name), *_quality_cells(row))
+
+
+def _cache_name(name: str) -> str:
+    return "plain, 16 bit" if name == "plain" else f"`{name}`"
+
+
+def _quality_cells(row: CacheSummary) -> tuple[str, ...]:
+    quality, recall = row.quality, row.all_recall
+    plain = row.name == "plain"
     return (
-        f"predecessor's recipe, bytes of `{same}`" if same else f"`{name}`" if not plain else "plain, 16 bit",
         f"{100 * row.kept_tokens / row.seen_tokens:.0f} %",
         f"{quality.held_bytes / _MEBIBYTE:.2f}",
         f"{quality.compression_factor:.1f}x",
         "0" if plain else _with_interval(quality.dppl_percent, "+.1f"),
         "0" if plain else _with_interval(quality.kl, ".3f"),
         "100" if plain else f"{100 * quality.top1.mean:.1f}",
-        f"{row.found} of {row.asked}" if row.asked else "",
+        f"{recall.found} of {recall.asked}" if recall else "",
     )
 
 
@@ -61,16 +68,33 @@ def _with_interval(value: Interval, spec: str) -> str:
     return f"{value.mean:{spec}} ({bounds})" if value.low == value.low else f"{value.mean:{spec}}"
 
 
-def choices_table(content: dict[str, Any]) -> str:
-    """Return the quality of one changed choice after the other."""
-    head = ("choice", "bits held per channel", "dPPL, %", "KL, nats", "top-1, %")
+def peers_table(content: dict[str, Any]) -> str:
+    """Return quality and recall of every peer, and what a package's cache really holds if that is not what is shown."""
+    head = ("cache", "kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found", "MiB, else")
+    rows = ((_cache_name(row.name), *_quality_cells(row), _else(row.name, content)) for row in summaries(content))
+    return markdown(head, rows)
+
+
+def _else(name: str, content: dict[str, Any]) -> str:
+    """Return the bytes of a cache if counted otherwise: those really held, or those held in a 16-bit model."""
+    given = content["holdings"].get(name)
+    if given is None:
+        return ""
+    counts = {"really held": given["stored_bytes"], "in a 16-bit model": given["half_bytes"]}
+    return ", ".join(f"{n / _MEBIBYTE:.2f} {what}" for what, n in counts.items() if n != given["held_bytes"])
+
+
+def ablations_table(content: dict[str, Any]) -> str:
+    """Return the quality and the recall of one changed choice after the other."""
+    head = ("choice", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
     rows = (
         (
             row.name,
-            f"{16 / row.quality.compression_factor:.2f}",
+            f"{row.quality.compression_factor:.2f}x",
             f"{row.quality.dppl_percent.mean:+.1f}",
             _with_interval(row.quality.kl, ".4f"),
             f"{100 * row.quality.top1.mean:.1f}",
+            f"{row.all_recall.found} of {row.all_recall.asked}" if row.all_recall else "",
         )
         for row in summaries(content)
         if row.name != "plain"
@@ -227,7 +251,8 @@ def _families(content: dict[str, Any], cache: str, verdict: str) -> str:
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
-    "choices": (choices_table, "choices"),
+    "peers": (peers_table, "peers_smollm2"),
+    "ablations": (ablations_table, "ablations"),
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from nexusquant_cache import CacheConfig, KeyKeyPolicy, NexusQuantCache
+from nexusquant_cache import DEFAULT_POLICY, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
@@ -313,6 +313,7 @@ class OracleLayer(CacheLayerMixin):
             positions=torch.tensor(order) - pads,
             protected=torch.tensor([at not in real for at in order]),
             layer_idx=self.layer_idx,
+            phase=self.phase,
         )
         scores = self.owner.make_policy(self.layer_idx).score(inputs)[0].tolist()
         return [sorted(sorted(real, key=lambda at: (-each[at - start], at))[:count]) for each in scores]
@@ -431,7 +432,7 @@ class OracleCache(DynamicCache):
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         del layer_idx
-        return self.policy or KeyKeyPolicy()
+        return self.policy or DEFAULT_POLICY
 
     def make_phase(self, layer_idx: int, seen: int) -> Any:
         if self.model_config is None or not self.cache_config.remove_rope:

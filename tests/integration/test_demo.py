@@ -1,4 +1,4 @@
-"""The demo on the real model, from the command line, as a user runs it but shorter."""
+"""The commands on the real model, as a user runs them but shorter."""
 
 import importlib.util
 import json
@@ -31,3 +31,19 @@ def test_demo_end_to_end(tmp_path):
     assert 1 < quant["compression_factor"] < shortest["compression_factor"]
     for name in ("plain", "quant", "max", "found", "Question:"):
         assert name in outcome.output
+
+
+def test_evaluate_end_to_end(tmp_path):
+    sizes = ["--windows", "1", "--prefix", "512", "--continuation", "32", "--lengths", "512", "--depths", "0.5"]
+    arguments = ["evaluate", "--presets", "quant", "--kinds", "single,later", "--output", str(tmp_path), *sizes]
+    outcome = CliRunner().invoke(app, arguments)
+    assert outcome.exit_code == 0, outcome.output
+    content = json.loads((tmp_path / "results.json").read_text())
+
+    found = {(row["cache"], row["kind"]): row["found"] for row in content["needles"]}
+    assert found == {(cache, kind): True for cache in ("plain", "quant") for kind in ("single", "later")}
+    plain, quant = content["quality"]
+    assert (plain["cache"], plain["kl"]) == ("plain", 0)
+    assert 0 < quant["kl"] < 0.1
+    assert quant["footprint"]["held_bytes"] < quant["footprint"]["dense_bytes"] / 3
+    assert (tmp_path / "report.html").is_file()

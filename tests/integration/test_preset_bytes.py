@@ -11,8 +11,11 @@ FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
 
 
 def filled(preset: str, tokens: int, head_dim: int, generated: int = 20) -> NexusQuantCache:
-    """Compress random keys and values of one bfloat16 head and add generated tokens."""
-    cache = NexusQuantCache(preset)
+    """Compress random keys and values of one bfloat16 head and add generated tokens.
+
+    With principal axes, as a real prompt would have; those of random vectors would not pay.
+    """
+    cache = NexusQuantCache(preset, transform="principal")
     for length in (tokens, *[1] * generated):
         for layer_idx in range(LAYERS):
             states = torch.randn(2, 1, 1, length, head_dim, dtype=torch.bfloat16)
@@ -45,7 +48,7 @@ def test_the_report_is_honest_about_short_texts(preset: str) -> None:
     cache = filled(preset, 1024, 64)
     report = cache.memory_report()
     assert report.held_bytes == reachable_bytes(cache)
-    assert 2 < report.compression_factor < 0.9 * FACTORS[preset]
+    assert 1.5 < report.compression_factor < 0.9 * FACTORS[preset]
     assert f"{report.compression_factor:.1f}x" in str(report).splitlines()[-1]
 
 

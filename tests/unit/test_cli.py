@@ -1,25 +1,29 @@
 import importlib.util
 import io
+import json
 
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
+from unit.evaluation_tiny import PROSE, tiny
 
 from nexusquant_cache import cli
+from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.cli.render import demo_renderables
-from nexusquant_cache.evaluation import Fact, Footprint, NeedleResult, StepTime, TextQuality
-from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow, Step
+from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
+from nexusquant_cache.evaluation import Footprint, Needle, NeedleResult, StepTime, TextQuality
+from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
+from nexusquant_cache.evaluation.steps import Step
 
 
 def run(*arguments):
-    return CliRunner().invoke(app, ["demo", *arguments])
+    return CliRunner().invoke(app, arguments)
 
 
 def row(name, held, answer):
     held = Footprint(32_768, 32_768, held, 377_487_360)
-    needle = NeedleResult("task", 32_768, 0.4, "123456", answer, "123456" in answer, held)
+    needle = NeedleResult("task", "single", 32_768, 0.4, ("123456",), answer, "123456" in answer, held)
     quality = TextQuality("text", 3.0, 2.0, 0.12345, 0.915, held)
     return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, (1234.5,)))
 
@@ -28,32 +32,124 @@ def row(name, held, answer):
 def result():
     plain = row("plain", 377_487_360, "It is 123456.")
     balanced = row("balanced", 22_000_000, "It is\n" + 30 * "not known ")
-    fact = Fact("the bakery in Cornwall", "123456")
-    return DemoResult("a model", "a text", DemoOptions(), fact, (plain, balanced))
+    needle = Needle("single", "", ("The code is 123456.",), "What is the code?", ("123456",))
+    return DemoResult("a model", "a text", DemoOptions(), needle, (plain, balanced))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--preset", "balnced"), "Did you mean 'balanced'?"),
-        (("--text", "no such file.txt"), "no such text file: no such file.txt"),
-        (("--tokens", "10"), "tokens must be at least 256"),
-        (("--json", "no such folder/result.json"), "must be a file in a folder that exists"),
+        (("demo", "--preset", "balnced"), "Did you mean 'balanced'?"),
+        (("demo", "--text", "no such file.txt"), "no such text file: no such file.txt"),
+        (("demo", "--tokens", "10"), "tokens must be at least 256"),
+        (("demo", "--json", "no such folder/result.json"), "must be a file in a folder that exists"),
+        (("evaluate", "--presets", "quant,balnced"), "Did you mean 'balanced'?"),
+        (("evaluate", "--text", "no such file.txt"), "no such text file: no such file.txt"),
+        (("evaluate", "--kinds", "singel"), "Did you mean 'single'?"),
+        (("evaluate", "--lengths", "1024,2k"), "--lengths takes numbers separated by commas, got '1024,2k'"),
+        (("evaluate", "--depths", "0.5", "--depths", "1.5"), "every depth must be from 0"),
+        (("evaluate", "--windows", "0"), "windows must be at least 1"),
+        (("evaluate", "--output", __file__), "it is no folder"),
+        (("evaluate", "--text", __file__, "--text", __file__), "the same file name"),
+        (("evaluate", "no such model"), "cannot load the model no such model"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, message):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
     outcome = run(*arguments)
     assert outcome.exit_code == 2
-    assert outcome.stderr.startswith("error: ")
-    assert message in outcome.stderr
-    assert outcome.stderr.count("\n") == 1
+    (error,) = [line for line in outcome.stderr.splitlines() if not line.endswith(" ...")]
+    assert error.startswith("error: ")
+    assert message in error
 
 
-def test_help_names_every_option():
-    outcome = run("--help")
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [
+        ("demo", ("--text", "--tokens", "--preset", "--model", "--seed", "--json", "--new-tokens", "--no-needle")),
+        ("evaluate", ("--presets", "--text", "--windows", "--prefix", "--continuation", "--lengths", "--depths")),
+        ("evaluate", ("--kinds", "--repeats", "--seed", "--output", "--fresh")),
+    ],
+)
+def test_help_names_every_option(command, options):
+    outcome = run(command, "--help")
     assert outcome.exit_code == 0
-    for option in ("--text", "--tokens", "--preset", "--model", "--seed", "--json", "--new-tokens", "--no-needle"):
+    for option in options:
         assert option in outcome.output
+
+
+def test_a_report_needs_matplotlib_before_anything_is_done(monkeypatch, tmp_path):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "matplotlib" else found(name))
+    outcome = run("evaluate", "no such model", "--output", str(tmp_path / "new"))
+    assert outcome.exit_code == 2
+    assert outcome.stderr == 'error: the report needs matplotlib: pip install "nexusquant-cache[cli]"\n'
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model's folder with two texts in it."""
+    path = tmp_path_factory.mktemp("model")
+    tiny().model.save_pretrained(path)
+    tiny().tokenizer.save_pretrained(path)
+    (path / "a.txt").write_text(PROSE)
+    (path / "b.txt").write_text(PROSE[3:])
+    return path
+
+
+class TestEvaluate:
+    def evaluate(self, folder, output, *more, kinds="single,later"):
+        texts = ("--text", str(folder / "a.txt"), "--text", str(folder / "b.txt"))
+        sizes = ("--windows", "2", "--prefix", "300", "--continuation", "8")
+        needles = ("--lengths", "400,500", "--depths", "0.5", "--depths", "0.2", "--kinds", kinds)
+        outcome = run("evaluate", str(folder), *texts, *sizes, *needles, "--output", str(output), *more)
+        assert outcome.exit_code == 0, outcome.output
+        return outcome, json.loads((output / "results.json").read_text())
+
+    def test_end_to_end(self, folder, tmp_path):
+        output = tmp_path / "new" / "folder"
+        outcome, content = self.evaluate(folder, output, "--presets", "quant", "--presets", "max")
+        assert {(row["task"], row["cache"]) for row in content["quality"]} == {
+            (task, cache) for task in ("a.txt 1", "b.txt 1") for cache in ("plain", "quant", "max")
+        }
+        assert {(row["kind"], row["length"], row["depth"]) for row in content["needles"]} == {
+            (kind, length, depth) for kind in ("single", "later") for length in (400, 500) for depth in (0.2, 0.5)
+        }
+        names = ["quality_vs_bytes.png", "recall_by_place.png", "recall_vs_bytes.png", "report.html", "results.json"]
+        assert sorted(path.name for path in output.iterdir()) == names
+        for shown in ("plain", "quant", "max", "0 of 4", "later", "dPPL %", "report.html"):
+            assert shown in outcome.stdout
+        assert folder.name in outcome.stdout
+        assert outcome.stderr.splitlines()[1:] == ["measuring ...", "drawing ..."]
+
+    def test_goes_on(self, folder, tmp_path):
+        _, first = self.evaluate(folder, tmp_path, "--presets", "max", kinds="none")
+        _, second = self.evaluate(folder, tmp_path, "--presets", "max,quant", kinds="none")
+        assert [row for row in second["quality"] if row["cache"] != "quant"] == first["quality"]
+        _, fresh = self.evaluate(folder, tmp_path, "--presets", "max,quant", "--fresh", kinds="none")
+        assert fresh["quality"] != second["quality"]  # their times, if nothing else
+
+    def test_the_table_fits_into_100_columns(self, tmp_path):
+        held = {"seen_tokens": 32_768, "kept_tokens": 32_768, "held_bytes": 377_487_360, "dense_bytes": 377_487_360}
+        row = {"text": "a", "nll": 3.0, "plain_nll": 2.0, "top1": 0.915, "compress_seconds": 123.4, "footprint": held}
+        content = {
+            "settings": {"model": "a model"},
+            "caches": {"balanced": {}},
+            "quality": [
+                {"task": task, "cache": cache, "kl": kl, **row}
+                for cache in ("plain", "balanced")
+                for task, kl in (("a", 0.123), ("b", 1.234))
+            ],
+            "needles": [],
+        }
+        console = Console(width=100, record=True, file=io.StringIO())
+        for part in evaluation_renderables(content, tmp_path):
+            console.print(part)
+        shown = console.export_text()
+        for cell in ("balanced", "360.00", "+171.8 (+171.8, +171.8)", "0.678 (", "91.5", "123.40"):
+            assert cell in shown
+        assert "Needles" not in shown
 
 
 def test_says_what_to_install(monkeypatch, capsys):
@@ -72,7 +168,7 @@ def test_the_table_fits_into_100_columns(result):
     assert max(map(len, text.splitlines())) <= 100
     for shown in ("32,768", "360.00", "17.2x", "+171.8", "0.1235", "91.5", "found", "lost", "12.34x"):
         assert shown in text
-    assert "What is the access code of the bakery in Cornwall?" in text
+    assert "What is the code?" in text
     assert "It is not known" in text
 
 
@@ -81,6 +177,20 @@ def test_without_a_terminal_each_phase_is_one_line(capsys):
         for step in (Step("reading", 1, 2), Step("reading", 2, 2), Step("asking")):
             report(step)
     assert capsys.readouterr().out == "reading ...\nasking ...\n"
+
+
+def test_without_a_terminal_a_long_phase_shows_itself_once_a_minute(monkeypatch, capsys):
+    times = iter((0.0, 59.0, 61.0, 120.0, 122.0))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(times))
+    with progress_bars(Console(width=20)) as report:
+        for done in range(5):
+            report(Step("measuring", done, 5, "a long name of a text"))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "measuring ...",
+        "measuring 2/5 a long name of a text",
+        "measuring 4/5 a long name of a text",
+    ]
 
 
 def test_on_a_terminal_bars_are_drawn(capsys):

@@ -5,29 +5,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, MistralConfig, PreTrainedTokenizerFast
+from transformers import DynamicCache, MistralConfig
+from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
 from nexusquant_cache.evaluation import (
+    PLAIN_CANDIDATE,
+    Candidate,
     Continuation,
     EvaluationError,
-    Fact,
     Footprint,
-    LoadedModel,
+    Prefilled,
     TextQuality,
-    ask,
     encode_throughput,
     fill,
+    fill_and_compress,
     footprint,
     load_model,
-    make_needle,
     mean_interval,
     measure_quality,
-    needle_grid,
     plain_quality,
     prefill,
-    prefill_needle,
     python_topics,
     read_text,
     run_plain,
@@ -37,11 +35,8 @@ from nexusquant_cache.evaluation import (
     wilson_interval,
 )
 from nexusquant_cache.evaluation import models as models_module
+from nexusquant_cache.evaluation.caches import QUERY_WINDOW
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
-
-CHAT_TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}<assistant>"
-PROSE = " ".join(f"Sentence number {index} says little." for index in range(400))
-
 
 SPEED = {
     "rows": [
@@ -51,40 +46,9 @@ SPEED = {
 }
 
 
-def build_tokenizer(chat_template=CHAT_TEMPLATE):
-    """One token per byte, so that lengths can be computed by hand."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core = Tokenizer(models.BPE(vocab={char: index for index, char in enumerate(alphabet)}, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=chat_template, eos_token=alphabet[0])
-
-
-def build_model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=257,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():  # sharper attention and predictions than at initialisation
-        for weight in model.parameters():
-            weight.mul_(3)
-    return model
-
-
 @pytest.fixture(scope="module")
 def loaded():
-    return LoadedModel("tiny", build_model(), build_tokenizer())
+    return tiny()
 
 
 @pytest.fixture(scope="module")
@@ -95,25 +59,6 @@ def window(loaded):
 @pytest.fixture
 def plain(loaded, window):
     return prefill(loaded.model, window)
-
-
-class KeepAll(DynamicCache):
-    """Counts its compressions and keeps everything."""
-
-    def __init__(self):
-        super().__init__()
-        self.compressed_at = []
-
-    def compress(self):
-        self.compressed_at.append(self.get_seq_length())
-
-
-class Forgetful(DynamicCache):
-    """Returns values that are too large, which moves every prediction."""
-
-    def update(self, key_states, value_states, layer_idx, *args, **kwargs):
-        keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        return keys, 1.5 * values
 
 
 class TestTexts:
@@ -189,7 +134,26 @@ class TestCaches:
         expected = DynamicCache()
         with torch.no_grad():
             loaded.model(input_ids=window, past_key_values=expected)
-        torch.testing.assert_close(plain.layers[1].keys, expected.layers[1].keys, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(plain.cache.layers[1].keys, expected.layers[1].keys, rtol=1e-4, atol=1e-4)
+        assert torch.equal(plain.ids, window)
+
+    def test_prefill_records_the_last_queries(self, window, plain):
+        """Queries and keys together give the model's own attention, here of the last token."""
+        eager = build_model()
+        eager.set_attn_implementation("eager")
+        weights = eager(input_ids=window, output_attentions=True).attentions[1][0, :, -1]
+        queries, keys = plain.queries[1], plain.cache.layers[1].keys.repeat_interleave(2, 1)
+        logits = queries[0, :, -1:] @ keys[0].mT / 16**0.5
+        assert queries.shape == (1, 4, QUERY_WINDOW, 16)
+        torch.testing.assert_close(logits.softmax(-1)[:, 0], weights, rtol=1e-3, atol=1e-5)
+
+    def test_prefill_goes_on_from_a_beginning(self, loaded, window, plain):
+        start = prefill(loaded.model, window[:, :780])
+        whole = prefill(loaded.model, window[:, 780:], start=start)
+        assert start.cache.get_seq_length() == 780
+        assert torch.equal(whole.ids, window)
+        torch.testing.assert_close(whole.queries, plain.queries, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(whole.cache.layers[1].values, plain.cache.layers[1].values, rtol=1e-3, atol=1e-4)
 
     def test_prefill_reports_progress(self, loaded, window):
         calls = []
@@ -198,16 +162,46 @@ class TestCaches:
 
     def test_fill_copies(self, plain):
         cache = fill(DynamicCache, plain)
-        before = plain.layers[0].keys.clone()
+        before = plain.cache.layers[0].keys.clone()
         cache.layers[0].keys.zero_()
-        assert torch.equal(plain.layers[0].keys, before)
-        assert cache.get_seq_length() == plain.get_seq_length()
+        assert torch.equal(plain.cache.layers[0].keys, before)
+        assert cache.get_seq_length() == 800
 
     def test_fill_needs_a_full_source_and_an_empty_target(self, plain):
         with pytest.raises(CacheStateError, match="empty"):
-            fill(DynamicCache, DynamicCache())
+            fill(DynamicCache, Prefilled(DynamicCache(), (), torch.zeros(1, 0, dtype=torch.long)))
         with pytest.raises(CacheStateError, match="new cache each time"):
-            fill(lambda: plain, plain)
+            fill(lambda: plain.cache, plain)
+
+    def test_queries_are_handed_to_caches_that_want_them(self, plain):
+        cache = fill(Curious, plain)
+        assert [(index, tokens) for index, tokens, _ in cache.observed] == [(0, 800), (1, 800)]
+        for (_, _, queries), expected in zip(cache.observed, plain.queries, strict=True):
+            assert torch.equal(queries, expected)
+            assert queries.data_ptr() != expected.data_ptr()
+
+    def test_a_candidate_is_prepared_before_it_is_compressed(self, loaded, window, plain):
+        seen = []
+
+        def prepare(cache, model, ids):
+            seen.append((cache.get_seq_length(), list(cache.compressed_at), model, ids))
+
+        held = fill_and_compress(loaded, Candidate("kept", KeepAll, prepare), plain)
+        assert held.cache.compressed_at == [800]
+        assert seen == [(800, [], loaded, window)]
+        assert held.footprint == footprint(plain.cache)
+
+    @pytest.mark.parametrize(
+        ("candidate", "takes_time"),
+        [
+            (Candidate("kept", KeepAll), True),
+            (Candidate("prepared", DynamicCache, lambda *_: None), True),
+            (Candidate("plain", DynamicCache), False),
+        ],
+    )
+    def test_time_is_taken_where_there_is_something_to_do(self, loaded, plain, candidate, takes_time):
+        seconds = fill_and_compress(loaded, candidate, plain).seconds
+        assert seconds > 0 if takes_time else seconds is None
 
     def test_sliding_windows_are_refused(self):
         cache = DynamicCache(config=MistralConfig(num_hidden_layers=1, sliding_window=8))
@@ -217,8 +211,8 @@ class TestCaches:
 
     def test_a_plain_cache_counts_in_16_bit(self, plain):
         expected = 2 * 2 * 2 * 2 * 800 * 16  # layers, keys and values, heads, bytes, tokens, channels
-        assert footprint(plain) == Footprint(800, 800, expected, expected)
-        assert footprint(plain).compression_factor == 1
+        assert footprint(plain.cache) == Footprint(800, 800, expected, expected)
+        assert footprint(plain.cache).compression_factor == 1
 
     def test_an_empty_cache_has_no_factor(self):
         assert math.isnan(footprint(DynamicCache()).compression_factor)
@@ -245,11 +239,11 @@ class TestQuality:
             Continuation.split("prose", window, 799)
 
     def test_plain_run_is_left_at_the_prefix(self, run):
-        assert run.cache.get_seq_length() == 699
+        assert run.prefilled.cache.get_seq_length() == 699
         assert run.log_probs.shape == (100, 257)
 
     def test_plain_against_itself_is_zero(self, loaded, run):
-        ours = measure_quality(loaded.model, run, DynamicCache)
+        ours = measure_quality(loaded, run, PLAIN_CANDIDATE)
         assert ours.dppl_percent == pytest.approx(0, abs=1e-3)
         assert ours.kl == pytest.approx(0, abs=1e-6)
         assert ours.top1 == 1
@@ -264,8 +258,8 @@ class TestQuality:
 
     def test_a_worse_cache_measures_as_worse(self, loaded, run):
         """KL and agreement against their definitions, computed here another way."""
-        ours = measure_quality(loaded.model, run, Forgetful)
-        cache = fill(Forgetful, run.cache)
+        ours = measure_quality(loaded, run, Candidate("worse", Forgetful))
+        cache = fill(Forgetful, run.prefilled)
         with torch.no_grad():
             logits = loaded.model(input_ids=run.text.next_ids[:, :-1], past_key_values=cache).logits[0]
         log_probs = logits.double().log_softmax(-1)
@@ -282,12 +276,13 @@ class TestQuality:
             caches.append(KeepAll())
             return caches[-1]
 
-        measure_quality(loaded.model, run, factory)
+        row = measure_quality(loaded, run, Candidate("kept", factory))
         assert [cache.compressed_at for cache in caches] == [[699]]
+        assert row.compress_seconds > 0
 
     def test_one_prediction(self, loaded, window):
         run = run_plain(loaded.model, Continuation.split("prose", window, 1))
-        assert measure_quality(loaded.model, run, DynamicCache).top1 == 1
+        assert measure_quality(loaded, run, PLAIN_CANDIDATE).top1 == 1
 
     def test_summary_weighs_texts_equally(self):
         held = Footprint(10, 5, 100, 400)
@@ -301,87 +296,6 @@ class TestQuality:
             summarize([])
 
 
-class TestNeedle:
-    def test_facts_differ_by_seed_and_repeat(self):
-        facts = [Fact.draw(seed) for seed in range(50)]
-        assert facts == [Fact.draw(seed) for seed in range(50)]
-        assert len({fact.number for fact in facts}) == 50
-        assert all(len(fact.number) == 6 for fact in facts)
-
-    @pytest.mark.parametrize("answer", ["It is 123456.", "123 456", "123,456!", "1 2 3 4 5 6"])
-    def test_found_in_any_grouping(self, answer):
-        assert Fact("the place", "123456").is_in(answer)
-
-    @pytest.mark.parametrize("answer", ["", "12345", "It is 123457.", "123 or 456"])
-    def test_half_a_number_is_none(self, answer):
-        assert not Fact("the place", "123456").is_in(answer)
-
-    @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0])
-    def test_the_fact_stands_between_sentences(self, loaded, window, depth):
-        task = make_needle(loaded.tokenizer, window, depth=depth, seed=1)
-        text = loaded.tokenizer.decode(task.context_ids[0])
-        start = text.index(task.fact.sentence)
-        assert start / len(text) == pytest.approx(depth, abs=0.25)
-        assert depth in (0, 1) or text[:start].endswith(". ")
-        assert task.fact.question in loaded.tokenizer.decode(task.question_ids[0])
-        assert loaded.tokenizer.decode(task.prompt_ids[0]).endswith("<assistant>")
-        assert task.length == pytest.approx(800, abs=3)
-
-    def test_the_text_goes_on_where_the_context_ends(self, loaded, window):
-        task = make_needle(loaded.tokenizer, window, depth=0.5, seed=1)
-        whole = loaded.tokenizer.decode(window[0])
-        ends = loaded.tokenizer.decode(task.context_ids[0])[-20:]
-        assert whole[: task.text_tokens].rstrip().endswith(ends)
-
-    def test_without_a_chat_template(self, window):
-        tokenizer = build_tokenizer(chat_template=None)
-        task = make_needle(tokenizer, window, depth=0.5, seed=1)
-        assert tokenizer.decode(task.prompt_ids[0]).endswith("Answer:")
-
-    def test_refuses_what_cannot_be_hidden(self, loaded, window):
-        with pytest.raises(EvaluationError, match="depth must be"):
-            make_needle(loaded.tokenizer, window, depth=1.5, seed=1)
-        with pytest.raises(EvaluationError, match="fact and question alone"):
-            make_needle(loaded.tokenizer, window[:, :50], depth=0.5, seed=1)
-
-    def test_a_grid_goes_through_lengths_depths_and_texts(self, loaded):
-        tasks = needle_grid(loaded.tokenizer, {"a": PROSE, "b": PROSE[5:]}, lengths=[400, 600], depths=[0.0, 0.5, 1.0])
-        assert [task.depth for task in tasks] == [0.0, 0.5, 1.0] * 2
-        assert [task.name.split(",")[0] for task in tasks] == ["a", "b"] * 3
-        assert [task.length for task in tasks] == [pytest.approx(n, abs=3) for n in (400,) * 3 + (600,) * 3]
-        assert len({task.fact.number for task in tasks}) == 6
-
-    def test_answers_are_those_of_generate(self, loaded, window):
-        """Filling the cache from one prefill changes nothing: the tokens are those of a plain generation."""
-        task = make_needle(loaded.tokenizer, window, depth=0.5, seed=1)
-        plain = prefill_needle(loaded.model, task)
-        assert plain.get_seq_length() == task.length - 1
-        result = ask(loaded, task, plain, DynamicCache, max_new_tokens=8)
-        prompt = task.prompt_ids
-        output = loaded.model.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=8, do_sample=False
-        )
-        expected = loaded.tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True).strip()
-        assert result.answer == expected
-        assert result.expected == task.fact.number
-        assert not result.found
-        assert plain.get_seq_length() == task.length - 1
-
-    def test_the_prefill_can_go_on_from_the_context(self, loaded, window):
-        task = make_needle(loaded.tokenizer, window, depth=0.5, seed=1)
-        context = prefill(loaded.model, task.context_ids)
-        continued = prefill_needle(loaded.model, task, context=context)
-        assert context.get_seq_length() == task.context_ids.shape[1]
-        whole = prefill_needle(loaded.model, task)
-        torch.testing.assert_close(continued.layers[1].values, whole.layers[1].values, rtol=1e-3, atol=1e-4)
-
-    def test_generation_compresses(self, loaded, window):
-        task = make_needle(loaded.tokenizer, window, depth=0.5, seed=1)
-        plain = prefill_needle(loaded.model, task)
-        result = ask(loaded, task, plain, lambda: NexusQuantCache("max", config=loaded.model.config), max_new_tokens=4)
-        assert result.footprint.kept_tokens < result.footprint.seen_tokens / 2
-
-
 class TestTiming:
     def test_every_cache_gets_its_rounds(self, loaded, plain):
         calls = []
@@ -393,7 +307,7 @@ class TestTiming:
         assert times["plain"].relative == 1
         assert all(len(taken.rounds) == 2 and taken.milliseconds > 0 for taken in times.values())
         assert calls[-1] == (6, 6)
-        assert plain.get_seq_length() == 800
+        assert plain.cache.get_seq_length() == 800
 
     def test_throughput_is_positive(self, loaded, plain):
         assert encode_throughput(plain, lambda: NexusQuantCache("quant", config=loaded.model.config), rounds=1) > 0

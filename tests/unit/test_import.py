@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import inspect
 import json
@@ -11,11 +12,26 @@ import sys
 import types
 import typing
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 import nexusquant_cache
 
+SOURCE = Path(nexusquant_cache.__file__).parent
+# Imports point to the right; names of one place do not import each other.
+ORDER: list[set[str]] = [
+    {"__init__"},
+    {"cli"},
+    {"evaluation"},
+    {"attention"},
+    {"cache"},
+    {"presets"},
+    {"codec", "policy"},
+    {"reference", "lattice"},
+    {"layout"},
+    {"errors"},
+]
 MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]
 
 # Packages of the extras and of later features: neither needed nor loaded by the import.
@@ -62,6 +78,30 @@ def test_all_lists_every_public_name():
 def test_the_promised_names_are_there():
     promised = {"CacheConfig", "EvictionPolicy", "MemoryReport", "NexusQuantCache", "PRESETS"}
     assert promised <= set(nexusquant_cache.__all__)
+
+
+def test_attention_keeps_its_promises():
+    assert set(nexusquant_cache.attention.__all__) == {"disable", "enable", "reconstruct", "record_queries"}
+
+
+def place(name: str) -> int:
+    """Return where a part of the package stands in the order."""
+    return next(index for index, names in enumerate(ORDER) if name in names)
+
+
+def imported_parts(file: Path) -> set[str]:
+    """Return the parts of the package that a file imports."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    names = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module]
+    names += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    return {name.split(".")[1] for name in names if name.startswith("nexusquant_cache.")}
+
+
+@pytest.mark.parametrize("file", sorted(SOURCE.rglob("*.py")), ids=lambda file: str(file.relative_to(SOURCE)))
+def test_imports_point_one_way(file):
+    own = file.relative_to(SOURCE).parts[0].removesuffix(".py")
+    others = imported_parts(file) - {own}
+    assert {name for name in others if place(name) <= place(own)} == set()
 
 
 def test_version_is_that_of_the_installed_package():

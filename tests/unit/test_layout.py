@@ -3,10 +3,21 @@
 import itertools
 
 import pytest
+import torch
 
 import oracles
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.layout import BLOCK, BlockCode, CodeLayout, block_code
+from nexusquant_cache.layout import (
+    BLOCK,
+    DISTORTION,
+    BlockCode,
+    CodeLayout,
+    block_code,
+    fill_with_bits,
+    sloped_layouts,
+    whole_bits,
+)
+from nexusquant_cache.reference.blocks import nearest
 
 BITS = (1, 2, 3, 4)
 
@@ -100,3 +111,101 @@ class TestCodeLayout:
     def test_refuses_impossible_bits(self, bits) -> None:
         with pytest.raises(OptionError, match=f"got {bits}"):
             CodeLayout(16, (2, bits))
+
+
+class TestFlat:
+    def test_whole_bits_are_uniform(self) -> None:
+        assert CodeLayout.flat(64, 3) == CodeLayout.flat(64, 3.0) == CodeLayout.uniform(64, 3)
+
+    def test_a_fraction_goes_to_the_first_blocks(self) -> None:
+        # 8 blocks at 2.25 bits have 18 bits: two blocks get a third one.
+        assert CodeLayout.flat(64, 2.25).block_bits == (3, 3, 2, 2, 2, 2, 2, 2)
+        assert CodeLayout.flat(16, 0.5).block_bits == (1, 0)
+        assert CodeLayout.flat(64, 1 / 8).block_bits == (1, 0, 0, 0, 0, 0, 0, 0)
+
+    def test_a_mean_between_bytes_is_rounded(self) -> None:
+        # 5 blocks at 2.625 bits would have 13.125 bits; a single block has whole bits only.
+        assert CodeLayout.flat(40, 2.625).block_bits == (3, 3, 3, 2, 2)
+        assert CodeLayout.flat(8, 2.6).block_bits == (3,)
+
+    @pytest.mark.parametrize(("head_dim", "bits", "total"), [(64, 0.05, 0), (8, 0.5, 0), (64, 4.1, 33), (16, -1, -2)])
+    def test_refuses_what_blocks_cannot_hold(self, head_dim, bits, total) -> None:
+        blocks = head_dim // BLOCK
+        with pytest.raises(OptionError, match=f"give {total} bits to {blocks} blocks; from 1 to {4 * blocks} are"):
+            CodeLayout.flat(head_dim, bits)
+
+    def test_refuses_head_dims_that_are_no_multiple_of_8(self) -> None:
+        for head_dim in (0, -8, 12):
+            with pytest.raises(ShapeError, match=f"positive multiple of 8, got {head_dim}"):
+                CodeLayout.flat(head_dim, 2)
+
+
+class TestFillWithBits:
+    def test_by_hand(self) -> None:
+        # What the next bit saves of a unit of variance: 0.6594, 0.2420, 0.0709, 0.0203.
+        # Variance 4 gains 2.638, 0.968, 0.284 and variance 1 gains 0.659, 0.242: the order is 4, 4, 1, 4, 1.
+        plans = [fill_with_bits([4.0, 1.0], total) for total in range(6)]
+        assert plans == [(0, 0), (1, 0), (2, 0), (2, 1), (3, 1), (3, 2)]
+
+    def test_ties_go_first(self) -> None:
+        assert fill_with_bits([1.0] * 3, 4) == (2, 1, 1)
+        assert fill_with_bits([0.0] * 3, 4) == (4, 0, 0)
+
+    def test_a_full_block_leaves_the_rest_to_others(self) -> None:
+        assert fill_with_bits([1e9, 1.0], 6) == (4, 2)
+
+    @pytest.mark.parametrize("total", range(1, 17))
+    def test_no_other_plan_has_less_distortion(self, total) -> None:
+        """Greedy is optimal, since every further bit of a block saves less than the one before."""
+        variances = [3.0, 1.0, 0.4, 0.02]
+
+        def error(plan: tuple[int, ...]) -> float:
+            return sum(v * DISTORTION[bits] for v, bits in zip(variances, plan, strict=True))
+
+        plans = [plan for plan in itertools.product(range(5), repeat=4) if sum(plan) == total]
+        assert error(fill_with_bits(variances, total)) == pytest.approx(min(map(error, plans)), rel=1e-12)
+
+
+class TestSlopedLayouts:
+    @pytest.mark.parametrize("head_dim", [8, 40, 64, 80, 96, 128, 256])
+    @pytest.mark.parametrize("bits", [0.5, 1, 1.75, 2.25, 2.625, 3, 4])
+    def test_family(self, head_dim, bits) -> None:
+        """One size, no plan twice, bits that never rise, and the flat one first."""
+        if head_dim * bits < BLOCK:
+            pytest.skip("less than a bit in one block")
+        flat = CodeLayout.flat(head_dim, bits)
+        family = sloped_layouts(head_dim, flat.bytes_per_vector)
+        assert family[0] == flat
+        assert len(set(family)) == len(family)
+        for layout in family:
+            assert (layout.head_dim, layout.bytes_per_vector) == (head_dim, flat.bytes_per_vector)
+            assert list(layout.block_bits) == sorted(layout.block_bits, reverse=True)
+
+    def test_get_steeper(self) -> None:
+        """Each gives the first block at least as many bits as the one before it, and the last at most as many."""
+        family = [layout.block_bits for layout in sloped_layouts(128, 32)]
+        assert len(family) == 5
+        for flat, steep in itertools.pairwise(family):
+            assert steep[0] >= flat[0]
+            assert steep[-1] <= flat[-1]
+        assert family[-1][0] == 4
+        assert family[-1][-1] == 0
+
+    def test_there_is_one_way_to_fill_all_or_one_block(self) -> None:
+        assert len(sloped_layouts(64, 32)) == 1
+        assert len(sloped_layouts(8, 2)) == 1
+
+
+def test_whole_bits() -> None:
+    assert whole_bits(8, 2.25) == 18
+    assert whole_bits(5, 2.625) == 13
+    with pytest.raises(OptionError, match=r"0\.01 bits per channel give 0 bits to 8 blocks; from 1 to 32 are possible"):
+        whole_bits(8, 0.01)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_distortion_is_that_of_the_codes(bits: int) -> None:
+    """Measured on 20 000 blocks of a unit Gaussian: within 3 percent, some five standard errors."""
+    x = torch.randn(BLOCK, 20_000)
+    values, _ = nearest(x, bits)
+    assert float((x - values).square().mean()) == pytest.approx(DISTORTION[bits], rel=0.03)

@@ -16,7 +16,7 @@ PROMISED = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}  # co
 def test_presets_can_reach_their_factor(name: str) -> None:
     """In the limit of long prompts: codes, scales and one bit per seen token, against 16 bits per channel."""
     config, head_dim = PRESETS[name], 128
-    sides = [CodeLayout.uniform(head_dim, bits) for bits in (config.key_bits, config.value_bits)]
+    sides = [CodeLayout.flat(head_dim, bits) for bits in (config.key_bits, config.value_bits)]
     kept = config.keep_ratio * sum(E8Codec(layout).bytes_per_vector for layout in sides)
     assert 2 * 2 * head_dim / (kept + 1 / 8) > PROMISED[name]
 
@@ -50,7 +50,7 @@ class TestOverride:
     def test_returns_a_changed_copy(self) -> None:
         changed = PRESETS["max"].override({"key_bits": 4, "keep_ratio": 0.5})
         assert changed == replace(PRESETS["max"], key_bits=4, keep_ratio=0.5)
-        assert PRESETS["max"].key_bits == 2
+        assert PRESETS["max"].key_bits == 1.75
 
     def test_no_options_change_nothing(self) -> None:
         assert PRESETS["high"].override({}) == PRESETS["high"]
@@ -73,17 +73,12 @@ class TestOverride:
             CacheConfig().override({"xyz": 1})
 
     def test_checks_the_values(self) -> None:
-        with pytest.raises(OptionError, match="value_bits must be a whole number from 1 to 4, got 9"):
+        with pytest.raises(OptionError, match=r"value_bits must be from 0\.5 to 4 bits per channel, got 9"):
             CacheConfig().override({"value_bits": 9})
 
 
 WHOLE = [
-    *[
-        (name, value, "from 1 to 4")
-        for name in ("key_bits", "value_bits")
-        for value in (0, 5, -1, 2.0, True, "2", None)
-    ],
-    *[("sink_tokens", value, "at least 0") for value in (-1, 1.5, False)],
+    *[(name, value, "at least 0") for name in ("sink_tokens", "protect_boundary") for value in (-1, 1.5, False)],
     *[
         (name, value, "at least 1")
         for name in ("residual_length", "flush_length", "min_tokens")
@@ -96,8 +91,23 @@ WHOLE = [
 class TestRefusals:
     @pytest.mark.parametrize(("name", "value", "bounds"), WHOLE)
     def test_whole_numbers(self, name, value, bounds) -> None:
-        with pytest.raises(OptionError, match=f"{name} must be a whole number {bounds}, got {value!r}"):
+        with pytest.raises(OptionError, match=f"{name} must be a whole number, {bounds}, got {value!r}"):
             CacheConfig(**{name: value})
+
+    @pytest.mark.parametrize("name", ["key_bits", "value_bits"])
+    @pytest.mark.parametrize("value", [0, 0.49, 4.01, 5, -1, float("nan"), float("inf"), True, "2", None])
+    def test_bits(self, name, value) -> None:
+        with pytest.raises(OptionError, match=rf"{name} must be from 0\.5 to 4 bits per channel, got {value!r}"):
+            CacheConfig(**{name: value})
+
+    @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), True, "0.7", None])
+    def test_most_code_error(self, value) -> None:
+        with pytest.raises(OptionError, match=f"most_code_error must be a positive number, got {value!r}"):
+            CacheConfig(most_code_error=value)
+
+    def test_transforms(self) -> None:
+        with pytest.raises(OptionError, match=r"unknown transform 'principle'\. Did you mean 'principal'\? Allowed: auto"):
+            CacheConfig(transform="principle")
 
     @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), True, "1", None])
     def test_keep_ratio(self, ratio) -> None:
@@ -123,6 +133,11 @@ class TestRefusals:
     def test_scale_candidates(self, candidates) -> None:
         with pytest.raises(OptionError, match=r"scale.candidates must be positive"):
             CacheConfig(scale_candidates=candidates)
+
+
+@pytest.mark.parametrize("bits", [0.5, 1, 2.0, 2.625, 4])
+def test_accepted_bits(bits: float) -> None:
+    assert CacheConfig(key_bits=bits, value_bits=bits).value_bits == bits
 
 
 @pytest.mark.usefixtures("unchecked")

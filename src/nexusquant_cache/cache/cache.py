@@ -26,6 +26,8 @@ from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.reference.rope import RotaryPhase
 
 _LOGGER = logging.getLogger(__name__)
+# Bits per channel at equal error, found with `benchmarks/transforms.py`.
+_AXES_SAVE: dict[Side, float] = {"keys": 0.85, "values": 0.4}
 
 
 class NexusQuantCache(DynamicCache):
@@ -143,6 +145,7 @@ class NexusQuantCache(DynamicCache):
         return E8Codec(
             CodeLayout.flat(head_dim, MAX_BITS if self._is_protected(layer_idx) else bits),
             transform=settings.transform,
+            axes_save=_AXES_SAVE[side],
             gain=settings.key_gain if keys else settings.value_gain,
             candidates=settings.scale_candidates,
             center=keys and settings.center_keys,

@@ -151,16 +151,10 @@ class NexusQuantLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _make_codecs(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Ask for codecs, at the bits of transforms that were given: they may have been raised for the earlier prompt."""
-        codecs = tuple(
-            self._owner.make_codec(side, states.shape[-1], self.layer_idx)
-            for side, states in (("keys", key_states), ("values", value_states))
-        )
-        given = self._owner.given_transforms(self.layer_idx)
-        raised: _Codecs | None = (codecs[0], codecs[1])
-        while given is not None and raised is not None and raised != given.codecs:
-            raised = _with_more_bits(raised)
-        self.key_codec, self.value_codec = raised or codecs
+        """Ask for codecs; the first compression may choose others in their place."""
+        key_codec = self._owner.make_codec("keys", key_states.shape[-1], self.layer_idx)
+        value_codec = self._owner.make_codec("values", value_states.shape[-1], self.layer_idx)
+        self.key_codec, self.value_codec = self._asked = key_codec, value_codec
         self._check_transforms(key_states)
 
     # Lengths
@@ -475,10 +469,11 @@ class NexusQuantLayer(CacheLayerMixin):
     def _start_body(self, first: "_First") -> None:
         """Fit the transforms and encode the first tokens, with more bits if attention would suffer too much."""
         sinks, place = self._take_sinks(self._owner.cache_config.sink_tokens, first.candidates, first.count)
-        codecs = self.key_codec, self.value_codec
+        given = self._owner.given_transforms(self.layer_idx)
+        codecs = given.codecs if given else self._codecs_for(first.count)
         while True:
             keys, values = self._encode_first(first, codecs)
-            error = self._code_error(first, sinks, (codecs[0].decode(*keys), codecs[1].decode(*values)))
+            error = self._code_error(first, (codecs[0].decode(*keys), codecs[1].decode(*values)))
             more = None if error <= self._owner.cache_config.most_code_error else _with_more_bits(codecs)
             if more is None:
                 break
@@ -491,6 +486,9 @@ class NexusQuantLayer(CacheLayerMixin):
         # Sinks inside the covered range are simply not among the kept ones of the map.
         self.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
 
+    def _codecs_for(self, tokens: int) -> tuple[VectorCodec, VectorCodec]:
+        return self.key_codec.for_tokens(tokens), self.value_codec.for_tokens(tokens)
+
     def _encode_first(
         self, first: "_First", codecs: tuple[VectorCodec, VectorCodec]
     ) -> tuple[tuple[PackedVectors, VectorTransform], tuple[PackedVectors, VectorTransform]]:
@@ -501,22 +499,20 @@ class NexusQuantLayer(CacheLayerMixin):
         keys, values = codecs[0].encode(first.keys, transforms[0]), codecs[1].encode(first.values, transforms[1])
         return (keys, transforms[0]), (values, transforms[1])
 
-    def _code_error(self, first: "_First", sinks: tuple[Tensor, Tensor], decoded: tuple[Tensor, Tensor]) -> float:
-        """Return what coding does to attention; see `probe.attention_error`."""
-        tail = tuple(x[:, :, self._owner.cache_config.sink_tokens + first.candidates :] for x in self._exact())
-        keys = [first.keys, decoded[0]]
+    def _code_error(self, first: "_First", decoded: tuple[Tensor, Tensor]) -> float:
+        """Return what coding does to attention on the coded tokens; see `probe.attention_error`."""
+        keys, pads = [first.keys, decoded[0]], self._owner.padding.pads
+        positions: Int[Tensor, "*heads n"] = torch.arange(first.start, first.start + first.keys.shape[2], device=self.device)
+        if first.keep is not None:
+            positions = first.keep.nonzero()[:, -1].view(*first.keys.shape[:3])
         if first.phase is not None:
-            positions = torch.arange(first.start, first.start + first.keys.shape[2], device=first.keys.device)
-            if first.keep is not None:
-                positions = first.keep.nonzero()[:, -1].view(*first.keys.shape[:3])
             angles = self._angles(positions, *first.keys.shape[:2])
             keys = [first.phase.rotate(x.float(), angles) for x in keys]
-        exact, coded = (
-            (torch.cat([sinks[0], k, tail[0]], 2), torch.cat([sinks[1], v, tail[1]], 2))
-            for k, v in zip(keys, (first.values, decoded[1]), strict=True)
-        )
+        hidden = None if pads is None else positions.expand(*first.keys.shape[:3]) < pads.to(self.device)[:, None, None]
         queries = self.observed.last_queries(QUERY_WINDOW, self.seen)
-        return attention_error(stand_in_queries(exact[0]) if queries is None else queries, exact, coded)
+        if queries is None:
+            queries = stand_in_queries(self._exact()[0], keys[0])
+        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), hidden)
 
     def _given_transforms(
         self, codecs: tuple[VectorCodec, VectorCodec]
@@ -540,8 +536,8 @@ class NexusQuantLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         rows, fitted_heads = given.keys.reference.shape[:2]
         wrong = ""
-        if given.codecs != (self.key_codec, self.value_codec):
-            wrong = f"were fitted by {given.codecs[0]} and {given.codecs[1]}"
+        if given.asked != self._asked:
+            wrong = f"were fitted by {given.asked[0]} and {given.asked[1]}"
         elif fitted_heads != heads or rows not in {1, batch}:
             wrong = f"are for {rows} rows and {fitted_heads} KV heads, this prompt has {batch} and {heads}"
         elif given.unrotated != (self._owner.make_phase(self.layer_idx, 0) is not None):
@@ -558,8 +554,13 @@ class NexusQuantLayer(CacheLayerMixin):
         """What was fitted to the prompt; None before the first compression."""
         if self.body is None:
             return None
-        codecs = self.key_codec, self.value_codec
-        return LayerTransforms(self.body.keys.transform, self.body.values.transform, codecs, self.phase is not None)
+        return LayerTransforms(
+            keys=self.body.keys.transform,
+            values=self.body.values.transform,
+            codecs=(self.key_codec, self.value_codec),
+            asked=self._asked,
+            unrotated=self.phase is not None,
+        )
 
     def _rows_by_pads(self) -> dict[int, list[int]] | None:
         """Return the rows that have so many pads; None without padding."""

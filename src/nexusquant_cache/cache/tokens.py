@@ -77,12 +77,14 @@ class LayerTransforms:
         keys: Transform of the keys.
         values: Transform of the values.
         codecs: The codecs that fitted them, by which alone they can be used.
+        asked: The codecs that the cache asked for, which leave some choices to the prompt.
         unrotated: Whether the keys were without their rotary phase.
     """
 
     keys: VectorTransform
     values: VectorTransform
     codecs: tuple[VectorCodec, VectorCodec]
+    asked: tuple[VectorCodec, VectorCodec]
     unrotated: bool
 
 

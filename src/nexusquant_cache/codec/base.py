@@ -63,6 +63,11 @@ class VectorCodec(ABC):
     def bytes_per_vector(self) -> int:
         """Bytes held per vector (words and scale)."""
 
+    def for_tokens(self, tokens: int) -> "VectorCodec":
+        """Return the codec for a layer that begins with so many coded tokens; this one, unless that decides something."""
+        del tokens
+        return self
+
     def with_more_bits(self) -> "VectorCodec | None":
         """Return the codec for a layer that this one serves badly; None, which is the default, if there is none."""
         return None

@@ -19,6 +19,7 @@ from nexusquant_cache.reference.tables import covered_stages, decode_rows
 GainRule = Literal["least_squares", "norm", "unbiased"]
 TransformRule = Literal["auto", "principal", "hadamard"]
 
+_STEP_BYTES = 4  # of each axis, besides one byte for each of its channels
 _CHUNK = 4096  # vectors encoded together: their temporaries stay in the cache of a core
 _FLOAT16_MAX = 65504.0
 _TINY = torch.finfo(torch.float32).tiny
@@ -46,7 +47,8 @@ class E8Codec(VectorCodec):
         seed: Of the random signs.
         transform: ``"hadamard"`` rotates by a fixed matrix that costs no byte.  ``"principal"`` gives each head the
             principal axes of its own vectors and, of the layouts of equal size (`layout.sloped_layouts`), the one that
-            suits their variances.  ``"auto"`` does so where the axes cost fewer bytes than they save at equal error.
+            suits their variances.  ``"auto"`` leaves the choice to `for_tokens`; `fit` takes it for ``"principal"``.
+        axes_save: Bits per channel that principal axes are expected to save at equal error, for `for_tokens`.
 
     Raises:
         OptionError: If the gain rule or the transform is unknown or a candidate is not positive.
@@ -58,6 +60,7 @@ class E8Codec(VectorCodec):
     center: bool = False
     seed: int = 0
     transform: TransformRule = "hadamard"
+    axes_save: float = 0.5
 
     def __post_init__(self) -> None:
         """Check the options."""
@@ -85,6 +88,20 @@ class E8Codec(VectorCodec):
         """Packed codes and one byte of scale."""
         return self.layout.bytes_per_vector + 1
 
+    def for_tokens(self, tokens: int) -> "E8Codec":
+        """Choose between the transforms, if that is left open: whichever takes fewer bytes at equal error.
+
+        Principal axes cost a matrix, a Hadamard rotation costs `axes_save` bits in every channel of every token.
+        """
+        if self.transform != "auto":
+            return self
+        head_dim = self.layout.head_dim
+        axes = head_dim * (head_dim + _STEP_BYTES)
+        if tokens * head_dim / 8 * self.axes_save >= axes:
+            return replace(self, transform="principal")
+        bits = min(self.layout.bits_per_channel + self.axes_save, MAX_BITS)
+        return replace(self, transform="hadamard", layout=CodeLayout.flat(head_dim, bits))
+
     def with_more_bits(self) -> "E8Codec | None":
         """Return the same codec at one more bit per channel, at most 4; None if it has 4."""
         bits = min(self.layout.bits_per_channel + 1, MAX_BITS)
@@ -108,31 +125,10 @@ class E8Codec(VectorCodec):
         centred = vectors.float() if mean is None else vectors.float() - mean
         if self.transform == "hadamard":
             return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
-        rows = [self._fit_row(row, None if mean is None else mean[i : i + 1]) for i, row in enumerate(centred.split(1))]
-        return VectorTransform.cat(rows)
-
-    def _fit_row(self, centred: Float[Tensor, "1 h n d"], mean: Float[Tensor, "1 h 1 d"] | None) -> VectorTransform:
-        """Fit one row of the batch: what suits it must not depend on the others."""
         rotation, variances = PrincipalRotation.fit(centred)
         errors = torch.stack([_expected_error(variances, layout) for layout in self.layouts])
-        least = errors.min(0)
-        if self.transform == "auto" and not self._pays(variances, least.values, centred.shape[2], rotation):
-            return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
-        plans = least.indices.to("cpu", torch.uint8)
+        plans = errors.argmin(0).to("cpu", torch.uint8)
         return VectorTransform(rotation, mean, _reference(rotation.rotate(centred)), plans)
-
-    def _pays(
-        self, variances: Float[Tensor, "1 h blocks"], errors: Float[Tensor, "1 h"], tokens: int, axes: PrincipalRotation
-    ) -> bool:
-        """Tell whether the principal axes cost fewer bytes than they save at equal error.
-
-        A Hadamard rotation spreads the variance evenly; half a bit per channel brings half the error.
-        """
-        even = variances.mean(-1, keepdim=True).expand_as(variances)
-        ratio = _expected_error(even, self.layout) / errors.clamp_min(_TINY)
-        saved_bits = 0.5 * ratio.clamp_min(1).log2().mean() * self.layout.head_dim
-        cost = (axes.basis.nbytes + axes.step.nbytes) / variances.shape[1]
-        return float(saved_bits) / 8 * tokens >= cost
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         """Return the codes of finite vectors; see the class for the search."""

@@ -19,7 +19,7 @@ from nexusquant_cache.reference.hadamard import (
 )
 
 _INT8_MAX = 127
-_LEAST_DEVIATION = 1e-4  # of a channel, relative to the largest: what lies below is rounding, or a constant
+_LEAST_DEVIATION = 1 / _INT8_MAX  # of a channel, relative to the largest: below lies what rounding of the axes spills over
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -148,14 +148,6 @@ class PrincipalRotation(Rotation):
         step = (step * peak).float().clamp(_TINY, torch.finfo(torch.float32).max)
         return cls(basis, step), deviations.square().float()
 
-    @classmethod
-    def of(cls, rotation: "HadamardRotation", heads: tuple[int, int], like: Tensor) -> "PrincipalRotation":
-        """Return the axes of a Hadamard rotation, all as long, for every head; exact but for one rounding of the step."""
-        one = torch.eye(rotation.head_dim, device=like.device)
-        axes = rotation.unrotate(one[None, None]).expand(*heads, -1, -1)
-        step = axes.abs().amax(-1, keepdim=True) / _INT8_MAX
-        return cls((axes / step).round().to(torch.int8), step)
-
     def _axes(self) -> Float[Tensor, "b h d d"]:
         """Return what each coded channel adds to a decoded vector."""
         return self.basis.float() * self.step
@@ -242,20 +234,9 @@ class VectorTransform:
 
     @staticmethod
     def cat(parts: "list[VectorTransform]") -> "VectorTransform":
-        """Return one transform for the rows of all parts, which the same codec must have fitted."""
-        if len({type(part.rotation) for part in parts}) > 1:
-            parts = [part.with_principal_axes() for part in parts]
+        """Return one transform for the rows of all parts, which must differ in nothing but their tensors."""
         joined = (torch.cat(tensors) for tensors in zip(*map(_batch_tensors, parts), strict=True))
         return parts[0].map_batch(lambda _: next(joined))
-
-    def with_principal_axes(self) -> "VectorTransform":
-        """Return the same transform as a `PrincipalRotation`, which can hold any axes."""
-        if isinstance(self.rotation, PrincipalRotation):
-            return self
-        heads = self.reference.shape[:2]
-        assert isinstance(self.rotation, HadamardRotation), "a codec fits no other rotation beside this one"
-        rotation = PrincipalRotation.of(self.rotation, (heads[0], heads[1]), self.reference)
-        return replace(self, rotation=rotation, plans=torch.zeros(heads, dtype=torch.uint8, device="cpu"))
 
 
 def _batch_tensors(transform: VectorTransform) -> list[Tensor]:

@@ -127,7 +127,9 @@ class Combined(PolicyOfPolicies):
         if not self.policies:
             msg = "Combined needs at least one policy"
             raise OptionError(msg)
-        if self.shares is not None and (len(self.shares) != len(self.policies) or min(self.shares) <= 0):
+        if self.shares is not None and (
+            len(self.shares) != len(self.policies) or not all(0 < share < float("inf") for share in self.shares)
+        ):
             msg = f"shares must be one positive number for each of {len(self.policies)} policies, got {self.shares!r}"
             raise OptionError(msg)
 

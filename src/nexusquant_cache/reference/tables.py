@@ -48,7 +48,7 @@ def decode_rows(
     values = torch.zeros(words.shape[0], layout.blocks, BLOCK, device=words.device)
     for bits in sorted(set(layout.block_bits) - {0}):
         columns, blocks = _columns(layout, bits, words.device)
-        values.index_copy_(1, blocks, _lookup(words.index_select(1, columns), bits, 1).view(len(words), -1, BLOCK))
+        values.index_copy_(1, blocks, _lookup(words.index_select(1, columns), bits, 1).view(len(words), len(blocks), BLOCK))
     return hadamard_stages(values.view(words.shape[0], layout.head_dim), 1, first_stride)
 
 
