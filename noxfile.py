@@ -124,10 +124,10 @@ def docs(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Run every script in benchmarks/ (long; part of no check); arguments go to those that read texts."""
     install_torch(session)
-    install(session, ".[cli]")
+    install(session, ".[cli]", group="bench")
     install_model(session)
     for script in sorted(ROOT.glob("benchmarks/[!_]*.py")):
-        reads_texts = script.stem in {"quality", "peers", "ablations"}
+        reads_texts = script.stem in {"quality", "peers", "ablations", "hard_cases", "tiers", "transforms"}
         session.run("python", str(script.relative_to(ROOT)), *(session.posargs if reads_texts else ()))
 
 

@@ -1,4 +1,4 @@
-"""Codecs to compare with: scalar codes, float16, and principal axes without a bit plan; each with its cache."""
+"""Codecs to compare with: scalar codes, float16, axes without a bit plan, sharpened keys; each with its cache."""
 
 from __future__ import annotations
 
@@ -194,6 +194,24 @@ class FlatPlanCodec(E8Codec):
         return (self.layout,)
 
 
+@dataclass(frozen=True)
+class SharpenedCodec(E8Codec):
+    """Lattice codes whose decoded vectors stand further from their mean than was stored, which sharpens attention.
+
+    Args:
+        sharpness: The factor of the deviation from the mean (from 0, without centring).
+    """
+
+    sharpness: float = 1.0
+
+    def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
+        """Return the vectors, their deviation times the factor."""
+        decoded = super().decode(packed, transform)
+        if transform.mean is None:
+            return decoded.mul_(self.sharpness)
+        return torch.lerp(transform.mean.float(), decoded, self.sharpness)
+
+
 class ScalarCache(NexusQuantCache):
     """Our cache with scalar codes in place of the lattice; bits are whole numbers."""
 
@@ -224,6 +242,23 @@ class FlatPlanCache(NexusQuantCache):
         return FlatPlanCodec(**vars(codec))
 
 
+class SharpenedCache(NexusQuantCache):
+    """Our cache with decoded keys 2 % further from their mean."""
+
+    sharpness = 1.02
+
+    def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
+        """Return the codec of the keys or the values of a layer."""
+        codec = super().make_codec(side, head_dim, layer_idx)
+        return SharpenedCodec(**vars(codec), sharpness=self.sharpness) if side == "keys" else codec
+
+
+class MoreSharpenedCache(SharpenedCache):
+    """The same with 5 %."""
+
+    sharpness = 1.05
+
+
 def candidate_of(
     name: str,
     kind: type[NexusQuantCache],
@@ -231,11 +266,13 @@ def candidate_of(
     config: PretrainedConfig,
     policy: EvictionPolicy | None = None,
 ) -> Candidate:
-    """Return a cache of this kind as a candidate."""
+    """Return a cache of this kind as a candidate; a policy that wants queries is shown them."""
+    shows_queries = policy is not None and policy.wants_queries
     return Candidate(
         name,
         lambda: kind(settings, config=config, policy=policy),
-        settings={**describe(settings, policy), "kind": kind.__name__},
+        settings={**describe(settings, policy), "kind": kind.__name__, "shows_queries": shows_queries},
+        shows_queries=shows_queries,
     )
 
 

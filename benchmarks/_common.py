@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import inspect
+import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.evaluation import python_topics, read_text
+from nexusquant_cache.evaluation import EvaluationError, python_topics, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,6 +38,9 @@ RANDOM_LLAMA: dict[str, Any] = {
 }
 """Sizes of a random model for bytes and time, where the cache weighs much and the rest little."""
 
+_LANGUAGES = ("de", "ru", "zh_CN", "fr", "ar", "ja", "es", "el", "ko", "hi")
+_MESSAGES_IN_A_ROW = 6
+
 
 def random_llama() -> LlamaForCausalLM:
     """Return a model with random weights, always the same."""
@@ -44,6 +51,37 @@ def random_llama() -> LlamaForCausalLM:
 def read_texts(paths: Sequence[Path]) -> dict[str, str]:
     """Return texts by the names of their files; Python's help topics if there is no file."""
     return {path.name: read_text(path) for path in paths} or {"Python's help topics": python_topics()}
+
+
+def python_sources() -> str:
+    """Return code: two long modules of the running Python."""
+    return "\n\n".join(inspect.getsource(module) for module in (argparse, tarfile))
+
+
+def translated_messages() -> str:
+    """Return what Sphinx says, in ten languages and six scripts, a few messages of each in turn.
+
+    Raises:
+        EvaluationError: If Sphinx, which brings the translations, or Babel, which reads them, is not installed.
+    """
+    spec = importlib.util.find_spec("sphinx")
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders or importlib.util.find_spec("babel") is None:
+        msg = "the multilingual text is made of Sphinx's translations: pip install sphinx, or give --multilingual FILE"
+        raise EvaluationError(msg)
+    columns = [_messages(Path(folders[0]) / "locale" / name / "LC_MESSAGES" / "sphinx.mo") for name in _LANGUAGES]
+    starts = range(0, max(map(len, columns)), _MESSAGES_IN_A_ROW)
+    return "\n\n".join("\n".join(column[at : at + _MESSAGES_IN_A_ROW]) for at in starts for column in columns)
+
+
+def _messages(path: Path) -> list[str]:
+    """Return the translations in a compiled catalogue, in the order of the English messages."""
+    from babel.messages.mofile import read_mo  # noqa: PLC0415 - an optional package
+
+    with path.open("rb") as file:
+        catalogue = read_mo(file)
+    texts = (message.string for message in catalogue if message.id and isinstance(message.string, str))
+    return [text.strip() for text in texts if text.strip()]
 
 
 def shown_steps() -> AbstractContextManager[Report]:

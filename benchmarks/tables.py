@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import sys
 from pathlib import Path
+from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from nexusquant_cache.evaluation import summaries
@@ -86,10 +88,11 @@ def _else(name: str, content: dict[str, Any]) -> str:
 
 def ablations_table(content: dict[str, Any]) -> str:
     """Return the quality and the recall of one changed choice after the other."""
-    head = ("choice", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
+    head = ("choice", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
     rows = (
         (
             row.name,
+            f"{row.quality.held_bytes / _MEBIBYTE:.2f}",
             f"{row.quality.compression_factor:.2f}x",
             f"{row.quality.dppl_percent.mean:+.1f}",
             _with_interval(row.quality.kl, ".4f"),
@@ -249,10 +252,115 @@ def _families(content: dict[str, Any], cache: str, verdict: str) -> str:
     return ", ".join(dict.fromkeys(f"`{row['family']}`" for row in rows)) or "none"
 
 
+def hard_cases_table(content: dict[str, Any]) -> str:
+    """Return how every cache stands what is hard for it; biased keys in the plain cache show what rounding does."""
+    head = ("case", "cache", "factor", "dPPL, %", "KL, nats", "top-1, %", *_CODE_COLUMNS)
+    groups = _by_case(content, short=False)
+    return markdown(head, ((case, *_case_cells(cache, rows)) for (case, cache), rows in groups.items()))
+
+
+def short_prompts_table(content: dict[str, Any]) -> str:
+    """Return the same of short prompts, by their length."""
+    head = ("tokens", "cache", "factor", "dPPL, %", "KL, nats", "top-1, %", *_CODE_COLUMNS)
+    groups = _by_case(content, short=True)
+    lines = ((case.removeprefix(_SHORT), *_case_cells(cache, rows)) for (case, cache), rows in groups.items())
+    return markdown(head, lines)
+
+
+_SHORT = "short "
+_CODE_COLUMNS = ("largest code error", "layers with more bits", "warnings")
+
+
+def _by_case(content: dict[str, Any], *, short: bool) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Return the rows of each case and cache, one for each window."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for row in content["quality"]:
+        if row["case"].startswith(_SHORT) == short:
+            groups.setdefault((row["case"], row["cache"]), []).append(row)
+    return groups
+
+
+def _case_cells(cache: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
+    """Return the means over windows, and of what the cache says about its codes the worst."""
+    dense, held = (sum(row["footprint"][name] for row in rows) for name in ("dense_bytes", "held_bytes"))
+    errors = [row["code_error"] for row in rows if row.get("code_error") is not None]
+    nll = mean(row["nll"] - row["plain_nll"] for row in rows)
+    return (
+        cache if cache.startswith("predecessor") else _cache_name(cache),
+        f"{dense / held:.1f}x",
+        f"{100 * math.expm1(nll):+.1f}",
+        f"{abs(round(mean(row['kl'] for row in rows), 4)):.4f}",  # of equal predictions it may be a rounding below 0
+        f"{100 * mean(row['top1'] for row in rows):.1f}",
+        f"{max(errors):.2f}" if errors else "",
+        str(max(row["layers_with_more_bits"] for row in rows)) if errors else "",
+        str(sum(len(row["warnings"]) for row in rows)),
+    )
+
+
+def tiers_table(content: dict[str, Any]) -> str:
+    """Return the quality and the recall of one and of several rates in the same bytes; simulated."""
+    head = ("bytes of", "tokens", "kept", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
+    rows = [row for row in summaries(content) if row.name != "plain"]
+    return markdown(head, (_tiers_cells(row, content["caches"][row.name]["tiers"]) for row in rows))
+
+
+def _tiers_cells(row: CacheSummary, tiers: list[dict[str, Any]]) -> tuple[str, ...]:
+    quality, recall = row.quality, row.all_recall
+    rates = (f"{100 * tier['part']:.0f} % at {tier['key_bits']:g}/{tier['value_bits']:g} bits" for tier in tiers)
+    return (
+        f"`{row.name.partition('@')[2]}`",
+        ", ".join(rates),
+        f"{100 * min(sum(tier['part'] for tier in tiers), 1):.0f} %",
+        f"{quality.compression_factor:.1f}x",
+        f"{quality.dppl_percent.mean:+.1f}",
+        _with_interval(quality.kl, ".3f"),
+        f"{100 * quality.top1.mean:.1f}",
+        f"{recall.found} of {recall.asked}" if recall else "",
+    )
+
+
+def axes_save_table(content: dict[str, Any]) -> str:
+    """Return the bits per channel that principal axes save, by side and rate."""
+    head = ("side", "bits", "half the logarithm of the errors' ratio", "least to most of a head", "bits at equal error")
+    rows = (
+        (
+            row["side"],
+            f"{row['bits']:g}",
+            f"{row['saved']:.2f}",
+            f"{row['least']:.2f} to {row['most']:.2f}",
+            f"{row['equal_error']:.2f}",
+        )
+        for row in content["axes_save"]
+    )
+    return markdown(head, rows)
+
+
+def reuse_table(content: dict[str, Any]) -> str:
+    """Return the quality of a prompt with axes of its own, of another prompt, and with none."""
+    names = content["settings"]["windows"]
+    rows = (
+        (
+            f"`{row['preset']}`",
+            names[row["prompt"]],
+            row["axes"],
+            f"{row['dppl_percent']:+.1f}",
+            f"{row['kl']:.4f}",
+            f"{100 * row['top1']:.1f}",
+        )
+        for row in content["reuse"]
+    )
+    return markdown(("preset", "prompt", "axes", "dPPL, %", "KL, nats", "top-1, %"), rows)
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
     "ablations": (ablations_table, "ablations"),
+    "hard_cases": (hard_cases_table, "hard_cases"),
+    "short_prompts": (short_prompts_table, "hard_cases"),
+    "tiers": (tiers_table, "tiers"),
+    "axes_save": (axes_save_table, "transforms"),
+    "reuse": (reuse_table, "transforms"),
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from nexusquant_cache import DEFAULT_POLICY, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
-from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.codec.transform import PrincipalRotation, VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import resolve_preset
@@ -55,6 +55,9 @@ class CountingCodec(VectorCodec):
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Tensor:
         return self.inner.decode(packed, transform)
 
+    def for_tokens(self, tokens: int) -> VectorCodec:
+        return CountingCodec(self.inner.for_tokens(tokens), self.counter)
+
     @property
     def bytes_per_vector(self) -> int:
         return self.inner.bytes_per_vector
@@ -74,7 +77,7 @@ class CountingCache(NexusQuantCache):
 class Row:
     """One row of the batch in one layer: all tokens ever seen and not cropped, ``[kv_heads, seen, ...]``."""
 
-    def __init__(self, keys: Tensor, values: Tensor, code_bytes: int) -> None:
+    def __init__(self, keys: Tensor, values: Tensor, code_bytes: int = 0) -> None:
         self.exact = [keys, values]  # as they came
         self.shown = [keys, values]  # as attention sees them
         self.alive = torch.ones(keys.shape[:2], dtype=torch.bool)  # what each head still has
@@ -112,6 +115,7 @@ class OracleLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.is_initialized = False
         self.rows: list[Row] = []
+        self.asked: list[VectorCodec] = []  # may leave something open until the first tokens are coded
         self.codecs: list[VectorCodec] = []
         self.record_past = self.expects_prompt = self.updated_since_crop = False
         self.pending_from: int | None = None  # tokens seen before the first uncompressed update of several
@@ -121,9 +125,8 @@ class OracleLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         sides = (("keys", key_states), ("values", value_states))
-        self.codecs = [self.owner.make_codec(side, states.shape[-1], self.layer_idx) for side, states in sides]
-        code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
-        self.rows = [Row(*pair, code_bytes) for pair in zip(key_states[:, :, :0], value_states[:, :, :0], strict=True)]
+        self.asked = [self.owner.make_codec(side, states.shape[-1], self.layer_idx) for side, states in sides]
+        self.rows = [Row(*pair) for pair in zip(key_states[:, :, :0], value_states[:, :, :0], strict=True)]
         self.is_initialized = True
 
     # What is there
@@ -137,6 +140,10 @@ class OracleLayer(CacheLayerMixin):
         counts = {int(head.sum()) for row in self.rows for head in row.alive}
         assert len(counts) <= 1, f"transformers has one mask for all, but these numbers are kept: {counts}"
         return counts.pop() if counts else 0
+
+    def is_exact(self) -> bool:
+        """Tell whether codes decode to the same bits whatever they are decoded with: a product with axes does not."""
+        return not any(isinstance(each.rotation, PrincipalRotation) for row in self.rows for each in row.transforms)
 
     def visible(self) -> list[Tensor]:
         """Return keys and values as attention sees them, in order of position."""
@@ -279,6 +286,10 @@ class OracleLayer(CacheLayerMixin):
         if self.first:
             self.phase = self.owner.make_phase(self.layer_idx, self.seen)
             self.owner.settle_padding(len(self.rows))
+            self.codecs = [codec.for_tokens(count) for codec in self.asked]
+            code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
+            for row in self.rows:
+                row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
         stop = self.seen - settings.residual_length
         assert self.owner.pads is not None
         for row, pads in zip(self.rows, self.owner.pads, strict=True):

@@ -180,7 +180,8 @@ def whole_bits(blocks: int, bits: Bits) -> int:
     """
     total = round(blocks * bits)
     if not 1 <= total <= MAX_BITS * blocks:
-        msg = f"{bits:g} bits per channel give {total} bits to {blocks} blocks; from 1 to {MAX_BITS * blocks} are possible"
+        most = MAX_BITS * blocks
+        msg = f"{bits:g} bits per channel give {total} bits to {blocks} blocks; from 1 to {most} are possible"
         raise OptionError(msg)
     return total
 

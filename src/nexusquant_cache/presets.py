@@ -8,7 +8,7 @@ from nexusquant_cache.codec.e8 import GainRule, TransformRule
 from nexusquant_cache.errors import OptionError, suggest
 from nexusquant_cache.layout import MAX_BITS, Bits
 
-
+_LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "protect_boundary": 0}
 _LEAST_BITS = 0.5  # per channel: a head of 16 channels then has one coded block
 
 
@@ -29,6 +29,8 @@ class CacheConfig:
         center_keys: Remove the mean key of each head before coding.
         remove_rope: Code keys without their rotary phase; needs the model's config.
         transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
+            Where ``"auto"`` finds a prompt too short for principal axes, it takes the other and some more bits than
+            `key_bits` and `value_bits` say, so that quality stays and bytes are least.
         key_gain: Gain rule of keys, see `codec.e8.E8Codec`.
         value_gain: Gain rule of values.
         scale_candidates: Scales to try per vector, relative to its root mean square.
@@ -58,19 +60,12 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         """Check every range."""
-        for name in ("key_bits", "value_bits"):
-            bits = getattr(self, name)
-            if not _is_positive(bits) or not _LEAST_BITS <= bits <= MAX_BITS:
-                msg = f"{name} must be from {_LEAST_BITS} to {MAX_BITS} bits per channel, got {bits!r}"
-                raise OptionError(msg)
-        for name, least in (("sink_tokens", 0), ("residual_length", 1), ("flush_length", 1), ("min_tokens", 1), ("protect_boundary", 0)):
+        self._check_numbers()
+        for name, least in _LEAST.items():
             _check_whole(name, getattr(self, name), least)
         ratio: object = self.keep_ratio  # whatever the annotation says
         if not isinstance(ratio, (int, float)) or isinstance(ratio, bool) or not 0 < ratio <= 1:
             msg = f"keep_ratio must be in (0, 1], the part of the tokens that is kept; got {ratio!r}"
-            raise OptionError(msg)
-        if not _is_positive(self.most_code_error):
-            msg = f"most_code_error must be a positive number, got {self.most_code_error!r}"
             raise OptionError(msg)
         for name in ("center_keys", "remove_rope"):
             if not isinstance(getattr(self, name), bool):
@@ -85,6 +80,16 @@ class CacheConfig:
             if given not in get_args(rules):
                 msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(rules))}"
                 raise OptionError(msg)
+
+    def _check_numbers(self) -> None:
+        for name in ("key_bits", "value_bits"):
+            bits = getattr(self, name)
+            if not _is_positive(bits) or not _LEAST_BITS <= bits <= MAX_BITS:
+                msg = f"{name} must be from {_LEAST_BITS} to {MAX_BITS} bits per channel, got {bits!r}"
+                raise OptionError(msg)
+        if not _is_positive(self.most_code_error):
+            msg = f"most_code_error must be a positive number, got {self.most_code_error!r}"
+            raise OptionError(msg)
 
     def override(self, options: Mapping[str, Any]) -> "CacheConfig":
         """Return a copy with these options changed.

@@ -24,7 +24,7 @@ from integration.tiny import (
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
-from nexusquant_cache import NexusQuantCache
+from nexusquant_cache import KeyKeyPolicy, NexusQuantCache
 
 
 def grown(model: LlamaForCausalLM, cache: Any, steps: int = 15) -> Any:
@@ -115,7 +115,7 @@ def test_cut_where_tokens_were_evicted_it_is_a_mask_on_the_plain_cache(
     model: LlamaForCausalLM, tokens: int, uneven: bool
 ) -> None:
     """Heads that kept more tokens before the cut lose their oldest, with a warning; all else stays where it was."""
-    cache, plain = lossless_cache(keep_ratio=0.4), DynamicCache()
+    cache, plain = lossless_cache(keep_ratio=0.4, policy=KeyKeyPolicy()), DynamicCache()
 
     def both(turn: int, seed: int) -> Tensor:
         ids = prompt(turn, seed=seed)

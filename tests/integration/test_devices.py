@@ -38,7 +38,14 @@ from transformers import LlamaForCausalLM
 import nexusquant_cache
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.cache.layer import NexusQuantLayer
-from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy, ScoreInputs
+from nexusquant_cache.policy import (
+    DEFAULT_POLICY,
+    EvictionPolicy,
+    KeyKeyPolicy,
+    KeyNormPolicy,
+    MeanKeyKeyPolicy,
+    ScoreInputs,
+)
 
 
 @pytest.fixture(scope="module")
@@ -303,19 +310,25 @@ DEFAULTS = [("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.float
 
 @pytest.mark.usefixtures("fresh_tables")
 @pytest.mark.parametrize(
-    ("policy", "dtype"),
-    [(KeyKeyPolicy(), torch.float32), (MeanKeyKeyPolicy(), torch.float16), (KeyNormPolicy(), torch.bfloat16)],
-    ids=["key-key", "mean-key-key", "key-norm"],
+    ("policy", "dtype", "transform"),
+    [
+        (KeyKeyPolicy(), torch.float32, "auto"),
+        (MeanKeyKeyPolicy(), torch.float16, "auto"),
+        (KeyNormPolicy(), torch.bfloat16, "principal"),
+        (DEFAULT_POLICY, torch.float32, "principal"),
+    ],
+    ids=["key-key", "mean-key-key", "key-norm", "default"],
 )
 def test_the_defaults_of_torch_decide_nothing(
-    model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype
+    model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype, transform: str
 ) -> None:
     """Another default device or dtype than the model's changes no bit of what is stored and returned."""
     drawn = {shape: random_states((shape[0], 2, shape[1], 16), sum(shape), dtype) for shape in ROWS_AND_TOKENS}
     results, mask = [], pads() if dtype == torch.float16 else None
     for default_device, default_dtype in DEFAULTS:
         forget_tables()
-        cache = NexusQuantCache("asym", config=model.config, policy=policy, attention_mask=mask, **SMALL)
+        options = SMALL | {"policy": policy, "attention_mask": mask, "transform": transform, "most_code_error": 1e9}
+        cache = NexusQuantCache("asym", config=model.config, **options)
         torch.set_default_dtype(default_dtype)
         try:
             with torch.device(default_device):

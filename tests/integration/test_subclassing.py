@@ -10,7 +10,7 @@ from integration.tiny import SMALL, LosslessCache, LosslessCodec, generate, kept
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from nexusquant_cache import PRESETS, CacheConfig, EvictionPolicy, KeyKeyPolicy, NexusQuantCache
+from nexusquant_cache import PRESETS, CacheConfig, EvictionPolicy, NexusQuantCache
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import ScoreInputs
@@ -43,7 +43,7 @@ class FirstLayerByValue(NexusQuantCache):
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         """Return the policy of a layer."""
-        return ValueNormPolicy() if layer_idx == 0 else KeyKeyPolicy()
+        return ValueNormPolicy() if layer_idx == 0 else super().make_policy(layer_idx)
 
 
 @pytest.mark.parametrize("example", [ValueNormPolicy, CarefulStart, FirstLayerByValue, LosslessCache, LosslessCodec])
@@ -53,7 +53,7 @@ def test_examples_are_short(example: type) -> None:
 
 @pytest.fixture
 def _careful_preset() -> Iterator[None]:
-    PRESETS["careful"] = CacheConfig(key_bits=4, value_bits=3, min_tokens=16, residual_length=8)
+    PRESETS["careful"] = CacheConfig(4, 3, transform="hadamard", min_tokens=16, residual_length=8)
     yield
     del PRESETS["careful"]
 
@@ -92,7 +92,7 @@ def test_a_policy_of_ones_own(model: LlamaForCausalLM) -> None:
 
 
 def test_a_cache_of_ones_own(model: LlamaForCausalLM) -> None:
-    cache = CarefulStart("balanced", config=model.config, **SMALL)
+    cache = CarefulStart("balanced", config=model.config, transform="hadamard", **SMALL)
     text = generate(model, prompt(100), cache, 4)
     assert text.shape == (1, 104)
     first, second = cache.memory_report().layers

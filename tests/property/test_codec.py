@@ -261,7 +261,7 @@ def coded(layout: CodeLayout, y: Tensor) -> Tensor:
 class TestGain:
     @given(codecs(), st.data())
     def test_gain_rules_mean_what_they_say(self, make, data) -> None:
-        """|g q| = |y|; <g q, y> = <y, y>; y - g q is orthogonal to q; in coded blocks, before the gain becomes a code."""
+        """|g q| = |y|; <g q, y> = <y, y>; y - g q is orthogonal to q; in coded blocks, before it is a scale code."""
         codec = make()
         y = data.draw(strategies.normal(20, codec.layout.head_dim))
         q, gain = codes_and_gains(codec, y)

@@ -106,11 +106,12 @@ class TestOneVectorAtATime:
         decoded = torch.cat([codec.decode(part, transform) for part in parts], 2)
         torch.testing.assert_close(codec.decode(together, transform), decoded, rtol=1e-5, atol=1e-6)
 
+    @pytest.mark.parametrize("tokens", [300, 10])
     @pytest.mark.parametrize("head_dim", [8, 40, 64, 128])
-    def test_a_row_alone_is_the_row_in_a_batch(self, head_dim) -> None:
+    def test_a_row_alone_is_the_row_in_a_batch(self, head_dim, tokens) -> None:
         """Axes, plans and words, bit for bit, whatever the others are like."""
         codec = codec_of(head_dim, 2.25 if head_dim > BLOCK else 2, center=True)
-        x = vectors(300, head_dim, (6.0, 12.0), batch=3) * torch.tensor([1.0, 1e3, 1e-3]).view(3, 1, 1, 1)
+        x = vectors(tokens, head_dim, (6.0, 12.0), batch=3) * torch.tensor([1.0, 1e3, 1e-3]).view(3, 1, 1, 1)
         together = codec.fit(x)
         packed = codec.encode(x, together)
         for row in range(3):
@@ -198,7 +199,9 @@ class TestError:
         flat = CodeLayout.flat(64, bits)
         best = min(error(plan, variances) for plan in sloped_layouts(64, flat.bytes_per_vector))
         promised = error(flat, variances.mean().expand(8)) / best
-        measured = [relative_error(x, round_trip(codec_of(64, bits, transform=t), x)) for t in ("hadamard", "principal")]
+        measured = [
+            relative_error(x, round_trip(codec_of(64, bits, transform=t), x)) for t in ("hadamard", "principal")
+        ]
         assert promised > 1.05
         assert decibels(measured[0] / measured[1]) > decibels(promised) - 0.5
 
@@ -251,7 +254,9 @@ class TestError:
     def test_channels_that_never_change(self, center) -> None:
         x = vectors(300, octaves=(0.0,))
         x[..., 10:30] = 7
-        errors = [relative_error(x, round_trip(codec_of(center=center, transform=t), x)) for t in ("principal", "hadamard")]
+        errors = [
+            relative_error(x, round_trip(codec_of(center=center, transform=t), x)) for t in ("principal", "hadamard")
+        ]
         assert errors[0] < errors[1]
 
     def test_zeros_decode_to_zeros(self) -> None:

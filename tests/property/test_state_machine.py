@@ -1,7 +1,8 @@
 """The cache against its slow model, over random sequences of everything that may happen to a cache.
 
 **The law.**  After any sequence of updates and operations the cache returns the keys and values that
-`OracleCache` returns, bit for bit; it announces the mask sizes of the model before each update; it keeps the same
+`OracleCache` returns, bit for bit (but for rounding with principal axes, whose products are summed in any order); it
+announces the mask sizes of the model before each update; it keeps the same
 positions in each head; it holds the codes that were first written for them; and it has given each token to a
 codec once.  What the model refuses, it refuses too, and changes nothing.
 
@@ -45,11 +46,12 @@ lengths = st.fixed_dictionaries(
 )
 coding = st.fixed_dictionaries(
     {
-        "key_bits": st.integers(1, 4),
-        "value_bits": st.integers(1, 4),
+        "key_bits": st.sampled_from([1, 2, 2.5, 3, 4]),
+        "value_bits": st.sampled_from([1, 1.75, 2, 3, 4]),
         "center_keys": st.booleans(),
         "remove_rope": st.sampled_from([True, True, False]),
         "key_gain": st.sampled_from(["norm", "least_squares", "unbiased"]),
+        "transform": st.sampled_from(["auto", "hadamard", "principal"]),
     }
 )
 presets = st.one_of(coding, st.sampled_from(["quant", "high", "asym", "balanced", "max"]))
@@ -130,7 +132,9 @@ class CacheMachine(RuleBasedStateMachine):
     ) -> None:
         """Make both from the same arguments; some begin with a prompt."""
         self.model, self.seed = model, 0
-        options: dict[str, Any] = {"when": when, "policy": KeyNormPolicy() if by_norm else None, **lengths}
+        # Bits are never raised here: random vectors would have the most everywhere.
+        options: dict[str, Any] = {"when": when, "most_code_error": 1e9, **lengths}
+        options["policy"] = KeyNormPolicy() if by_norm else None
         if model["with_config"]:
             options["config"] = config_of(model)
         if batch[0] == "mask" and early_mask:
@@ -206,7 +210,11 @@ class CacheMachine(RuleBasedStateMachine):
         expected = act(self.oracle)
         self.follow(act, known)
         if expected is not None:
-            assert_same(self.returned, expected)
+            assert_same(self.returned, expected, exact=self.is_exact)
+
+    @property
+    def is_exact(self) -> bool:
+        return all(layer.is_exact() for layer in self.oracle.used)
 
     def follow(self, act: Callable[[Any], Any], known: int) -> None:
         """Let the cache do what the model has done; it warns where the model took a note behind the known ones."""
@@ -332,7 +340,7 @@ class CacheMachine(RuleBasedStateMachine):
             for tokens in (1, 2, 7):
                 assert layer.get_mask_sizes(tokens) == expected.get_mask_sizes(tokens)
             if expected.seen:
-                assert_same(layer.dense(), expected.visible())
+                assert_same(layer.dense(), expected.visible(), exact=expected.is_exact())
                 assert torch.equal(kept_positions(self.cache, expected.layer_idx), expected.positions())
                 self.check_codes(layer, expected)
                 self.check_padding(expected)
@@ -363,10 +371,14 @@ class CacheMachine(RuleBasedStateMachine):
             assert state_of(original) == before
 
 
-def assert_same(given: Any, expected: Any) -> None:
+def assert_same(given: Any, expected: Any, *, exact: bool = True) -> None:
     for x, y in zip(given, expected, strict=True):
         assert x.dtype == y.dtype
-        assert torch.equal(x, y)
+        if exact:
+            assert torch.equal(x, y)
+        else:  # a rounding in the last place, of sums as long as the vectors
+            largest = float(y.abs().max()) if y.numel() else 0.0
+            torch.testing.assert_close(x, y, rtol=2 * torch.finfo(x.dtype).eps, atol=1e-5 * largest)
 
 
 TestCacheMachine = CacheMachine.TestCase
@@ -473,7 +485,8 @@ def test_generates_what_the_model_generates(model: Any, when: str, pads: list[in
     results = []
     for make in (CountingCache, OracleCache):
         torch.manual_seed(1)
-        cache = make("balanced", config=model.config, attention_mask=mask, when=when, **SMALL)
+        options_of_cache = SMALL | {"most_code_error": 1e9, "transform": "hadamard"}
+        cache = make("balanced", config=model.config, attention_mask=mask, when=when, **options_of_cache)
         tokens = generate(model, ids, cache, 12, attention_mask=mask, **options)
         results.append((cache, tokens))
     (cache, tokens), (oracle, expected) = results

@@ -174,7 +174,7 @@ class TestCaches:
             fill(lambda: plain.cache, plain)
 
     def test_queries_are_handed_to_caches_that_want_them(self, plain):
-        cache = fill(Curious, plain)
+        cache = fill(Curious, plain, show_queries=True)
         assert [(index, tokens) for index, tokens, _ in cache.observed] == [(0, 800), (1, 800)]
         for (_, _, queries), expected in zip(cache.observed, plain.queries, strict=True):
             assert torch.equal(queries, expected)

@@ -106,7 +106,9 @@ class TestRefusals:
             CacheConfig(most_code_error=value)
 
     def test_transforms(self) -> None:
-        with pytest.raises(OptionError, match=r"unknown transform 'principle'\. Did you mean 'principal'\? Allowed: auto"):
+        with pytest.raises(
+            OptionError, match=r"unknown transform 'principle'\. Did you mean 'principal'\? Allowed: auto"
+        ):
             CacheConfig(transform="principle")
 
     @pytest.mark.parametrize("ratio", [0, 0.0, -0.1, 1.01, float("nan"), float("inf"), True, "1", None])

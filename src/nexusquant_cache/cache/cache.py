@@ -27,7 +27,7 @@ from nexusquant_cache.reference.rope import RotaryPhase
 
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error, found with `benchmarks/transforms.py`.
-_AXES_SAVE: dict[Side, float] = {"keys": 0.85, "values": 0.4}
+_AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
 
 
 class NexusQuantCache(DynamicCache):
@@ -53,8 +53,8 @@ class NexusQuantCache(DynamicCache):
         config: The model's config.
         policy: Which tokens to keep; `DEFAULT_POLICY` by default.
         attention_mask: The mask of the prompt, ``[batch, tokens]``, 1 for text and 0 for padding on the left.
-        transforms: The `transforms` of an earlier cache of the same model, preset and config, to be used in place of fitting new ones
-            to this prompt: encoding is faster, and a prompt too short to pay for its own has some.
+        transforms: The `transforms` of an earlier cache of the same model, preset and config, to be used in place of
+            fitting new ones to this prompt: encoding is faster, and a prompt too short to pay for its own has some.
         when: ``"post_prefill"`` compresses at the first generation step, so that the whole prompt attends to itself
             exactly; ``"during_prefill"`` compresses each layer as soon as the next one is reached, so that about
             one layer at a time is held in full precision.  A prompt in one piece still attends to itself exactly;
@@ -66,7 +66,7 @@ class NexusQuantCache(DynamicCache):
         UnsupportedError: If tokens are to be evicted and the model tells their distance by counting the kept ones.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - all have defaults
         self,
         preset: str | CacheConfig = "balanced",
         *,
@@ -95,6 +95,9 @@ class NexusQuantCache(DynamicCache):
         self._forget()
         # Cache's constructor in place of DynamicCache's, which would make layers of its own.
         Cache.__init__(self, layers=self._make_layers())
+        if self.layers and self._given_transforms and len(self._given_transforms) != len(self.layers):
+            msg = f"transforms are for {len(self._given_transforms)} layers, this model has {len(self.layers)}"
+            raise OptionError(msg)
 
     def _forget(self) -> None:
         """Start a new prompt, as far as the cache itself remembers anything."""

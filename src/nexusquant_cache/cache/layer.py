@@ -16,7 +16,14 @@ from nexusquant_cache.cache.probe import attention_error, stand_in_queries
 from nexusquant_cache.cache.tokens import LayerTransforms, PackedSide, PackedTokens, PositionMap
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
-from nexusquant_cache.errors import CacheStateError, DtypeError, NonFiniteError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.errors import (
+    CacheStateError,
+    DtypeError,
+    NonFiniteError,
+    OptionError,
+    ShapeError,
+    UnsupportedError,
+)
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.reference.rope import RotaryPhase
@@ -502,7 +509,8 @@ class NexusQuantLayer(CacheLayerMixin):
     def _code_error(self, first: "_First", decoded: tuple[Tensor, Tensor]) -> float:
         """Return what coding does to attention on the coded tokens; see `probe.attention_error`."""
         keys, pads = [first.keys, decoded[0]], self._owner.padding.pads
-        positions: Int[Tensor, "*heads n"] = torch.arange(first.start, first.start + first.keys.shape[2], device=self.device)
+        stop = first.start + first.keys.shape[2]
+        positions: Int[Tensor, "*heads n"] = torch.arange(first.start, stop, device=self.device)
         if first.keep is not None:
             positions = first.keep.nonzero()[:, -1].view(*first.keys.shape[:3])
         if first.phase is not None:
@@ -626,9 +634,7 @@ class NexusQuantLayer(CacheLayerMixin):
             phase=phase,
         )
 
-    def _fit(
-        self, first: "_First", codecs: tuple[VectorCodec, VectorCodec]
-    ) -> tuple[VectorTransform, VectorTransform]:
+    def _fit(self, first: "_First", codecs: tuple[VectorCodec, VectorCodec]) -> tuple[VectorTransform, VectorTransform]:
         """Fit both codecs to the tokens that are going to be encoded, pads left out."""
         keys, values, rows = first.keys, first.values, first.rows
         if rows is None:

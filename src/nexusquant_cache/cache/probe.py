@@ -48,4 +48,5 @@ def _outputs(
     if hidden is not None:
         logits = logits.masked_fill(hidden[:, :, None], torch.finfo(logits.dtype).min)
         values = values.masked_fill(hidden[..., None], 0)
-    return logits.softmax(-1) @ values
+    outputs: Tensor = logits.softmax(-1) @ values
+    return outputs

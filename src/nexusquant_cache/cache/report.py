@@ -52,8 +52,8 @@ class LayerReport:
         code_bytes: Packed codes and scales, with the room they have to grow.
         other_bytes: Positions of kept tokens and what the transforms hold.
         dense_bytes: What a plain 16-bit cache would hold.
-        code_error: How far coding the first tokens moved the output of attention on the prompt's last queries (or keys, where
-            no queries are known), relative to its length, in the head that suffered most; None if nothing was coded.
+        code_error: How far coding the first tokens moved what the prompt's last queries (or keys, where no queries are
+            known) read from them, relative to its length, in the head that suffered most; None if nothing was coded.
     """
 
     layer_idx: int

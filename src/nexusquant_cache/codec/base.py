@@ -64,7 +64,7 @@ class VectorCodec(ABC):
         """Bytes held per vector (words and scale)."""
 
     def for_tokens(self, tokens: int) -> "VectorCodec":
-        """Return the codec for a layer that begins with so many coded tokens; this one, unless that decides something."""
+        """Return the codec for a layer that begins with so many coded tokens; by default this one."""
         del tokens
         return self
 

@@ -77,8 +77,8 @@ class E8Codec(VectorCodec):
 
     @property
     def layouts(self) -> tuple[CodeLayout, ...]:
-        """The layouts that heads may have, all of one size: that of a Hadamard rotation, then those of principal axes."""
-        if self.transform == "hadamard":
+        """The layouts that heads may have, all of one size; the first is that of a Hadamard rotation."""
+        if self.transform == "hadamard" or self._has_own_rotation:
             return (self.layout,)
         sloped = sloped_layouts(self.layout.head_dim, self.layout.bytes_per_vector)
         return (self.layout, *(layout for layout in sloped if layout != self.layout))
@@ -93,7 +93,7 @@ class E8Codec(VectorCodec):
 
         Principal axes cost a matrix, a Hadamard rotation costs `axes_save` bits in every channel of every token.
         """
-        if self.transform != "auto":
+        if self.transform != "auto" or self._has_own_rotation:
             return self
         head_dim = self.layout.head_dim
         axes = head_dim * (head_dim + _STEP_BYTES)
@@ -101,6 +101,11 @@ class E8Codec(VectorCodec):
             return replace(self, transform="principal")
         bits = min(self.layout.bits_per_channel + self.axes_save, MAX_BITS)
         return replace(self, transform="hadamard", layout=CodeLayout.flat(head_dim, bits))
+
+    @property
+    def _has_own_rotation(self) -> bool:
+        """Whether a subclass brings a rotation of its own, which then goes before any transform."""
+        return type(self).make_rotation is not E8Codec.make_rotation
 
     def with_more_bits(self) -> "E8Codec | None":
         """Return the same codec at one more bit per channel, at most 4; None if it has 4."""
@@ -110,7 +115,7 @@ class E8Codec(VectorCodec):
         return replace(self, layout=CodeLayout.flat(self.layout.head_dim, bits))
 
     def make_rotation(self, vectors: Float[Tensor, "b h n d"]) -> Rotation:
-        """Return the rotation for these (centred) vectors; override it for a basis of your own."""
+        """Return the rotation for these (centred) vectors; override it for a basis of your own, which goes first."""
         del vectors
         return HadamardRotation(self.layout.head_dim, self.seed)
 
@@ -123,7 +128,7 @@ class E8Codec(VectorCodec):
             mean = vectors.mean(2, keepdim=True, dtype=torch.float32)
             mean = mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
         centred = vectors.float() if mean is None else vectors.float() - mean
-        if self.transform == "hadamard":
+        if self.transform == "hadamard" or self._has_own_rotation:
             return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
         rotation, variances = PrincipalRotation.fit(centred)
         errors = torch.stack([_expected_error(variances, layout) for layout in self.layouts])
@@ -242,7 +247,8 @@ class _ScaleSearch:
         """Return the sum over the channels of each block; nothing for blocks without bits."""
         sums = _row_sum(products.view(self.layout.blocks, BLOCK, -1).transpose(0, 1))
         if 0 in self.layout.block_bits:
-            sums = sums * torch.tensor([[float(bits > 0)] for bits in self.layout.block_bits], device=sums.device)
+            coded = [[float(bits > 0)] for bits in self.layout.block_bits]
+            sums = sums * torch.tensor(coded, dtype=torch.float32, device=sums.device)
         return sums
 
     def _weighted(self, by_block: Float[Tensor, "blocks rows"]) -> Float[Tensor, "rows"]:
@@ -283,7 +289,8 @@ def _reference(y: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1"]:
 
 def _expected_error(variances: Float[Tensor, "*heads blocks"], layout: CodeLayout) -> Float[Tensor, "*heads"]:
     """Return the squared error per block channel, summed, that Gaussian channels of these variances would have."""
-    distortion = torch.tensor([DISTORTION[bits] for bits in layout.block_bits], device=variances.device)
+    errors = [DISTORTION[bits] for bits in layout.block_bits]
+    distortion = torch.tensor(errors, dtype=torch.float32, device=variances.device)
     return (variances * distortion).sum(-1)
 
 

@@ -19,7 +19,7 @@ from nexusquant_cache.reference.hadamard import (
 )
 
 _INT8_MAX = 127
-_LEAST_DEVIATION = 1 / _INT8_MAX  # of a channel, relative to the largest: below lies what rounding of the axes spills over
+_LEAST_DEVIATION = 1 / _INT8_MAX  # of a channel, relative to the largest: rounding of the axes spills over that much
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -40,7 +40,7 @@ class Rotation(ABC):
 
     @property
     def block_variances(self) -> Float[Tensor, "b h blocks"] | None:
-        """What a unit of squared error in a coded channel of each block weighs in the vector; None if all weigh alike."""
+        """What squared error in a coded channel of each block weighs in the vector; None if all weigh alike."""
         return None
 
     @abstractmethod
@@ -103,8 +103,8 @@ class HadamardRotation(Rotation):
 class PrincipalRotation(Rotation):
     """The principal axes of the vectors of each head, by falling variance, every channel scaled to unit variance.
 
-    The eight axes of a block are mixed by a Hadamard matrix of order 8, so that its channels are alike, as the block code
-    assumes.  Encoder and decoder know the axes from the same 8-bit numbers.
+    The eight axes of a block are mixed by a Hadamard matrix of order 8, so that its channels are alike, as the block
+    code assumes.  Encoder and decoder know the axes from the same 8-bit numbers.
 
     Args:
         basis: Axis of each coded channel, in units of ``step``.
@@ -132,8 +132,7 @@ class PrincipalRotation(Rotation):
         peak = vectors.abs().amax((-1, -2), keepdim=True)
         peak = torch.where(peak > 0, peak, 1.0)
         x = _double(vectors) / peak
-        tokens, head_dim = x.shape[-2:]
-        variances, axes = torch.linalg.eigh(x.mT @ x / max(tokens, 1))
+        variances, axes = torch.linalg.eigh(x.mT @ x / max(x.shape[2], 1))
         variances, axes = variances.flip(-1).clamp_min(0), axes.flip(-1)
         # The sign of an axis is free: fixed, it cannot depend on the library that found it.
         largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
@@ -157,7 +156,8 @@ class PrincipalRotation(Rotation):
         """The squared length of a block's axes, relative to the longest block's."""
         lengths = self.basis.float().square().sum(-1).sqrt() * self.step[..., 0]
         relative = lengths / lengths.amax(-1, keepdim=True).clamp_min(_TINY)
-        return relative.square().unflatten(-1, (-1, BLOCK)).mean(-1)
+        by_block: Tensor = relative.square().unflatten(-1, (-1, BLOCK)).mean(-1)
+        return by_block
 
     def rotate(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """Return each vector's product with every axis over its squared length; rounded from float64, see `fit`."""
@@ -165,7 +165,8 @@ class PrincipalRotation(Rotation):
         # Lengths come in twice: once with the vector, which may be huge, so that no square is formed of it.
         unit = basis / basis.norm(dim=-1, keepdim=True).clamp_min(_TINY)
         lengths = basis.norm(dim=-1, keepdim=True).clamp_min(_TINY) * self.step
-        return ((_double(x) @ unit.mT) / lengths.mT).float()
+        channels: Tensor = (_double(x) @ unit.mT) / lengths.mT
+        return channels.float()
 
     def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:
         """Return the sum of the axes, each times its channel."""
@@ -183,7 +184,8 @@ def _double(x: Tensor) -> Tensor:
 
 
 def _mixing(like: Tensor) -> Float[Tensor, "8 8"]:
-    return hadamard_matrix(BLOCK).to(like) * BLOCK**-0.5
+    matrix: Tensor = hadamard_matrix(BLOCK).to(like) * BLOCK**-0.5
+    return matrix
 
 
 @dataclass(frozen=True)

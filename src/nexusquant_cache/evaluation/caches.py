@@ -55,12 +55,15 @@ class Candidate:
             model and the tokens; a recipe that no `Cache.update` can follow changes the cache in place here.
         settings: What decides its results, as plain containers for JSON.  A result file keeps the rows of a
             candidate as long as they stay the same.
+        shows_queries: Whether a cache that has `observe_queries` is shown the prompt's last queries, as after
+            `nexusquant_cache.attention.enable`; without, it is measured as ``generate`` alone would use it.
     """
 
     name: str
     factory: CacheFactory
     prepare: Prepare | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    shows_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,11 @@ def prefill(
 
 
 @torch.no_grad()
-def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
+def fill(factory: CacheFactory, plain: Prefilled, *, show_queries: bool = False) -> Cache:
     """Return a new cache that has seen what ``plain`` has, as if it had been there during the prefill.
 
-    Keys, values and, for a cache that wants them, queries are copied, so nothing done to the new cache reaches
-    ``plain``.
+    Keys, values and, with ``show_queries`` for a cache that has `observe_queries`, queries are copied, so nothing done
+    to the new cache reaches ``plain``.
 
     Raises:
         UnsupportedError: If ``plain`` holds anything but keys and values of all its tokens.
@@ -169,7 +172,7 @@ def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
         raise CacheStateError(msg)
     for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
         cache.update(keys.clone(), values.clone(), index)
-        if isinstance(cache, QueryObserver):
+        if show_queries and isinstance(cache, QueryObserver):
             cache.observe_queries(plain.queries[index].clone(), index)
     return cache
 
@@ -177,7 +180,7 @@ def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
 @torch.no_grad()
 def fill_and_compress(loaded: LoadedModel, candidate: Candidate, plain: Prefilled) -> Compressed:
     """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed."""
-    cache = fill(candidate.factory, plain)
+    cache = fill(candidate.factory, plain, show_queries=candidate.shows_queries)
     start = now()
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, plain.ids)

@@ -17,7 +17,12 @@ PLAIN_CANDIDATE = Candidate(PLAIN, DynamicCache)
 
 
 def nexusquant_candidate(
-    name: str, settings: str | CacheConfig, config: PretrainedConfig, policy: EvictionPolicy | None = None
+    name: str,
+    settings: str | CacheConfig,
+    config: PretrainedConfig,
+    policy: EvictionPolicy | None = None,
+    *,
+    shows_queries: bool = False,
 ) -> Candidate:
     """Return a `NexusQuantCache` as a candidate.
 
@@ -26,13 +31,17 @@ def nexusquant_candidate(
         settings: A preset's name, or settings.
         config: The model's config.
         policy: Which tokens to keep; the cache's default if None.
+        shows_queries: Whether the policy sees queries, as after `nexusquant_cache.attention.enable`.
 
     Raises:
         OptionError: If there is no such preset.
     """
     resolved = resolve_preset(settings)
     return Candidate(
-        name, lambda: NexusQuantCache(resolved, config=config, policy=policy), settings=describe(resolved, policy)
+        name,
+        lambda: NexusQuantCache(resolved, config=config, policy=policy),
+        settings={**describe(resolved, policy), "shows_queries": shows_queries},
+        shows_queries=shows_queries,
     )
 
 

@@ -45,10 +45,11 @@ def decode_rows(
     """
     if layout.is_uniform:
         return _lookup(words, layout.block_bits[0], first_stride).view(words.shape[0], layout.head_dim)
-    values = torch.zeros(words.shape[0], layout.blocks, BLOCK, device=words.device)
+    values = torch.zeros(words.shape[0], layout.blocks, BLOCK, dtype=torch.float32, device=words.device)
     for bits in sorted(set(layout.block_bits) - {0}):
         columns, blocks = _columns(layout, bits, words.device)
-        values.index_copy_(1, blocks, _lookup(words.index_select(1, columns), bits, 1).view(len(words), len(blocks), BLOCK))
+        found = _lookup(words.index_select(1, columns), bits, 1)
+        values.index_copy_(1, blocks, found.view(len(words), len(blocks), BLOCK))
     return hadamard_stages(values.view(words.shape[0], layout.head_dim), 1, first_stride)
 
 

@@ -1,0 +1,1 @@
+"""The parts of the benchmark scripts that would spoil their numbers without a sound (`benchmarks/`)."""
