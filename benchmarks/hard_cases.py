@@ -240,7 +240,8 @@ class Work:
             }
             for task, candidates in self._candidates.items()
         }
-        self.results = Results(given.output, _head(material, given, model), {"quality": wanted, "needles": {}})
+        head = _head(material, given, model)
+        self.results = Results(given.output, head, {"quality": wanted, "needles": {}}, fresh=given.fresh)
 
     def run(self, report: Any) -> None:
         """Measure; a prompt is read once for all cases that have it."""
@@ -278,6 +279,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--biases", type=float, nargs="*", default=[30.0, 100.0], help="sizes of the keys' bias")
     parser.add_argument("--short", type=int, nargs="*", default=[100, 200, 300, 500, 1000], help="short prompts")
     parser.add_argument("--caches", nargs="*", choices=(PLAIN_BIASED, *SETTINGS), help="only these; all by default")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
     parser.add_argument("--output", type=Path, default=RESULTS / "hard_cases.json", help="result file")
     return parser.parse_args()
 

@@ -42,8 +42,9 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
     """Return the presets, each followed by its variants and the predecessor's recipe in as many bytes.
 
     From some thousand kept tokens on, every preset codes in principal axes; below, ``auto`` may take a Hadamard
-    rotation and more bits, which then takes fewer bytes.  ``principal@`` takes the axes at once: the quality at 32k tokens, for
-    which the presets state their factor, without the length.
+    rotation and more bits, which then takes fewer bytes.  ``principal@`` takes the axes at once: the quality at 32k
+    tokens, for which the presets state their factor, without the length.  ``attention@`` is with
+    ``attention.enable(model)``.
 
     The recipe is Hadamard codes of 2 bits on keys with their mean and their rotary phase, and eviction by mean
     key-key scores; with the bytes of ``balanced`` it evicts about the 60 % that the predecessor evicted.

@@ -23,10 +23,11 @@ from nexusquant_cache.evaluation import summaries
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from nexusquant_cache.evaluation import CacheSummary, Interval
+    from nexusquant_cache.evaluation import CacheSummary, Interval, Recall
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEBIBYTE = 2**20
+_QUALITY = ("kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "found", "found, asked later")
 _BLOCK = re.compile(r"(<!-- table:(\w+)(?: (\w+))? -->\n)(.*?)(<!-- /table -->)", re.DOTALL)
 
 
@@ -38,13 +39,17 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def quality_table(content: dict[str, Any]) -> str:
     """Return quality and recall of every cache."""
-    head = ("cache", "kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
-    return markdown(head, (_quality_row(row) for row in summaries(content)))
+    return markdown(("cache", *_QUALITY), (_quality_row(row) for row in summaries(content)))
 
 
 def _quality_row(row: CacheSummary) -> tuple[str, ...]:
-    name, _, same = row.name.partition("@")
-    return (f"predecessor's recipe, bytes of `{same}`" if same else _cache_name(name), *_quality_cells(row))
+    variant, _, name = row.name.rpartition("@")
+    names = {
+        "predecessor": f"predecessor's recipe, bytes of `{name}`",
+        "principal": f"`{name}`, principal axes",
+        "attention": f"`{name}`, with attention",
+    }
+    return (names.get(variant, _cache_name(row.name)), *_quality_cells(row))
 
 
 def _cache_name(name: str) -> str:
@@ -52,7 +57,7 @@ def _cache_name(name: str) -> str:
 
 
 def _quality_cells(row: CacheSummary) -> tuple[str, ...]:
-    quality, recall = row.quality, row.all_recall
+    quality = row.quality
     plain = row.name == "plain"
     return (
         f"{100 * row.kept_tokens / row.seen_tokens:.0f} %",
@@ -61,8 +66,21 @@ def _quality_cells(row: CacheSummary) -> tuple[str, ...]:
         "0" if plain else _with_interval(quality.dppl_percent, "+.1f"),
         "0" if plain else _with_interval(quality.kl, ".3f"),
         "100" if plain else f"{100 * quality.top1.mean:.1f}",
-        f"{recall.found} of {recall.asked}" if recall else "",
+        *_found_cells(row),
     )
+
+
+def _found_cells(row: CacheSummary) -> tuple[str, str]:
+    """Return the needles found: those asked for in the prompt, and those asked for in a later turn."""
+    return (
+        _found(part for kind, part in row.recall.items() if kind != "later"),
+        _found(part for kind, part in row.recall.items() if kind == "later"),
+    )
+
+
+def _found(parts: Iterable[Recall]) -> str:
+    given = list(parts)
+    return f"{sum(part.found for part in given)} of {sum(part.asked for part in given)}" if given else ""
 
 
 def _with_interval(value: Interval, spec: str) -> str:
@@ -72,7 +90,7 @@ def _with_interval(value: Interval, spec: str) -> str:
 
 def peers_table(content: dict[str, Any]) -> str:
     """Return quality and recall of every peer, and what a package's cache really holds if that is not what is shown."""
-    head = ("cache", "kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found", "MiB, else")
+    head = ("cache", *_QUALITY, "MiB, else")
     rows = ((_cache_name(row.name), *_quality_cells(row), _else(row.name, content)) for row in summaries(content))
     return markdown(head, rows)
 
@@ -88,7 +106,7 @@ def _else(name: str, content: dict[str, Any]) -> str:
 
 def ablations_table(content: dict[str, Any]) -> str:
     """Return the quality and the recall of one changed choice after the other."""
-    head = ("choice", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
+    head = ("choice", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", *_QUALITY[-2:])
     rows = (
         (
             row.name,
@@ -97,7 +115,7 @@ def ablations_table(content: dict[str, Any]) -> str:
             f"{row.quality.dppl_percent.mean:+.1f}",
             _with_interval(row.quality.kl, ".4f"),
             f"{100 * row.quality.top1.mean:.1f}",
-            f"{row.all_recall.found} of {row.all_recall.asked}" if row.all_recall else "",
+            *_found_cells(row),
         )
         for row in summaries(content)
         if row.name != "plain"
@@ -299,13 +317,13 @@ def _case_cells(cache: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
 
 def tiers_table(content: dict[str, Any]) -> str:
     """Return the quality and the recall of one and of several rates in the same bytes; simulated."""
-    head = ("bytes of", "tokens", "kept", "factor", "dPPL, %", "KL, nats", "top-1, %", "needles found")
+    head = ("bytes of", "tokens", "kept", "factor", "dPPL, %", "KL, nats", "top-1, %", *_QUALITY[-2:])
     rows = [row for row in summaries(content) if row.name != "plain"]
     return markdown(head, (_tiers_cells(row, content["caches"][row.name]["tiers"]) for row in rows))
 
 
 def _tiers_cells(row: CacheSummary, tiers: list[dict[str, Any]]) -> tuple[str, ...]:
-    quality, recall = row.quality, row.all_recall
+    quality = row.quality
     rates = (f"{100 * tier['part']:.0f} % at {tier['key_bits']:g}/{tier['value_bits']:g} bits" for tier in tiers)
     return (
         f"`{row.name.partition('@')[2]}`",
@@ -315,7 +333,7 @@ def _tiers_cells(row: CacheSummary, tiers: list[dict[str, Any]]) -> tuple[str, .
         f"{quality.dppl_percent.mean:+.1f}",
         _with_interval(quality.kl, ".3f"),
         f"{100 * quality.top1.mean:.1f}",
-        f"{recall.found} of {recall.asked}" if recall else "",
+        *_found_cells(row),
     )
 
 

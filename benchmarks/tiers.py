@@ -22,7 +22,7 @@ import argparse
 from dataclasses import asdict, dataclass
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from _codes import dense_bytes, head_dim_of
@@ -137,6 +137,7 @@ class SimulatedCache(Cache):
     def __init__(self, plan: Plan, config: PretrainedConfig) -> None:
         """Make an empty cache."""
         super().__init__(layer_class_to_replicate=MaskedLayer)
+        self.layers: list[Any]
         self.plan = plan
         self.model_config = config
 
@@ -181,10 +182,11 @@ def simulate(
     if phase is not None:
         coded_keys = phase.rotate(coded_keys, order)
     back = order.argsort(-1)
-    return tuple(
+    new_keys, new_values = (
         torch.cat([exact[:, :, :SINKS], picked(body, back), exact[:, :, tokens - RECENT :]], 2)
         for exact, body in ((keys, coded_keys), (values, coded_values))
     )
+    return new_keys, new_values
 
 
 def coded(

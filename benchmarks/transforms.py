@@ -87,7 +87,7 @@ class Prompts:
 
 
 def saved_bits(vectors: Float[Tensor, "b h n d"], bits: float, *, center: bool) -> Float[Tensor, "2 b h"]:
-    """Return what principal axes save in each head, by the errors of real codes, and what one more bit saves, in bits."""
+    """Return what principal axes save in each head, and what one more bit saves, by the errors of real codes."""
 
     def error(transform: TransformRule, rate: float) -> Float[Tensor, "b h"]:
         codec = E8Codec(CodeLayout.flat(vectors.shape[-1], rate), center=center, transform=transform)
@@ -133,7 +133,8 @@ def coded_vectors(loaded: LoadedModel, run: PlainRun) -> Iterator[tuple[Tensor, 
     """Yield each layer's keys, without their rotary phase, and values; sinks are left out."""
     cache = run.prefilled.cache
     tokens = cache.get_seq_length()
-    for layer, phase in zip(cache.layers, rotary_phases(loaded.model.config, tokens), strict=True):
+    layers: list[Any] = cache.layers
+    for layer, phase in zip(layers, rotary_phases(loaded.model.config, tokens), strict=True):
         keys, values = (x[:, :, SINKS:] for x in (layer.keys, layer.values))
         positions = torch.arange(SINKS, tokens, device=keys.device)
         yield keys if phase is None else phase.rotate(keys, positions, inverse=True), values

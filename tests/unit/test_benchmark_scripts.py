@@ -1,1 +1,219 @@
 """The parts of the benchmark scripts that would spoil their numbers without a sound (`benchmarks/`)."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+from integration.tiny import SMALL, logits, prompt, tiny_llama
+from transformers import DynamicCache
+from unit.evaluation_tiny import tiny
+
+from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.evaluation import (
+    Candidate,
+    Continuation,
+    EvaluationError,
+    fill_and_compress,
+    measure_quality,
+    nexusquant_candidate,
+    run_plain,
+)
+from nexusquant_cache.layout import CodeLayout
+from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.reference.rope import RotaryPhase
+
+UNCHECKED = 1e9
+
+
+@pytest.fixture
+def load(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    return importlib.import_module
+
+
+@pytest.fixture(scope="module")
+def plain():
+    ids = torch.randint(0, 256, (1, 317), generator=torch.Generator().manual_seed(1))
+    return run_plain(tiny().model, Continuation.split("random", ids, 16))
+
+
+class TestBiasedKeys:
+    def test_the_model_says_the_same(self, load):
+        cases, model = load("hard_cases"), tiny_llama()
+        exact, biased = DynamicCache(), cases.BiasedKeys(100.0)
+        for ids in (prompt(40), prompt(1, seed=1), prompt(3, seed=2)):
+            assert torch.allclose(logits(model, ids, biased), logits(model, ids, exact), atol=1e-3)
+
+    def test_all_keys_of_a_layer_get_one_vector_in_the_slowest_pair(self, load):
+        cases, model = load("hard_cases"), tiny_llama()
+        exact, biased = DynamicCache(), cases.BiasedKeys(100.0)
+        for ids in (prompt(40), prompt(1, seed=1)):
+            logits(model, ids, exact)
+            logits(model, ids, biased)
+        added = biased.layers[0].keys - exact.layers[0].keys
+        rms = exact.layers[0].keys[:, :, :40].square().mean().sqrt()
+        expected = torch.zeros(16)
+        expected[[7, 15]] = 100 * rms
+        assert torch.allclose(added, expected.expand_as(added), rtol=1e-4, atol=1e-4)
+
+    def test_our_cache_is_given_biased_keys_too(self, load):
+        cases = load("hard_cases")
+        config = tiny_llama().config
+        cache = cases.BiasedNexusQuantCache(30.0, CacheConfig(key_bits=3), config=config)
+        keys, values = torch.randn(2, 1, 2, 20, 16)
+        held, _ = cache.update(keys, values, 0)
+        assert cache.cache_config.key_bits == 3
+        assert torch.allclose(held[..., 7] - keys[..., 7], 30 * keys.square().mean().sqrt(), rtol=1e-4)
+        assert torch.equal(held[..., :7], keys[..., :7])
+
+
+class TestHardCases:
+    @pytest.mark.parametrize(("allowed", "layers", "count"), [(UNCHECKED, 0, 0), (1e-6, 2, 2)])
+    def test_rows_tell_which_layers_got_more_bits_and_what_was_warned(self, load, plain, allowed, layers, count):
+        settings = CacheConfig(keep_ratio=0.5, most_code_error=allowed, **SMALL)
+        candidate = nexusquant_candidate("ours", settings, tiny().model.config)
+        row = load("hard_cases").measure(tiny(), plain, candidate)
+        assert row["layers_with_more_bits"] == layers
+        assert len(row["warnings"]) == count
+        assert row["code_error"] > 1e-6
+
+    def test_a_prompt_that_is_not_coded_has_no_error(self, load, plain):
+        candidate = nexusquant_candidate("ours", CacheConfig(min_tokens=1000), tiny().model.config)
+        row = load("hard_cases").measure(tiny(), plain, candidate)
+        assert (row["code_error"], row["layers_with_more_bits"], row["warnings"]) == (None, 0, [])
+
+    def test_translations_that_are_not_installed_are_named(self, load, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+        with pytest.raises(EvaluationError, match="pip install sphinx, or give --multilingual FILE"):
+            load("_common").translated_messages()
+
+
+def score_inputs(tokens=60, phase=None):
+    generator = torch.Generator().manual_seed(3)
+    keys, values = torch.randn(2, 1, 2, tokens, 16, generator=generator)
+    order = torch.arange(tokens)
+    return ScoreInputs(keys, values, order + 5, (order < 4) | (order >= tokens - 8), 0, phase=phase)
+
+
+class TestMerging:
+    @pytest.mark.parametrize("keys", [False, True])
+    def test_the_mean_over_kept_and_evicted_stays(self, load, keys):
+        ablations = load("ablations")
+        inputs = score_inputs()
+        exact = [x.clone() for x in (inputs.keys, inputs.values)]
+        keep = ablations.MergingPolicy(KeyNormPolicy(), keys=keys).select(inputs, 20)
+        owners = ablations.nearest_kept(exact[0], keep, keep & ~inputs.protected)
+        sizes = torch.zeros(keep.shape).scatter_add_(-1, owners, torch.ones(keep.shape))
+        assert torch.equal(sizes > 0, keep)
+        assert sizes.max() > 1
+        for before, after, is_merged in zip(exact, (inputs.keys, inputs.values), (keys, True), strict=True):
+            if is_merged:
+                assert torch.allclose((after * sizes[..., None]).sum(2), before.sum(2), atol=1e-4)
+            else:
+                assert torch.equal(after, before)
+
+    def test_what_is_kept_is_the_policys_choice_and_protected_tokens_stay(self, load):
+        inputs, twin = score_inputs(), score_inputs()
+        keep = load("ablations").MergingPolicy(KeyNormPolicy(), keys=True).select(inputs, 20)
+        assert torch.equal(keep, KeyNormPolicy().select(twin, 20))
+        for after, before in ((inputs.keys, twin.keys), (inputs.values, twin.values)):
+            assert torch.equal(after[:, :, inputs.protected], before[:, :, inputs.protected])
+
+    def test_the_nearest_is_the_most_similar_direction_among_the_targets(self, load):
+        keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 1.0], [1.0, 9.0]])[None, None]
+        keep = torch.tensor([[[True, True, False, False]]])
+        targets = torch.tensor([[[True, False, False, False]]])
+        nearest_kept = load("ablations").nearest_kept
+        assert nearest_kept(keys, keep, keep).tolist() == [[[0, 1, 0, 1]]]
+        assert nearest_kept(keys, keep, targets).tolist() == [[[0, 1, 0, 0]]]
+
+    def test_keys_are_averaged_without_their_phase(self, load):
+        phase = RotaryPhase(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4]))
+        inputs = score_inputs(phase=phase)
+        before = inputs.unrotated_keys.sum(2)
+        ablations = load("ablations")
+        keep = ablations.MergingPolicy(KeyNormPolicy(), keys=True).select(inputs, 20)
+        owners = ablations.nearest_kept(inputs.unrotated_keys, keep, keep & ~inputs.protected)
+        sizes = torch.zeros(keep.shape).scatter_add_(-1, owners, torch.ones(keep.shape))
+        after = phase.rotate(inputs.keys, inputs.positions, inverse=True)
+        assert torch.allclose((after * sizes[..., None]).sum(2), before, atol=1e-3)
+
+    def test_the_cache_encodes_the_averages(self, load, plain):
+        policy = load("ablations").MergingPolicy(KeyNormPolicy())
+        settings = CacheConfig(keep_ratio=0.3, most_code_error=UNCHECKED, **SMALL)
+        config = tiny().model.config
+        rows = [
+            measure_quality(tiny(), plain, nexusquant_candidate("ours", settings, config, each))
+            for each in (KeyNormPolicy(), policy)
+        ]
+        assert rows[0].footprint == rows[1].footprint
+        assert rows[0].kl != rows[1].kl
+
+
+class TestSharpening:
+    @pytest.mark.parametrize("center", [True, False])
+    def test_deviations_from_the_mean_grow(self, load, center):
+        vectors = torch.randn(1, 2, 50, 16) + 3
+        plain_codec = E8Codec(CodeLayout.flat(16, 2), center=center, transform="principal")
+        codec = load("_codes").SharpenedCodec(**vars(plain_codec), sharpness=1.05)
+        transform = codec.fit(vectors)
+        packed = codec.encode(vectors, transform)
+        decoded, mean = plain_codec.decode(packed, transform), transform.mean.float() if center else 0.0
+        assert torch.allclose(codec.decode(packed, transform) - mean, 1.05 * (decoded - mean), atol=1e-5)
+
+    def test_keys_alone_and_at_any_number_of_tokens(self, load):
+        codes = load("_codes")
+        for kind, sharpness in ((codes.SharpenedCache, 1.02), (codes.MoreSharpenedCache, 1.05)):
+            cache = kind("balanced", config=tiny().model.config)
+            assert cache.make_codec("keys", 16, 0).for_tokens(100).with_more_bits().sharpness == sharpness
+            assert type(cache.make_codec("values", 16, 0)) is E8Codec
+
+
+class TestTiers:
+    @pytest.mark.parametrize("preset", ["high", "balanced", "max"])
+    @pytest.mark.parametrize("head_dim", [64, 128])
+    def test_all_plans_of_a_preset_take_the_same_bytes(self, load, preset, head_dim):
+        one, two, whole = load("tiers").plans(preset, head_dim).values()
+        assert two.seen_bytes(head_dim) == pytest.approx(one.seen_bytes(head_dim))
+        assert whole.seen_bytes(head_dim) == pytest.approx(one.seen_bytes(head_dim))
+        assert one.kept < two.kept < whole.kept == 1
+        assert all(part > 0 for plan in (one, two, whole) for part, _ in plan.tiers)
+
+    def test_bytes_are_those_of_codes_scales_and_marks(self, load):
+        tiers = load("tiers")
+        half = tiers.Plan(((0.25, tiers.Rate(2, 2)), (0.25, tiers.Rate(1, 1))))
+        assert half.seen_bytes(64) == 0.25 * 2 * (16 + 1) + 0.25 * 2 * (8 + 1) + 2 / 8
+        assert tiers.Plan(((1.0, tiers.Rate(2, 1)),)).seen_bytes(64) == 16 + 1 + 8 + 1
+
+    def test_counts_add_up(self, load):
+        tiers = load("tiers")
+        rate = tiers.Rate(2, 2)
+        assert tiers.Plan(((0.3, rate), (0.7, rate))).counts(101) == [31, 70]
+        assert tiers.Plan(((0.2, rate), (0.2, rate))).counts(101) == [21, 20]
+
+    def test_one_tier_is_what_the_cache_does(self, load, plain):
+        tiers, config = load("tiers"), tiny().model.config
+        settings = CacheConfig(2, 3, keep_ratio=0.4, transform="principal", most_code_error=UNCHECKED)
+        candidates = (
+            tiers.candidate("simulated", tiers.Plan(((0.4, tiers.Rate(2, 3)),)), config),
+            Candidate("real", lambda: NexusQuantCache(settings, config=config)),
+        )
+        simulated, real = (fill_and_compress(tiny(), each, plain.prefilled).cache for each in candidates)
+        for ours, theirs in zip(real.layers, simulated.layers, strict=True):
+            assert torch.allclose(ours.keys, theirs.keys, atol=1e-4)
+            assert torch.allclose(ours.values, theirs.values, atol=1e-4)
+        rows = [measure_quality(tiny(), plain, each) for each in candidates]
+        assert rows[0].kl == pytest.approx(rows[1].kl, rel=1e-2)
+
+
+class TestTransforms:
+    def test_axes_save_nothing_where_channels_are_alike_and_much_where_they_are_not(self, load):
+        saved_bits = load("transforms").saved_bits
+        vectors = torch.randn(1, 2, 3000, 32, generator=torch.Generator().manual_seed(0))
+        steep = vectors * torch.logspace(0, -2, 32)
+        alike, per_bit = saved_bits(vectors, 2, center=True)
+        assert alike.abs().max() < 0.05
+        assert per_bit.tolist() == [[pytest.approx(0.9, abs=0.1)] * 2]
+        assert saved_bits(steep, 2, center=True)[0].min() > 0.5
