@@ -56,7 +56,9 @@ class CountingCodec(VectorCodec):
         return self.inner.decode(packed, transform)
 
     def for_tokens(self, tokens: int) -> VectorCodec:
-        return CountingCodec(self.inner.for_tokens(tokens), self.counter)
+        chosen = copy.copy(self)
+        chosen.inner = self.inner.for_tokens(tokens)
+        return chosen
 
     @property
     def bytes_per_vector(self) -> int:

@@ -151,10 +151,12 @@ def test_a_long_answer_costs_the_bits_of_the_preset_and_is_encoded_once(preset: 
         if step in (991, 3999):  # with equally long tails
             held.append(cache.memory_report().held_bytes)
     bits = 8 * (held[1] - held[0]) / 3008 / (2 * HEADS * HEAD_DIM)
-    # Besides the bits of the preset, a byte of scale per vector; the buffers' spare room varies by a fraction of that.
-    assert bits == pytest.approx((settings.key_bits + settings.value_bits) / 2 + 8 / HEAD_DIM, rel=0.02)
-
     layer = cache.layers[0]
+    # The preset's bits, or those that a prompt too short for principal axes gets in their place.
+    sides = [codec.inner.layout.bits_per_channel for codec in (layer.key_codec, layer.value_codec)]
+    assert 0 <= sum(sides) - settings.key_bits - settings.value_bits < 1.5
+    # Besides these, a byte of scale per vector; the buffers' spare room varies by a fraction of that.
+    assert bits == pytest.approx(sum(sides) / 2 + 8 / HEAD_DIM, rel=0.02)
     assert calls[0] == 1  # the prompt, at the first step
     assert set(calls[1:]) == {0, 1}
     assert sum(calls[1:]) == (4000 - 1) // settings.flush_length
