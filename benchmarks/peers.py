@@ -235,6 +235,7 @@ def main() -> None:
     rows = summaries(content)
     figure = quality_figure(rows, measured_on(content, rows))
     tell_apart(figure)
+    leave_out_bars(figure)
     save_png(figure, given.plot)
 
 
@@ -248,7 +249,20 @@ def tell_apart(figure: Figure) -> None:
             if style in known:
                 line.set_markerfacecolor("white")
             known.add(style)
-    figure.axes[0].legend(loc="best", frameon=False, fontsize=7)
+    figure.axes[0].legend(loc="lower left", frameon=False, fontsize=7)
+
+
+def leave_out_bars(figure: Figure) -> None:
+    """Hide the intervals, which the table has: of a dozen lines they would hide the lines."""
+    for panel in figure.axes:
+        for bars in panel.containers:
+            _, caps, stems = bars.lines
+            for part in (*caps, *stems):
+                part.set_visible(False)
+    figure.axes[0].set_ylim(-5, 1000)
+    figure.axes[1].set_ylim(1e-3, 3)
+    if (title := figure.get_suptitle()) and ";" in title:
+        figure.suptitle(title.partition(";")[0], fontsize=10)
 
 
 def run(given: argparse.Namespace) -> None:
