@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from integration.tiny import prompt, tiny_llama
-from transformers import DynamicCache, LlamaConfig
+from transformers import DynamicCache, LlamaConfig, cache_utils
 from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
@@ -16,6 +16,11 @@ from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.evaluation import footprint
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)
+
+
+needs_fp8 = pytest.mark.skipif(
+    not hasattr(cache_utils, "Fp8QuantizedLayer"), reason="this transformers has no cache in fp8"
+)
 
 
 @pytest.fixture
@@ -155,6 +160,7 @@ def test_scalar_codes_take_the_place_of_the_lattice(codes):
 
 
 class TestPackages:
+    @needs_fp8
     def test_a_quantized_cache_is_weighed_by_its_storages(self, packages):
         cache = filled(packages.MeasuredQuantizedCache("fp8", CONFIG), 100)
         held = footprint(cache)
@@ -240,6 +246,7 @@ class TestScripts:
         assert "pip install no-such-package" in capsys.readouterr().err
         assert peers.is_installed("snapkv")
 
+    @needs_fp8
     def test_holdings_are_those_of_other_packages(self, load):
         peers = load("peers")
         loaded = tiny()
