@@ -14,7 +14,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.evaluation import EvaluationError, python_topics, read_text
+from nexusquant_cache.evaluation import KINDS, EvaluationError, EvaluationOptions, python_topics, read_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -87,3 +87,29 @@ def _messages(path: Path) -> list[str]:
 def shown_steps() -> AbstractContextManager[Report]:
     """Show how far an evaluation is."""
     return progress_bars(Console(stderr=True))
+
+
+def add_measuring(parser: argparse.ArgumentParser, output: Path, defaults: EvaluationOptions) -> None:
+    """Add the options of every script that measures caches on texts and needles."""
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
+    for name, what in (
+        ("windows", "windows in all, at least one per text"),
+        ("prefix", "tokens in the cache"),
+        ("continuation", "tokens predicted after them"),
+        ("repeats", "needles per kind, length and depth"),
+        ("seed", "chooses the needles"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=what)
+    parser.add_argument("--lengths", type=int, nargs="*", default=defaults.lengths, help="needle prompts")
+    parser.add_argument("--depths", type=float, nargs="*", default=defaults.depths, help="needle depths")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=defaults.kinds, help="kinds of needles")
+    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
+    parser.add_argument("--output", type=Path, default=output, help="result file")
+
+
+def measuring(given: argparse.Namespace) -> EvaluationOptions:
+    """Return what the options of `add_measuring` say."""
+    numbers = {name: getattr(given, name) for name in ("windows", "prefix", "continuation", "repeats", "seed")}
+    return EvaluationOptions(
+        lengths=tuple(given.lengths), depths=tuple(given.depths), kinds=tuple(given.kinds), **numbers
+    )

@@ -17,17 +17,16 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from _codes import UNCHECKED, FlatPlanCache, MoreSharpenedCache, ScalarCache, SharpenedCache, candidate_of
-from _common import RESULTS, read_texts, shown_steps
+from _common import RESULTS, add_measuring, measuring, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.attention import reconstruct
-from nexusquant_cache.evaluation import KINDS, Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
+from nexusquant_cache.evaluation import Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
 from nexusquant_cache.policy import (
     DEFAULT_POLICY,
     Combined,
@@ -175,28 +174,10 @@ def main() -> None:
     """Measure what is missing and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=NAMES)
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
-    parser.add_argument("--windows", type=int, default=4, help="windows in all, at least one per text")
-    parser.add_argument("--prefix", type=int, default=2048, help="tokens in the cache")
-    parser.add_argument("--continuation", type=int, default=128, help="tokens predicted after them")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024], help="needle prompts")
-    parser.add_argument("--depths", type=float, nargs="*", default=[0.1, 0.5, 0.9], help="needle depths")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["single", "later"], help="kinds of needles")
-    parser.add_argument("--repeats", type=int, default=1, help="needles per kind, length and depth")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the needles")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "ablations.json", help="result file")
+    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("single", "later"))
+    add_measuring(parser, RESULTS / "ablations.json", defaults)
     given = parser.parse_args()
-    options = EvaluationOptions(
-        windows=given.windows,
-        prefix=given.prefix,
-        continuation=given.continuation,
-        lengths=tuple(given.lengths),
-        depths=tuple(given.depths),
-        kinds=tuple(given.kinds),
-        repeats=given.repeats,
-        seed=given.seed,
-    )
+    options = measuring(given)
     with shown_steps() as report:
         loaded = load_model()
         caches = [ROWS[name].candidate(name, loaded.model.config) for name in given.rows]

@@ -28,14 +28,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _codes import UNCHECKED, ExactCache, ScalarCache, candidate_of, dense_bytes, head_dim_of, held_bytes, ratio_for
-from _common import IMAGES, RESULTS, read_texts, shown_steps
+from _common import IMAGES, RESULTS, add_measuring, measuring, read_texts, shown_steps
 from _packages import NexusQuantKv, PeerReport, nexusquant_kv_candidate, quantized_candidate
 from quality import PREDECESSOR
 from quality import candidates as presets_and_predecessor
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.evaluation import (
-    KINDS,
     Candidate,
     EvaluationOptions,
     LoadedModel,
@@ -210,17 +209,8 @@ def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="only these; all by default")
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
-    parser.add_argument("--windows", type=int, default=2, help="windows in all, at least one per text")
-    parser.add_argument("--prefix", type=int, default=2048, help="tokens in the cache")
-    parser.add_argument("--continuation", type=int, default=128, help="tokens predicted after them")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024], help="needle prompts")
-    parser.add_argument("--depths", type=float, nargs="*", default=[0.1, 0.5, 0.9], help="needle depths")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["single"], help="kinds of needles")
-    parser.add_argument("--repeats", type=int, default=1, help="needles per kind, length and depth")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the needles")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "peers_smollm2.json", help="result file")
+    defaults = EvaluationOptions(windows=2, continuation=128, lengths=(1024,), kinds=("single",))
+    add_measuring(parser, RESULTS / "peers_smollm2.json", defaults)
     parser.add_argument("--plot", type=Path, default=IMAGES / "peers_vs_bytes.png", help="image file")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot from the result file and stop")
     return parser.parse_args()
@@ -267,16 +257,7 @@ def leave_out_bars(figure: Figure) -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Measure what is missing, and what other packages hold."""
-    options = EvaluationOptions(
-        windows=given.windows,
-        prefix=given.prefix,
-        continuation=given.continuation,
-        lengths=tuple(given.lengths),
-        depths=tuple(given.depths),
-        kinds=tuple(given.kinds),
-        repeats=given.repeats,
-        seed=given.seed,
-    )
+    options = measuring(given)
     wanted = [peer for peer in given.peers if is_installed(peer)]
     with shown_steps() as report:
         loaded = load_model()

@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _codes import UNCHECKED, held_bytes, ratio_for
-from _common import IMAGES, RESULTS, read_texts, shown_steps
+from _common import IMAGES, RESULTS, add_measuring, measuring, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, MeanKeyKeyPolicy, NexusQuantCache
 from nexusquant_cache.evaluation import (
-    KINDS,
     Candidate,
     EvaluationOptions,
     evaluate,
@@ -74,17 +73,8 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
 def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
-    parser.add_argument("--windows", type=int, default=8, help="windows in all, at least one per text")
-    parser.add_argument("--prefix", type=int, default=3072, help="tokens in the cache")
-    parser.add_argument("--continuation", type=int, default=256, help="tokens predicted after them")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024, 2048], help="needle prompts")
-    parser.add_argument("--depths", type=float, nargs="*", default=[0.1, 0.5, 0.9], help="needle depths")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="kinds of needles")
+    add_measuring(parser, RESULTS / "quality_smollm2.json", EvaluationOptions(windows=8, prefix=3072))
     parser.add_argument("--caches", nargs="*", help="only these; all by default")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the needles")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality_smollm2.json", help="result file")
     parser.add_argument("--plot", type=Path, default=IMAGES / "quality_vs_bytes.png", help="image file")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot from the result file and stop")
     return parser.parse_args()
@@ -102,15 +92,7 @@ def main() -> None:
 
 def run(given: argparse.Namespace) -> None:
     """Measure what is missing."""
-    options = EvaluationOptions(
-        windows=given.windows,
-        prefix=given.prefix,
-        continuation=given.continuation,
-        lengths=tuple(given.lengths),
-        depths=tuple(given.depths),
-        kinds=tuple(given.kinds),
-        seed=given.seed,
-    )
+    options = measuring(given)
     with shown_steps() as report:
         loaded = load_model()
         caches = candidates(loaded.model.config, given.prefix)

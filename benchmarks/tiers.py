@@ -21,19 +21,18 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict, dataclass
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from _codes import dense_bytes, head_dim_of
-from _common import RESULTS, read_texts, shown_steps
+from _common import RESULTS, add_measuring, measuring, read_texts, shown_steps
 from _packages import MaskedLayer, PeerReport
 from transformers import Cache
 
 from nexusquant_cache import PRESETS
 from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.evaluation import KINDS, Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
+from nexusquant_cache.evaluation import Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
 from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import DEFAULT_POLICY, ScoreInputs
 
@@ -222,34 +221,16 @@ def candidate(name: str, plan: Plan, config: PretrainedConfig) -> Candidate:
 def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
+    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("later",), repeats=2)
+    add_measuring(parser, RESULTS / "tiers.json", defaults)
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="presets whose bytes are spent")
-    parser.add_argument("--windows", type=int, default=4, help="windows in all, at least one per text")
-    parser.add_argument("--prefix", type=int, default=2048, help="tokens in the cache")
-    parser.add_argument("--continuation", type=int, default=128, help="tokens predicted after them")
-    parser.add_argument("--lengths", type=int, nargs="*", default=[1024], help="needle prompts")
-    parser.add_argument("--depths", type=float, nargs="*", default=[0.1, 0.5, 0.9], help="needle depths")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=["later"], help="kinds of needles")
-    parser.add_argument("--repeats", type=int, default=2, help="needles per kind, length and depth")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the needles")
-    parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
-    parser.add_argument("--output", type=Path, default=RESULTS / "tiers.json", help="result file")
     return parser.parse_args()
 
 
 def main() -> None:
     """Measure what is missing and write the result file."""
     given = arguments()
-    options = EvaluationOptions(
-        windows=given.windows,
-        prefix=given.prefix,
-        continuation=given.continuation,
-        lengths=tuple(given.lengths),
-        depths=tuple(given.depths),
-        kinds=tuple(given.kinds),
-        repeats=given.repeats,
-        seed=given.seed,
-    )
+    options = measuring(given)
     with shown_steps() as report:
         loaded = load_model()
         config = loaded.model.config
