@@ -33,6 +33,9 @@ from nexusquant_cache.evaluation import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+ON_CODES = ", on codes"
+"""Behind the name of a preset: attention reads its codes (`nexusquant_cache.attention.enable`)."""
+
 
 def main() -> None:
     """Measure and write ``results/speed_cpu.json`` (or ``speed_cuda.json``)."""
@@ -53,15 +56,17 @@ def main() -> None:
         (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
         plain = prefill(loaded.model, window, progress=_bar(progress, "prefill"))
         factories = {preset.name: preset.factory for preset in preset_candidates(loaded)}
+        read = {f"{key}{ON_CODES}": factory for key, factory in factories.items()}
         encoding = {
             key: encode_throughput(plain, factories[key]) for key in progress.track(PRESETS, description="encoding")
         }
         times = time_steps(
             loaded.model,
             plain,
-            factories,
+            factories | read,
             rounds=given.rounds,
             steps=given.steps,
+            on_codes=read,
             progress=_bar(progress, "generation steps"),
         )
     content = {
@@ -83,7 +88,7 @@ def main() -> None:
     write_json(given.output or RESULTS / f"speed_{device}.json", content)
     for key, taken in times.items():
         speed = f", encodes {encoding[key]:,.0f} tokens/s" if key in encoding else ""
-        print(f"{key:>9} {taken.milliseconds:7.1f} ms per token, {taken.relative:.2f}x plain{speed}")
+        print(f"{key:>18} {taken.milliseconds:7.1f} ms per token, {taken.relative:.2f}x plain{speed}")
 
 
 def _bar(progress: Progress, what: str) -> Callable[[int, int], None]:

@@ -101,8 +101,10 @@ def test_the_cache_gets_the_same_keys_and_values(name: str, implementation: str)
         for model, cache in zip((plain, shown), caches, strict=True)
     ]
     assert torch.equal(*tokens)
+    # Those of generated tokens depend on how attention was rounded: read from codes, or decoded.
     for a, b in zip(*caches, strict=True):
-        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True) if x is not None)
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("mode", ["beams", "prompt_lookup", "assisted", "chunked", "two_turns", "taken_back", "padded"])

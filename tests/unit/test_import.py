@@ -28,7 +28,7 @@ ORDER: list[set[str]] = [
     {"cache"},
     {"presets"},
     {"codec", "policy"},
-    {"reference", "lattice"},
+    {"kernels", "lattice", "reference"},
     {"layout"},
     {"errors"},
 ]

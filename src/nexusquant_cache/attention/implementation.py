@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexusquant_cache.attention.codes import AttentionOptions, attend, can_read
+from nexusquant_cache.cache.held import HeldStates, HeldTokens
 from nexusquant_cache.cache.observations import take_layer_of
 from nexusquant_cache.cache.uncompiled import uncompiled
 from nexusquant_cache.errors import UnsupportedError
@@ -25,6 +27,13 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 # Some layers of these compute the last queries only.  Where sdpa does without a mask, that would not be causal, which
 # they avoid under the name "sdpa".
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
+
+MOST_QUERIES = 16
+"""With more queries at once decoded tokens pay for themselves."""
+_UNDERSTOOD = frozenset(
+    {"dropout", "is_causal", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
+)
+_AXES = 4  # batch, heads, queries, tokens
 
 Attention = Callable[..., Any]
 
@@ -83,6 +92,11 @@ def _attention_on(stock: str) -> Attention:
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401
         show_queries(module, query, key, kwargs.get("scaling"))
+        held = held_tokens(key, value)
+        if held is not None:
+            read = read_codes(stock, query, held, attention_mask, kwargs)
+            if read is not None:
+                return read
         compute = _found.get((type(module), stock)) or find_stock(type(module), stock)
         if stock == "sdpa" and attention_mask is None and module.config.model_type in _CUTS_QUERIES:
             attention_mask = _causal_mask(query, key)
@@ -111,10 +125,63 @@ class _Renamed:
         return _Renamed(found, self._attn_implementation) if name == "config" else found
 
 
+def held_tokens(keys: object, values: object) -> HeldTokens | None:
+    """Return what keys and values stand for, if both are those of one layer at one moment and not yet decoded."""
+    if isinstance(keys, HeldStates) and isinstance(values, HeldStates) and keys.held is values.held:
+        return keys.held
+    return None
+
+
+@uncompiled
+def read_codes(
+    stock: str, query: Tensor, held: HeldTokens, mask: object, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return what the stock implementation would, read from the codes; None if it has to compute it.
+
+    That is for many queries at once, where decoding pays, and for whatever is not understood here.
+
+    Raises:
+        UnsupportedError: If dropout is asked for.
+    """
+    if options.get("dropout"):
+        msg = f"a compressed cache is read without dropout, got dropout={options['dropout']}: call model.eval()"
+        raise UnsupportedError(msg)
+    if query.shape[2] > MOST_QUERIES:
+        return None
+    unknown = {name for name, given in options.items() if given is not None} - _UNDERSTOOD
+    if unknown or not can_read(held) or not _is_understood(mask, query.shape[2], held.tokens):
+        return None
+    scaling = options.get("scaling")
+    bounded = stock != "sdpa"  # which passes over softcap and sinks
+    out, weights = attend(
+        query,
+        held,
+        mask if isinstance(mask, Tensor) else None,
+        AttentionOptions(
+            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+            softcap=options.get("softcap") if bounded else None,
+            sinks=options.get("s_aux") if bounded else None,
+        ),
+    )
+    shown = weights.to(query.dtype) if stock == "eager" else None
+    return out.to(query.dtype).transpose(1, 2).contiguous(), shown
+
+
+def _is_understood(mask: object, queries: int, tokens: int) -> bool:
+    """Tell whether this is a mask of logits, or none where all tokens may be seen."""
+    if mask is None:
+        return queries == 1
+    return isinstance(mask, Tensor) and mask.ndim == _AXES and mask.shape[-1] == tokens
+
+
 @uncompiled
 def show_queries(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
     """Hand the queries to the cache layer that these keys come from, and to whoever listens."""
     layer = take_layer_of(keys)
+    if layer is not None:
+        layer.codes_are_read = True
+        if not layer.wants_queries:
+            layer = None
     listeners = [each for each in LISTENERS.all if module in each.modules]
     if layer is None and not listeners:
         return

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from nexusquant_cache.cache.layer import NexusQuantLayer, Side, When
+from nexusquant_cache.cache.held import Side
+from nexusquant_cache.cache.layer import NexusQuantLayer, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase

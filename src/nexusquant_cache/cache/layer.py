@@ -1,7 +1,7 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nexusquant_cache.cache.held import CodedSide, HeldStates, HeldTokens, Side, angles_of
 from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.probe import attention_error, stand_in_queries
@@ -28,7 +29,6 @@ from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.reference.rope import RotaryPhase
 
-Side = Literal["keys", "values"]
 When = Literal["post_prefill", "during_prefill"]
 _Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
@@ -116,6 +116,8 @@ class NexusQuantLayer(CacheLayerMixin):
         sink_place: Of each row of a padded batch, the position of its first sink, and how many kept tokens (pads)
             come before it.  On the CPU.
         code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
+        codes_are_read: Whether attention of ours has seen this layer's keys, and so can read codes; see
+            `nexusquant_cache.attention`.
         record_past: Whether a `crop` is expected after each update; transformers sets it to False as well.
     """
 
@@ -147,6 +149,7 @@ class NexusQuantLayer(CacheLayerMixin):
         self.sink_place: Int[Tensor, "b 2"] | None = None
         self.observed = Observations()
         self.code_error: float | None = None
+        self.codes_are_read = False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
@@ -248,10 +251,9 @@ class NexusQuantLayer(CacheLayerMixin):
         first = self.seen == 0
         self.tail = (_append(tail_keys, key_states), _append(tail_values, value_states))
         self.seen += query_length
-        held = (key_states, value_states) if first else self.dense()
-        if self.wants_queries:
-            note_keys(self, held[0])
-        return held
+        visible = (key_states, value_states) if first else self._visible()
+        note_keys(self, visible[0])
+        return visible
 
     @property
     def wants_queries(self) -> bool:
@@ -329,55 +331,37 @@ class NexusQuantLayer(CacheLayerMixin):
         self.record_past = self._expects_prompt = True
         self._updated_since_crop = False
 
+    def held(self) -> HeldTokens:
+        """Return all kept tokens as they are now, oldest first."""
+        if self.body is None:
+            return HeldTokens(self._exact())
+        before = None if self.sink_place is None else tuple(self.sink_place[:, 1].tolist())
+        return HeldTokens(
+            tail=self._exact(),
+            sinks=self.sinks,
+            keys=CodedSide(self.key_codec, self.body.keys.packed(), self.body.keys.transform),
+            values=CodedSide(self.value_codec, self.body.values.packed(), self.body.values.transform),
+            positions=replace(self.body.positions),
+            phase=self.phase,
+            pads=self._owner.padding.pads,
+            before_sinks=before if before is not None and any(before) else None,
+        )
+
     def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
         """Return all kept keys and values in the dtypes they came in, oldest first."""
-        tail_keys, tail_values = self._exact()
-        if self.body is None:
-            return tail_keys, tail_values
-        assert self.sinks is not None
-        keys = self._assemble(self.sinks[0], tail_keys, self._decode_keys)
-        values = self._assemble(self.sinks[1], tail_values, self._decode_values)
-        return keys, values
+        held = self.held()
+        return held.dense_keys(), held.dense_values()
 
-    def _decode_keys(self, out: Float[Tensor, "b h n d"]) -> None:
-        assert self.body is not None
-        decoded = self.key_codec.decode(self.body.keys.packed(), self.body.keys.transform)
-        if self.phase is None:
-            out.copy_(decoded)
-        else:
-            positions = self.body.positions.positions(decoded.device)
-            self.phase.rotate(decoded, self._angles(positions, *decoded.shape[:2]), out=out)
-
-    def _decode_values(self, out: Float[Tensor, "b h n dv"]) -> None:
-        assert self.body is not None
-        out.copy_(self.value_codec.decode(self.body.values.packed(), self.body.values.transform))
-
-    def _assemble(self, sinks: Tensor, tail: Tensor, decode: Callable[[Tensor], None]) -> Float[Tensor, "b h n d"]:
-        """Return sinks, body and tail in one tensor; ``decode`` writes the body."""
-        assert self.body is not None
-        first, body = sinks.shape[2], self.body.positions.tokens
-        out = tail.new_empty(*tail.shape[:2], first + body + tail.shape[2], tail.shape[3])
-        out[:, :, first + body :] = tail
-        if self.sink_place is None or not bool(self.sink_place[:, 1].any()):
-            out[:, :, :first] = sinks
-            decode(out[:, :, first : first + body])
-            return out
-        # Rows with kept pads: these come before the sinks.
-        decoded = tail.new_empty(*tail.shape[:2], body, tail.shape[3])
-        decode(decoded)
-        for row, before in enumerate(self.sink_place[:, 1].tolist()):
-            out[row, :, :before] = decoded[row, :, :before]
-            out[row, :, before : before + first] = sinks[row]
-            out[row, :, before + first : first + body] = decoded[row, :, before:]
-        return out
+    def _visible(self) -> tuple[Tensor, Tensor]:
+        """Return what attention shall see: decoded, unless it has shown that it can read codes."""
+        if self.body is None or not self.codes_are_read:
+            return self.dense()
+        held = self.held()
+        return HeldStates(held, "keys"), HeldStates(held, "values")
 
     def _angles(self, positions: Int[Tensor, "*given n"], batch: int, heads: int) -> Int[Tensor, "*out n"]:
-        """Return the positions that the rotary embedding has seen: pads do not count."""
-        pads = self._owner.padding.pads
-        if pads is None:
-            return positions
-        rows = pads.to(positions.device)[:, None, None]
-        return (positions.expand(batch, heads, -1) - rows).clamp_min(0)
+        """Return positions as the rotary embedding has seen them; see `held.angles_of`."""
+        return angles_of(positions, self._owner.padding.pads, batch, heads)
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]

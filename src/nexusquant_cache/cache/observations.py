@@ -27,7 +27,18 @@ QUERY_WINDOW = 64
 
 @runtime_checkable
 class QueryObserver(Protocol):
-    """A layer that can be shown queries."""
+    """A layer that can be shown queries.
+
+    Attributes:
+        codes_are_read: Set when attention of ours has seen the layer's keys.
+    """
+
+    codes_are_read: bool
+
+    @property
+    def wants_queries(self) -> bool:
+        """Whether it has any use for queries now."""
+        ...
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"]) -> None:
         """Take the queries of the newest tokens."""

@@ -9,6 +9,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.errors import UnsupportedError
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,28 @@ class VectorCodec(ABC):
     @abstractmethod
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether `decode` is `VectorTransform.inverse` of `coded_channels`, so that attention can read the codes."""
+        return False
+
+    def coded_channels(
+        self, packed: PackedVectors, transform: VectorTransform, first_stride: int = 1
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n"]]:
+        """Return what `VectorTransform.inverse` makes vectors of: coded channels and scales, in float32.
+
+        Args:
+            packed: The codes.
+            transform: The transform they were encoded with.
+            first_stride: Hadamard stages below this stride shall be done, see `Rotation.first_stride`.
+
+        Raises:
+            UnsupportedError: If the codec works in another way, see `has_channels`.
+        """
+        del packed, transform, first_stride
+        msg = f"{type(self).__name__} has no coded channels"
+        raise UnsupportedError(msg)
 
     @property
     @abstractmethod

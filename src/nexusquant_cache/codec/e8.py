@@ -14,7 +14,7 @@ from nexusquant_cache.errors import OptionError, ShapeError, suggest
 from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
-from nexusquant_cache.reference.tables import covered_stages, decode_rows
+from nexusquant_cache.reference.tables import covered_stages, decode_heads
 
 GainRule = Literal["least_squares", "norm", "unbiased"]
 TransformRule = Literal["auto", "principal", "hadamard"]
@@ -178,20 +178,25 @@ class E8Codec(VectorCodec):
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
+        done = covered_stages(transform.rotation.first_stride)
+        return transform.inverse(*self.coded_channels(packed, transform, done), done)
+
+    @property
+    def has_channels(self) -> bool:
+        """Whether this class decodes, and not a subclass in its own way."""
+        return type(self).decode is E8Codec.decode
+
+    def coded_channels(
+        self, packed: PackedVectors, transform: VectorTransform, first_stride: int = 1
+    ) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n"]]:
+        """Return codewords for channels of unit variance, and scales; ``first_stride`` at most 4."""
         shape = packed.scales.shape
         scales = decode_scales(packed.scales, transform.reference)
-        groups = transform.heads_by_plan
-        if not groups:
-            done = covered_stages(self.layout, transform.rotation.first_stride)
-            rows = decode_rows(packed.words.reshape(shape.numel(), self.layout.bytes_per_vector), self.layout, done)
-            return transform.inverse(rows.view(*shape, self.layout.head_dim), scales, done)
-        words = packed.words.flatten(0, 1)
-        y = scales.new_empty(len(words), shape[2], self.layout.head_dim)
-        for plan, members in groups.items():
-            rows = words if len(groups) == 1 else words[members]
-            decoded = decode_rows(rows.reshape(-1, rows.shape[-1]), self.layouts[plan])
-            y[members] = decoded.view(len(members), *y.shape[1:])
-        return transform.inverse(y.unflatten(0, shape[:2]), scales)
+        heads = shape[0] * shape[1]
+        y = decode_heads(
+            packed.words.flatten(0, 1), self.layouts, transform.plan_of_heads or (0,) * heads, first_stride
+        )
+        return y.view(*shape, self.layout.head_dim), scales
 
     def _check(self, vectors: Tensor) -> None:
         if vectors.ndim != 4 or vectors.shape[-1] != self.layout.head_dim:  # noqa: PLR2004 - b h n d

@@ -54,6 +54,10 @@ class Rotation(ABC):
     def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:
         """Invert `rotate` for a row-major tensor in which the stages below ``first_stride`` are done."""
 
+    def adjoint(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Return ``z`` with ``<z, y> = <x, unrotate(y)>`` for all ``y``; for an orthogonal map, `rotate`."""
+        return self.rotate(x)
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """Return this rotation with ``function`` applied to every tensor that has a batch axis."""
         del function
@@ -173,6 +177,10 @@ class PrincipalRotation(Rotation):
         del first_stride  # no Hadamard stage was asked for
         return y @ self._axes()
 
+    def adjoint(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        """Return the product with every axis, which is not `rotate`: axes have their lengths."""
+        return x @ self._axes().mT
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "PrincipalRotation":
         """Apply ``function`` to the axes."""
         return PrincipalRotation(function(self.basis), function(self.step))
@@ -205,10 +213,15 @@ class VectorTransform:
     plans: UInt8[Tensor, "b h"] | None = None
 
     @cached_property
+    def plan_of_heads(self) -> tuple[int, ...]:
+        """The layout of each head, counted through the batch; empty if all have the first."""
+        return () if self.plans is None else tuple(self.plans.flatten().tolist())
+
+    @cached_property
     def heads_by_plan(self) -> dict[int, list[int]]:
         """The heads of all rows, counted through the batch, that have each layout; empty if all have the first."""
         groups: dict[int, list[int]] = {}
-        for head, plan in enumerate([] if self.plans is None else self.plans.flatten().tolist()):
+        for head, plan in enumerate(self.plan_of_heads):
             groups.setdefault(plan, []).append(head)
         return groups
 
