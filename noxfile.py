@@ -41,7 +41,7 @@ def install_model(session: nox.Session) -> None:
 def install_for_tests(session: nox.Session) -> None:
     """Install the package in place with everything its tests import."""
     install_torch(session)
-    install(session, "-e", ".[cli]", group="test")
+    install(session, "-e", ".[all]", group="test")
     install_model(session)
 
 

@@ -6,9 +6,11 @@ from typing import Any, get_args
 
 from nexusquant_cache.codec.e8 import GainRule, TransformRule
 from nexusquant_cache.errors import OptionError, suggest
+from nexusquant_cache.kernels.support import Impl
 from nexusquant_cache.layout import MAX_BITS, Bits
 
 _LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "protect_boundary": 0}
+_CHOICES = {"key_gain": GainRule, "value_gain": GainRule, "transform": TransformRule, "impl": Impl}
 _LEAST_BITS = 0.5  # per channel: a head of 16 channels then has one coded block
 
 
@@ -37,6 +39,8 @@ class CacheConfig:
         most_code_error: A layer whose attention output would move by more than this part of its length when the first
             tokens are coded gets one more bit per channel, and again, up to 4.  `MemoryReport` says what it was.
         protect_boundary: So many layers at the beginning and at the end of the model get 4 bits per channel.
+        impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that has them and in plain torch, with
+            a line in the log, on one that has not.  ``"torch"`` never uses kernels; ``"triton"`` insists on them.
 
     Raises:
         OptionError: If a value is outside its range.
@@ -57,6 +61,7 @@ class CacheConfig:
     scale_candidates: tuple[float, ...] = (0.92, 1.1)
     most_code_error: float = 0.7
     protect_boundary: int = 0
+    impl: Impl = "auto"
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -75,7 +80,7 @@ class CacheConfig:
         if not isinstance(scales, tuple) or not scales or not all(_is_positive(scale) for scale in scales):
             msg = f"scale_candidates must be positive numbers, at least one, in a tuple; got {scales!r}"
             raise OptionError(msg)
-        for name, rules in (("key_gain", GainRule), ("value_gain", GainRule), ("transform", TransformRule)):
+        for name, rules in _CHOICES.items():
             given = getattr(self, name)
             if given not in get_args(rules):
                 msg = f"unknown {name} {given!r}. {suggest(str(given), get_args(rules))}"

@@ -12,7 +12,7 @@ from nexusquant_cache.lattice import is_member, mirror
 from nexusquant_cache.layout import BLOCK, CodeLayout, block_code
 from nexusquant_cache.reference.blocks import decode_blocks, level_indices, nearest, nearest_codes
 from nexusquant_cache.reference.packing import pack
-from nexusquant_cache.reference.tables import covered_stages, decode_rows
+from nexusquant_cache.reference.tables import covered_stages, decode_heads, decode_rows
 
 BITS = (1, 2, 3, 4)
 EPS = torch.finfo(torch.float32).eps
@@ -259,6 +259,20 @@ def test_tables_decode_any_single_row(bits: int, blocks: int) -> None:
     together = decode_rows(words, layout)
     for i in range(4):
         assert torch.equal(decode_rows(words[i : i + 1], layout), together[i : i + 1])
+
+
+@given(st.data())
+def test_heads_with_plans_of_their_own(data: st.DataObject) -> None:
+    """decode_heads = decode_rows of each head with its layout."""
+    plans = data.draw(st.lists(st.permutations([4, 3, 2, 1, 0, 1]), min_size=1, max_size=3))
+    layouts = tuple(CodeLayout(48, tuple(plan)) for plan in plans)
+    heads = data.draw(st.lists(st.integers(0, len(layouts) - 1), min_size=1, max_size=4))
+    tokens = data.draw(st.sampled_from([0, 1, 3, 17]))
+    words = torch.randint(0, 256, (len(heads), tokens, layouts[0].bytes_per_vector), dtype=torch.uint8)
+    stride = data.draw(st.sampled_from([1, 2, 4]))
+    found = decode_heads(words, layouts, tuple(heads), stride)
+    expected = [decode_rows(rows, layouts[head], stride) for rows, head in zip(words, heads, strict=True)]
+    assert torch.equal(found, torch.stack(expected))
 
 
 @pytest.mark.parametrize(("order", "expected"), [(16, 4), (4, 4), (2, 2), (1, 1)])

@@ -149,6 +149,18 @@ def test_rotation_is_signs_then_the_matrix(rotation: HadamardRotation, data: st.
 
 
 @given(rotations, st.data())
+def test_axes_and_adjoint_are_the_rotation(rotation: HadamardRotation, data: st.DataObject) -> None:
+    """What is decoded is the sum of the axes, each times its channel; the adjoint is the product with each axis."""
+    x = data.draw(awkward(rotation.head_dim))
+    axes, step = rotation.axes(CPU)
+    matrix = axes[0, 0].double() * step.double()[:, None]
+    bound = 4 * rounding(rotation.head_dim) * x.double().norm(dim=-1, keepdim=True) + 1e-30
+    assert axes.dtype == torch.int8
+    assert ((rotation.unrotate(x) - x.double() @ matrix).abs() <= bound).all()
+    assert ((rotation.adjoint(x) - x.double() @ matrix.T).abs() <= bound).all()
+
+
+@given(rotations, st.data())
 def test_rotation_spreads_a_single_channel(rotation: HadamardRotation, data: st.DataObject) -> None:
     """An outlier channel becomes |x| / sqrt(d) in every channel."""
     d = rotation.head_dim

@@ -87,6 +87,16 @@ class TestRotation:
         assert float(variances[0, 0, 0] / variances[0, 0, 1]) == pytest.approx(16, rel=0.05)
         torch.testing.assert_close(rotation.block_variances, variances / variances[..., :1], rtol=0.02, atol=0)
 
+    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    def test_axes_and_adjoint_are_the_rotation(self, head_dim) -> None:
+        """What is decoded is the sum of the axes, each times its channel; the adjoint is the product with each axis."""
+        x = vectors(50, head_dim)
+        rotation, _ = PrincipalRotation.fit(x)
+        axes, step = rotation.axes(x.device)
+        matrix = axes.double() * step[..., None].double()
+        torch.testing.assert_close(rotation.unrotate(x).double(), x.double() @ matrix, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(rotation.adjoint(x).double(), x.double() @ matrix.mT, rtol=1e-4, atol=1e-4)
+
     def test_holds_one_byte_per_number(self) -> None:
         rotation, _ = PrincipalRotation.fit(vectors(100))
         assert rotation.basis.dtype == torch.int8

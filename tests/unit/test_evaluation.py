@@ -9,6 +9,7 @@ from transformers import DynamicCache, MistralConfig
 from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
+from nexusquant_cache.attention import implementation
 from nexusquant_cache.evaluation import (
     PLAIN_CANDIDATE,
     Candidate,
@@ -308,6 +309,22 @@ class TestTiming:
         assert all(len(taken.rounds) == 2 and taken.milliseconds > 0 for taken in times.values())
         assert calls[-1] == (6, 6)
         assert plain.cache.get_seq_length() == 800
+
+    def test_attention_reads_the_codes_of_the_caches_named(self, loaded, plain, monkeypatch):
+        """The plain cache and the other one are decoded; afterwards the model is as before."""
+        seen = []
+
+        def spy(*given):
+            seen.append(given)
+            return attend(*given)
+
+        attend = implementation.attend
+        monkeypatch.setattr(implementation, "attend", spy)
+        factories = {key: lambda: NexusQuantCache("max", config=loaded.model.config) for key in ("decoded", "read")}
+        time_steps(loaded.model, plain, factories, rounds=1, steps=2, on_codes={"read"})
+        # The first step tells the cache that its codes can be read.
+        assert len(seen) == 2 * loaded.model.config.num_hidden_layers
+        assert not loaded.model.config._attn_implementation.startswith("nexusquant")
 
     def test_throughput_is_positive(self, loaded, plain):
         assert encode_throughput(plain, lambda: NexusQuantCache("quant", config=loaded.model.config), rounds=1) > 0

@@ -1,8 +1,9 @@
-"""The attention implementation `nexusquant`: stock attention that lets a compressed cache see the queries.
+"""The attention implementation `nexusquant`: reads the codes of a compressed cache, and lets it see the queries.
 
-transformers shows a cache keys and values, never queries.  With this implementation selected, attention is computed by
-the implementation that the model had before, bit for bit, and the last queries of a prompt reach the cache, for
-policies that choose tokens by them::
+Without it each generation step decodes a layer, attends, and drops what was decoded.  With it, steps of a few tokens
+read the codes where they lie, by Triton kernels on a GPU that has them and else in plain torch.  Everything else (the
+prefill, many tokens at once, other caches, other layers) is computed by the implementation that the model had
+before, bit for bit, and the last queries of a prompt reach the cache, for policies that choose tokens by them::
 
     attention.enable(model)
     cache = NexusQuantCache(config=model.config, policy=WindowAttentionPolicy())

@@ -55,9 +55,9 @@ def attend(
     heads = held.tail[0].shape[1]
     with torch.autocast(queries.device.type, enabled=False):
         q = (queries.float() * options.scaling).unflatten(1, (heads, -1)).flatten(2, 3)
-        logits = _in_order(held, _logits(q, held)).view(batch, -1, count, held.tokens)
+        logits = in_order(held, _logits(q, held)).view(batch, -1, count, held.tokens)
         weights = _softmax(logits, mask, options)
-        out = _values(_stored(held, weights.view(batch, heads, -1, held.tokens)), held)
+        out = _values(stored(held, weights.view(batch, heads, -1, held.tokens)), held)
     return out.view(batch, -1, count, out.shape[-1]), weights
 
 
@@ -78,7 +78,7 @@ def _softmax(logits: Tensor, mask: Tensor | None, options: AttentionOptions) -> 
     return logits.softmax(-1) if mask is None else logits.softmax(-1).nan_to_num(0.0)
 
 
-def _in_order(held: HeldTokens, x: Tensor) -> Tensor:
+def in_order(held: HeldTokens, x: Tensor) -> Tensor:
     """Put what is stored sinks first into the order of the tokens."""
     if held.before_sinks is None or held.sinks is None:
         return x
@@ -90,8 +90,8 @@ def _in_order(held: HeldTokens, x: Tensor) -> Tensor:
     return torch.stack(rows)
 
 
-def _stored(held: HeldTokens, x: Tensor) -> Tensor:
-    """Undo `_in_order`."""
+def stored(held: HeldTokens, x: Tensor) -> Tensor:
+    """Put what is in the order of the tokens as it is stored: sinks first."""
     if held.before_sinks is None or held.sinks is None:
         return x
     first = held.sinks[0].shape[2]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexusquant_cache.attention import fused
 from nexusquant_cache.attention.codes import AttentionOptions, attend, can_read
 from nexusquant_cache.cache.held import HeldStates, HeldTokens
 from nexusquant_cache.cache.observations import take_layer_of
@@ -153,18 +154,19 @@ def read_codes(
         return None
     scaling = options.get("scaling")
     bounded = stock != "sdpa"  # which passes over softcap and sinks
-    out, weights = attend(
-        query,
-        held,
-        mask if isinstance(mask, Tensor) else None,
-        AttentionOptions(
-            scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
-            softcap=options.get("softcap") if bounded else None,
-            sinks=options.get("s_aux") if bounded else None,
-        ),
+    given = AttentionOptions(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=options.get("softcap") if bounded else None,
+        sinks=options.get("s_aux") if bounded else None,
     )
-    shown = weights.to(query.dtype) if stock == "eager" else None
-    return out.to(query.dtype).transpose(1, 2).contiguous(), shown
+    visible = mask if isinstance(mask, Tensor) else None
+    # Eager attention tells its weights, and numbers may be added to the logits: both are for plain torch.
+    if fused.can_attend(held) and stock != "eager" and (visible is None or visible.dtype == torch.bool):
+        read = fused.attend(query, held, visible, given)
+        if read is not None:
+            return read.transpose(1, 2).contiguous(), None
+    out, weights = attend(query, held, visible, given)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype) if stock == "eager" else None
 
 
 def _is_understood(mask: object, queries: int, tokens: int) -> bool:

@@ -153,6 +153,7 @@ class NexusQuantCache(DynamicCache):
             gain=settings.key_gain if keys else settings.value_gain,
             candidates=settings.scale_candidates,
             center=keys and settings.center_keys,
+            impl=settings.impl,
         )
 
     def _is_protected(self, layer_idx: int) -> bool:

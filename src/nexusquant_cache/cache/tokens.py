@@ -145,6 +145,11 @@ class PositionMap:
         """Number of kept tokens."""
         return self.kept + self.dense
 
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.covered + self.dense
+
     def append_all(self, tokens: int) -> None:
         """Add tokens that are all kept."""
         self.dense += tokens

@@ -1,16 +1,18 @@
 """The E8 codec: rotation, one scale per vector, parity-coset block codes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
+from nexusquant_cache.codec import fused
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
+from nexusquant_cache.kernels.support import Impl, uses_kernels
 from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
@@ -49,9 +51,10 @@ class E8Codec(VectorCodec):
             principal axes of its own vectors and, of the layouts of equal size (`layout.sloped_layouts`), the one that
             suits their variances.  ``"auto"`` leaves the choice to `for_tokens`; `fit` takes it for ``"principal"``.
         axes_save: Bits per channel that principal axes are expected to save at equal error, for `for_tokens`.
+        impl: ``"triton"`` encodes and decodes by kernels, ``"torch"`` never does, ``"auto"`` does where a GPU has them.
 
     Raises:
-        OptionError: If the gain rule or the transform is unknown or a candidate is not positive.
+        OptionError: If the gain rule, the transform or ``impl`` is unknown or a candidate is not positive.
     """
 
     layout: CodeLayout
@@ -61,12 +64,14 @@ class E8Codec(VectorCodec):
     seed: int = 0
     transform: TransformRule = "hadamard"
     axes_save: float = 0.5
+    impl: Impl = field(default="auto", compare=False)  # the codes are the same
 
     def __post_init__(self) -> None:
         """Check the options."""
         for what, given, known in (
             ("gain rule", self.gain, get_args(GainRule)),
             ("transform", self.transform, get_args(TransformRule)),
+            ("impl", self.impl, get_args(Impl)),
         ):
             if given not in known:
                 msg = f"unknown {what} {given!r}. {suggest(str(given), known)}"
@@ -138,6 +143,8 @@ class E8Codec(VectorCodec):
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         """Return the codes of finite vectors; see the class for the search."""
         self._check(vectors)
+        if self._uses_kernels(transform):
+            return fused.encode(vectors, transform, self.layouts, self.candidates, self.gain)
         batch, heads, tokens, head_dim = vectors.shape
         y = transform.forward(vectors)
         if transform.heads_by_plan:
@@ -178,8 +185,16 @@ class E8Codec(VectorCodec):
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
+        if self._uses_kernels(transform):
+            return fused.decode(packed, transform, self.layouts)
         done = covered_stages(transform.rotation.first_stride)
         return transform.inverse(*self.coded_channels(packed, transform, done), done)
+
+    def _uses_kernels(self, transform: VectorTransform) -> bool:
+        device = transform.reference.device
+        if self.impl == "torch" or (self.impl == "auto" and device.type == "cpu"):
+            return False
+        return uses_kernels(self.impl, device, fused.why_not(self.layouts, transform))
 
     @property
     def has_channels(self) -> bool:

@@ -2,14 +2,15 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from nexusquant_cache.layout import BLOCK
+from nexusquant_cache.kernels.operands import SidePlan, side_plan
+from nexusquant_cache.layout import BLOCK, CodeLayout
 from nexusquant_cache.reference.hadamard import (
     apply_hadamard,
     apply_hadamard_rows,
@@ -58,6 +59,14 @@ class Rotation(ABC):
         """Return ``z`` with ``<z, y> = <x, unrotate(y)>`` for all ``y``; for an orthogonal map, `rotate`."""
         return self.rotate(x)
 
+    def axes(self, device: torch.device) -> tuple[Int8[Tensor, "b_or_1 h_or_1 d d"], Float[Tensor, "*heads d"]] | None:
+        """Return the same map for kernels: what each coded channel adds to a vector, as whole numbers and their unit.
+
+        None, which is the default, if it cannot be written so; plain torch computes then.
+        """
+        del device
+        return None
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "Rotation":
         """Return this rotation with ``function`` applied to every tensor that has a batch axis."""
         del function
@@ -101,6 +110,18 @@ class HadamardRotation(Rotation):
         # In place where the stages made a new tensor: every pass over a layer counts in each generation step.
         in_place = None if rows.data_ptr() == given.data_ptr() else rows
         return torch.mul(rows, self._signs(y.device), out=in_place).view(y.shape)
+
+    def axes(self, device: torch.device) -> tuple[Int8[Tensor, "b_or_1 h_or_1 d d"], Float[Tensor, "*heads d"]] | None:
+        """Return the signed Hadamard matrix, the same tensor for all layers."""
+        return _hadamard_axes(self.head_dim, self.seed, device)
+
+
+@lru_cache(maxsize=16)
+def _hadamard_axes(
+    head_dim: int, seed: int, device: torch.device
+) -> tuple[Int8[Tensor, "1 1 d d"], Float[Tensor, " d"]]:
+    signed = hadamard_matrix(head_dim) * random_signs(head_dim, seed, torch.device("cpu"))
+    return signed.to(device, torch.int8)[None, None], torch.full((head_dim,), head_dim**-0.5, device=device)
 
 
 @dataclass(frozen=True)
@@ -181,6 +202,11 @@ class PrincipalRotation(Rotation):
         """Return the product with every axis, which is not `rotate`: axes have their lengths."""
         return x @ self._axes().mT
 
+    def axes(self, device: torch.device) -> tuple[Int8[Tensor, "b_or_1 h_or_1 d d"], Float[Tensor, "*heads d"]] | None:
+        """Return the stored axes."""
+        del device
+        return self.basis, self.step[..., 0]
+
     def map_batch(self, function: Callable[[Tensor], Tensor]) -> "PrincipalRotation":
         """Apply ``function`` to the axes."""
         return PrincipalRotation(function(self.basis), function(self.step))
@@ -211,6 +237,21 @@ class VectorTransform:
     mean: Float[Tensor, "b h 1 d"] | None
     reference: Float[Tensor, "b h 1"]
     plans: UInt8[Tensor, "b h"] | None = None
+    _side_plans: dict[tuple[CodeLayout, ...], SidePlan | None] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def side_plan(self, layouts: tuple[CodeLayout, ...]) -> SidePlan | None:
+        """Return what kernels need to know of this transform, made once; None if its rotation cannot be told them.
+
+        Args:
+            layouts: The codec's layouts.
+        """
+        if layouts not in self._side_plans:
+            axes = self.rotation.axes(self.reference.device)
+            plan = None if axes is None else side_plan(self.reference, *axes, self.mean, layouts, self.plans)
+            self._side_plans[layouts] = plan
+        return self._side_plans[layouts]
 
     @cached_property
     def plan_of_heads(self) -> tuple[int, ...]:

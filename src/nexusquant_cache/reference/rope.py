@@ -100,6 +100,19 @@ class RotaryPhase:
         out[..., self.rotary_dim :].copy_(x[..., self.rotary_dim :])
         return out
 
+    def tables(
+        self, device: torch.device, positions: int
+    ) -> tuple[Float[Tensor, "256 channels"], Float[Tensor, "rows channels"]]:
+        """Return rows ``(cos | sin)`` for kernels, in float32: of positions 0 to 255, and of 0, 256, 512, ...
+
+        The phase of position ``256 * high + low`` is the complex product of a row of each.
+
+        Args:
+            device: Where they are wanted.
+            positions: How many positions, from 0 on, have to be covered.
+        """
+        return self._tables_for(device, torch.float32).covering(positions)
+
     def _turn(self, x: Tensor, phase: Tensor, sign: int, out: Tensor) -> None:
         """Write the rotated channels of ``x`` into ``out``."""
         cos, sin = phase.chunk(2, dim=-1)
@@ -167,6 +180,11 @@ class _PhaseTables:
                 high = self._high.index_select(0, index >> _LOW_BITS)
                 _complex_product(high, self._low.index_select(0, index & (_LOW - 1)), part)
         return rows.view(*positions.shape, -1)
+
+    def covering(self, positions: int) -> tuple[Tensor, Tensor]:
+        """Return both tables, the second long enough for so many positions."""
+        self._grow((max(positions, 1) - 1 >> _LOW_BITS) + 1)
+        return self._low, self._high
 
     def _grow(self, rows: int) -> None:
         if rows > self._high.shape[0]:

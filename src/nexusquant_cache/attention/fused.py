@@ -1,0 +1,108 @@
+"""Attention on the codes by kernels: what `codes.attend` computes, with nothing decoded outside registers."""
+
+import torch
+from jaxtyping import Bool, Float, Int32
+from torch import Tensor
+
+from nexusquant_cache.attention.codes import AttentionOptions, stored
+from nexusquant_cache.cache.held import CodedSide, HeldTokens
+from nexusquant_cache.codec import fused
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.kernels.operands import ExactTokens, PackedOperand, Places, RopeOperand, Softmax
+from nexusquant_cache.kernels.support import Impl, uses_kernels
+
+
+def can_attend(held: HeldTokens) -> bool:
+    """Tell whether kernels shall attend to these tokens.
+
+    Raises:
+        UnsupportedError: If they were asked for (``impl="triton"``) and cannot.
+    """
+    assert held.keys is not None
+    assert held.values is not None
+    sides = held.keys, held.values
+    return all(
+        isinstance(side.codec, E8Codec)
+        and _wanted(side.codec.impl, side)
+        and uses_kernels(side.codec.impl, side.packed.words.device, fused.why_not(side.codec.layouts, side.transform))
+        for side in sides
+    )
+
+
+def _wanted(impl: Impl, side: CodedSide) -> bool:
+    """Spare what is plain torch by choice, or for want of a device, the question why."""
+    return impl == "triton" or (impl == "auto" and side.packed.words.device.type != "cpu")
+
+
+def attend(
+    queries: Float[Tensor, "b q m d"],
+    held: HeldTokens,
+    mask: Bool[Tensor, "#b #q m n"] | None,
+    options: AttentionOptions,
+) -> Float[Tensor, "b q m dv"] | None:
+    """Return the attention output in the dtype of the queries; None if the mask is one that kernels do not know.
+
+    That is one that differs between heads, or one that hides packed tokens from some of the queries only.
+
+    Args:
+        queries: Queries of the newest tokens.
+        held: What they attend to.
+        mask: True for what may be seen, in the order of the tokens; None if all may be seen.
+        options: See `codes.AttentionOptions`.
+    """
+    assert held.keys is not None
+    assert held.values is not None
+    assert held.sinks is not None
+    from nexusquant_cache.kernels import attention as kernel  # noqa: PLC0415 - imports triton
+
+    hidden = exact_mask = None
+    if mask is not None:
+        if mask.shape[1] != 1:
+            return None
+        first, packed = held.sinks[0].shape[2], held.packed_tokens
+        visible = stored(held, mask.expand(len(queries), -1, -1, -1))[:, 0]
+        seen = visible[..., first : first + packed]
+        if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
+            return None
+        hidden = ~seen[:, 0]
+        exact_mask = torch.cat([visible[..., :first], visible[..., first + packed :]], -1)
+    keys, values = _operand(held.keys), _operand(held.values)
+    rope, places = _rope(held)
+    softmax = Softmax(options.scaling, options.softcap, options.sinks)
+    partial = kernel.attend_packed(queries, keys, values, softmax, rope=rope, places=places, hidden=hidden)
+    exact = ExactTokens(*(torch.cat(pair, 2) for pair in zip(held.sinks, held.tail, strict=True)), exact_mask)
+    return kernel.combine(queries, partial, values.plan, exact, softmax)
+
+
+def _operand(side: CodedSide) -> PackedOperand:
+    assert isinstance(side.codec, E8Codec)
+    return fused.operand(side.codec.layouts, side.packed, side.transform)
+
+
+def _rope(held: HeldTokens) -> tuple[RopeOperand | None, Places | None]:
+    """Return the phase that the keys were coded without, and where they stand."""
+    if held.phase is None:
+        return None, None
+    assert held.positions is not None
+    low, high = held.phase.tables(held.tail[0].device, held.positions.end)
+    return RopeOperand(low, high, held.phase.interleaved), _places(held)
+
+
+def _places(held: HeldTokens) -> Places:
+    assert held.positions is not None
+    map_ = held.positions
+    if map_.bitmap is None and held.pads is None:
+        return Places(start=map_.start)
+    return Places(positions=_positions(held))
+
+
+def _positions(held: HeldTokens) -> Int32[Tensor, "b h n"]:
+    from nexusquant_cache.kernels import positions as kernel  # noqa: PLC0415 - imports triton
+
+    assert held.positions is not None
+    map_, device = held.positions, held.tail[0].device
+    heads = held.tail[0].shape[:2]
+    pads = None if held.pads is None else held.pads.to(device, torch.int32)
+    return kernel.kept_positions(
+        heads, map_.bitmap, start=map_.start, covered=map_.covered, tokens=map_.tokens, pads=pads
+    )

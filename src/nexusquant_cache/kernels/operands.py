@@ -1,0 +1,278 @@
+"""What the kernels are given: packed tokens with their plans, rotations and phases, as tensors.
+
+What never changes while tokens are added is made once (`SidePlan`); a step adds views of the stored bytes
+(`PackedOperand`).  Nothing here needs triton.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Float32, Int, Int8, Int32, UInt8
+from torch import Tensor
+
+from nexusquant_cache.errors import ShapeError
+from nexusquant_cache.layout import _COMPANDER, BLOCK, CodeLayout
+
+_LEAST_BLOCKS = 8  # columns of a matrix product come in sixteens, two for each block
+_LEVEL = 2.0**24  # levels are float16 numbers in units of 2 ** -24
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class CompileCase:
+    """One specialisation of a kernel, to compile without a GPU.
+
+    Attributes:
+        name: For reports.
+        function: The jitted function.
+        signature: Type of every parameter, ``"constexpr"`` for those in ``constexprs``.
+        constexprs: Values of the compile-time parameters.
+        options: Such as ``num_warps``.
+        rows: Tokens per iteration of the longest loop.
+        attrs: What the launcher would find out about the arguments (`triton.compiler.ASTSource`).
+    """
+
+    name: str
+    function: Any
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any]
+    options: Mapping[str, int]
+    rows: int
+    attrs: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SidePlan:
+    """What all packed keys, or all packed values, of one layer share.
+
+    A decoded vector is ``factor * 2 ** ((scale - 128) / 16) * sum(y[c] * step[c] * axes[c]) + mean``, where ``y`` are the
+    float16 numbers of the levels.
+
+    Attributes:
+        head_dim: Channels per vector.
+        row_bytes: Bytes of a packed row, the same for all heads.
+        rates: Which rates occur in any head: bit ``b`` for blocks of ``b`` bits per channel.
+        places: For each layout, by block: where in the row its first word, its second word and its byte begin (0 where
+            it has none), and its bits.  Padded with blocks without bits.
+        plans: Which of the layouts each head has.
+        axes: What each coded channel adds to a vector, as whole numbers, ``[b, h, d, d]`` with axes of length 1 where
+            all have the same.
+        step: Unit of each axis relative to the largest of the head, from 0 to 1.
+        factor: Largest unit times the reference scale.
+        mean: Added to every vector.
+    """
+
+    head_dim: int
+    row_bytes: int
+    rates: int
+    places: Int32[Tensor, "layouts 4 padded_blocks"]
+    plans: Int32[Tensor, "b h"]
+    axes: Int8[Tensor, "b_or_1 h_or_1 d d"]
+    step: Float32[Tensor, "b h d"]
+    factor: Float32[Tensor, "b h"]
+    mean: Float[Tensor, "b h 1 d"] | None
+
+    @property
+    def padded_blocks(self) -> int:
+        """Blocks rounded up to a power of two, at least 8."""
+        return self.places.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was made for the kernels alone: not the axes and the mean, which are the transform's."""
+        return sum(x.nbytes for x in (self.places, self.plans, self.step, self.factor))
+
+
+def side_plan(
+    reference: Float[Tensor, "b h 1"],
+    axes: Int8[Tensor, "b_or_1 h_or_1 d d"],
+    step: Float[Tensor, "*heads d"],
+    mean: Float[Tensor, "b h 1 d"] | None,
+    layouts: Sequence[CodeLayout],
+    plans: UInt8[Tensor, "b h"] | None,
+) -> SidePlan:
+    """Return the plan of one side of a layer, on the device of ``reference``.
+
+    Args:
+        reference: Scale that scale code 128 stands for.
+        axes: Row ``c`` is what coded channel ``c`` adds to a vector, in units of ``step``: principal axes, or a +-1
+            matrix.
+        step: Unit of each axis for channels of unit variance, ``[d]`` or anything that broadcasts to ``[b, h, d]``.
+        mean: Added to every vector.
+        layouts: Layouts of equal size.
+        plans: Index of each head's layout, on the CPU; None if all have the first.
+
+    Raises:
+        ShapeError: If the layouts differ in size.
+    """
+    sizes = {(layout.head_dim, layout.bytes_per_vector) for layout in layouts}
+    if len(sizes) != 1:
+        msg = f"the layouts of a layer must have one size, got (head_dim, bytes): {sorted(sizes)}"
+        raise ShapeError(msg)
+    ((head_dim, row_bytes),) = sizes
+    device, heads = reference.device, reference.shape[:2]
+    index = torch.zeros(heads, dtype=torch.int64, device="cpu") if plans is None else plans.to("cpu", torch.int64)
+    used = sorted(set(index.flatten().tolist()))
+    units = torch.tensor([_units(layout) for layout in layouts], dtype=torch.float32, device="cpu")[index].to(device)
+    steps = step.to(device, torch.float32).expand(*heads, head_dim) * units
+    largest = steps.amax(-1, keepdim=True)
+    return SidePlan(
+        head_dim=head_dim,
+        row_bytes=row_bytes,
+        rates=sum(1 << bits for bits in {bits for plan in used for bits in layouts[plan].block_bits} - {0}),
+        places=torch.tensor([_places(layout) for layout in layouts], dtype=torch.int32, device="cpu").to(device),
+        plans=index.to(device, torch.int32),
+        axes=axes.contiguous(),
+        step=(steps / largest.clamp_min(_TINY)).contiguous(),
+        factor=(largest * _LEVEL * reference)[..., 0].contiguous(),
+        mean=mean,
+    )
+
+
+def _units(layout: CodeLayout) -> list[float]:
+    """Return the length of a level unit in each channel; 0 where nothing is stored."""
+    return [_COMPANDER[bits][2] if bits else 0.0 for bits in layout.block_bits for _ in range(BLOCK)]
+
+
+def _places(layout: CodeLayout) -> list[list[int]]:
+    """Return by block the first word's, the second word's and the byte's place in the row, and the bits."""
+    padded = _LEAST_BLOCKS
+    while padded < layout.blocks:
+        padded *= 2
+    first, second, byte = [0] * padded, [0] * padded, [0] * padded
+    for place, (block, shift) in enumerate(layout.byte_sources):
+        bits = layout.block_bits[block]
+        if bits % 2 and shift == BLOCK * (bits - 1):
+            byte[block] = place
+        elif shift == 0:
+            first[block] = place
+        elif shift == 2 * BLOCK:
+            second[block] = place
+    return [first, second, byte, [*layout.block_bits, *[0] * (padded - layout.blocks)]]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedOperand:
+    """The packed keys, or the packed values, of one layer.
+
+    Attributes:
+        plan: What all tokens share.
+        words: Packed rows; a view of a larger buffer may have any strides along batch and heads.
+        scales: Scale codes; any strides along batch and heads.
+    """
+
+    plan: SidePlan
+    words: UInt8[Tensor, "b h n bytes"]
+    scales: UInt8[Tensor, "b h n"]
+
+    def __post_init__(self) -> None:
+        """Refuse rows that are not laid out as kernels read them.
+
+        Raises:
+            ShapeError: If rows or scales of a head are not one behind the other, or have another length than the plan.
+        """
+        rows = (self.words.shape[3], *self.words.stride()[2:])
+        expected = (self.plan.row_bytes, self.plan.row_bytes, 1)
+        # The stride of a single token or byte says nothing.
+        stored = min(self.words.shape) > 0 and self.words.shape[2] > 1
+        if rows[0] != expected[0] or (stored and rows[1] != expected[1]) or (rows[0] > 1 and rows[2] != 1):
+            msg = f"packed rows of a head must lie one behind the other (length, strides {expected}), got {rows}"
+            raise ShapeError(msg)
+        if self.scales.shape != self.words.shape[:3] or (stored and self.scales.stride(2) != 1):
+            msg = f"one scale per row, one behind the other: got {tuple(self.scales.shape)} for {tuple(self.words.shape)}"
+            raise ShapeError(msg)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens."""
+        return self.words.shape[2]
+
+    @property
+    def even(self) -> bool:
+        """Whether all rows begin at an even address, so that words can be loaded as such."""
+        places = (self.words.data_ptr(), self.plan.row_bytes, *self.words.stride()[:2])
+        return all(place % 2 == 0 for place in places)
+
+
+def packed_operand(  # noqa: PLR0913 - `side_plan` and the codes
+    words: UInt8[Tensor, "b h n bytes"],
+    scales: UInt8[Tensor, "b h n"],
+    reference: Float[Tensor, "b h 1"],
+    axes: Int8[Tensor, "b_or_1 h_or_1 d d"],
+    step: Float[Tensor, "*heads d"],
+    mean: Float[Tensor, "b h 1 d"] | None,
+    layouts: Sequence[CodeLayout],
+    plans: UInt8[Tensor, "b h"] | None,
+) -> PackedOperand:
+    """Return packed tokens with a plan of their own; see `side_plan`."""
+    return PackedOperand(side_plan(reference, axes, step, mean, layouts, plans), words, scales)
+
+
+@dataclass(frozen=True, eq=False)
+class RopeOperand:
+    """The rotary phase of each position: the product of two rows ``(cos | sin)``.
+
+    Attributes:
+        low: Phases of positions 0, 1, ... 255.
+        high: Phases of positions 0, 256, 512, ...; as many as the largest position needs.
+        interleaved: Pair ``i`` is channels ``(2 i, 2 i + 1)`` if true, else ``(i, i + pairs)``.
+    """
+
+    low: Float32[Tensor, "256 channels"]
+    high: Float32[Tensor, "rows channels"]
+    interleaved: bool = False
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of channels that turn."""
+        return self.low.shape[1] // 2
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """Where packed tokens stand, for the phase of their keys.
+
+    Attributes:
+        start: Position of the first token, if the others follow one by one.
+        positions: Position of each token, as `positions.kept_positions` makes them; None if they follow one by one.
+    """
+
+    start: int = 0
+    positions: Int32[Tensor, "b h n"] | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ExactTokens:
+    """Tokens beside the packed ones: the sinks, the tail and the queries' own.
+
+    Attributes:
+        keys: Keys in any dtype; the last axis is contiguous.
+        values: Values.
+        mask: For each query which of these it attends to, or what is added to the logits; None if it attends to all.
+    """
+
+    keys: Float[Tensor, "b h e d"]
+    values: Float[Tensor, "b h e dv"]
+    mask: Bool[Tensor, "b_or_1 m e"] | Float[Tensor, "b_or_1 m e"] | None = None
+
+
+@dataclass(frozen=True)
+class Softmax:
+    """How logits are made and summed.
+
+    Attributes:
+        scaling: Factor of the inner products.
+        softcap: Logits ``x`` become ``softcap * tanh(x / softcap)``; None to leave them.
+        sinks: A further logit of each query head, whose token has no value.
+    """
+
+    scaling: float
+    softcap: float | None = None
+    sinks: Float[Tensor, " query_heads"] | None = None
+
+
+def is_whole(x: Int[Tensor, "*shape"]) -> bool:
+    """Tell whether the elements of a row are one behind the other."""
+    return x.shape[-1] <= 1 or x.stride(-1) == 1

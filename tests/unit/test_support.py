@@ -1,0 +1,127 @@
+"""When kernels are used, and what is said where they cannot be."""
+
+import logging
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.codec import fused
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+from nexusquant_cache.errors import OptionError, UnsupportedError
+from nexusquant_cache.kernels import support
+from nexusquant_cache.layout import CodeLayout
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.fixture(autouse=True)
+def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A machine with triton and without its interpreter, and nothing said so far."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(support, "_has_triton", lambda: True)
+    for cached in (support._why_no_kernels, support._say_once):
+        cached.cache_clear()
+    yield
+    for cached in (support._why_no_kernels, support._say_once):
+        cached.cache_clear()
+
+
+def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str | None = None) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+def test_a_card_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (9, 0))
+    assert support.why_not(CUDA, 64, 256) is None
+    assert support.uses_kernels("auto", CUDA, None)
+    assert not support.uses_kernels("torch", CUDA, None)
+
+
+def test_amd_cards_have_kernels_whatever_they_call_their_capability(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (7, 0), hip="6.3")
+    assert support.why_not(CUDA, 128) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_triton", "head_dim", "device", "reason"),
+    [
+        ((7, 5), True, 64, CUDA, r"need compute capability 8\.0, this card has 7\.5"),
+        ((9, 0), False, 64, CUDA, r"triton is not installed \(pip install 'nexusquant-cache\[triton\]'\)"),
+        ((9, 0), True, 264, CUDA, r"cover head dimensions up to 256, not 264"),
+        ((9, 0), True, 64, torch.device("xpu"), r"a xpu device has no kernels"),
+    ],
+)
+def test_says_why_not(  # noqa: PLR0917 - the columns of the table
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    capability: tuple[int, int],
+    has_triton: bool,
+    head_dim: int,
+    device: torch.device,
+    reason: str,
+) -> None:
+    """`auto` goes on in plain torch and says so once; `triton` refuses."""
+    card(monkeypatch, capability)
+    monkeypatch.setattr(support, "_has_triton", lambda: has_triton)
+    found = support.why_not(device, head_dim)
+    with pytest.raises(UnsupportedError, match=rf"impl='triton' was asked for, but .*{reason}\. impl='auto'"):
+        support.uses_kernels("triton", device, found)
+    with caplog.at_level(logging.WARNING, "nexusquant_cache"):
+        assert not support.uses_kernels("auto", device, found)
+        assert not support.uses_kernels("auto", device, found)
+        assert not support.uses_kernels("torch", device, found)
+    assert len(caplog.messages) == 1
+    assert "computed in plain torch, which is slower: " in caplog.messages[0]
+
+
+def test_a_cpu_is_plain_torch_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    assert not support.uses_kernels("auto", CPU, support.why_not(CPU))
+    assert not caplog.messages
+    with pytest.raises(UnsupportedError, match="a cpu device has no kernels"):
+        support.uses_kernels("triton", CPU, support.why_not(CPU))
+
+
+def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert support.why_not(CPU, 64) is None
+    assert support.uses_kernels("triton", CPU, None)
+    assert not support.uses_kernels("auto", CPU, None)
+
+
+def test_rotations_of_users_are_for_plain_torch() -> None:
+    class Turned(HadamardRotation):
+        def axes(self, device: torch.device) -> None:
+            del device
+
+    transform = VectorTransform(Turned(16), None, torch.ones(1, 1, 1))
+    layouts = (CodeLayout.uniform(16, 2),)
+    assert fused.why_not(layouts, transform) == "a cpu device has no kernels"
+    support._why_no_kernels.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        assert fused.why_not(layouts, transform) == "Turned is not written as whole numbers (Rotation.axes)"
+
+
+def test_a_cache_that_insists_refuses_before_it_loses_anything() -> None:
+    cache = NexusQuantCache("quant", impl="triton")
+    keys = torch.randn(1, 2, 300, 16)
+    cache.update(keys, keys, 0)
+    with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a cpu device has no kernels"):
+        cache.compress()
+    assert torch.equal(cache.layers[0].keys, keys)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_unknown_implementations_are_named() -> None:
+    with pytest.raises(OptionError, match=r"unknown impl 'trition'.*triton"):
+        NexusQuantCache(impl="trition")
+
+
+def test_codecs_of_either_implementation_are_equal() -> None:
+    """Transforms of a cache can be used by another one whatever computes them."""
+    layout = CodeLayout.uniform(16, 2)
+    assert E8Codec(layout, impl="triton") == E8Codec(layout, impl="torch")
