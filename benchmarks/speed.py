@@ -33,8 +33,7 @@ from nexusquant_cache.evaluation import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-ON_CODES = ", on codes"
-"""Behind the name of a preset: attention reads its codes (`nexusquant_cache.attention.enable`)."""
+_ON_CODES = ", on codes"  # attention reads them (`nexusquant_cache.attention.enable`)
 
 
 def main() -> None:
@@ -56,7 +55,7 @@ def main() -> None:
         (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
         plain = prefill(loaded.model, window, progress=_bar(progress, "prefill"))
         factories = {preset.name: preset.factory for preset in preset_candidates(loaded)}
-        read = {f"{key}{ON_CODES}": factory for key, factory in factories.items()}
+        read = {f"{key}{_ON_CODES}": factory for key, factory in factories.items()}
         encoding = {
             key: encode_throughput(plain, factories[key]) for key in progress.track(PRESETS, description="encoding")
         }
@@ -81,7 +80,13 @@ def main() -> None:
         },
         "presets": {key: describe(settings) for key, settings in PRESETS.items()},
         "rows": [
-            {"cache": key, **asdict(taken), "encode_tokens_per_s": encoding.get(key)} for key, taken in times.items()
+            {
+                "cache": key.removesuffix(_ON_CODES),
+                "on_codes": key in read,
+                **asdict(taken),
+                "encode_tokens_per_s": encoding.get(key),
+            }
+            for key, taken in times.items()
         ],
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
