@@ -171,6 +171,24 @@ def speed_table(content: dict[str, Any]) -> str:
     return markdown(head, table)
 
 
+def instructions_table(content: dict[str, Any]) -> str:
+    """Return instructions, registers and the modelled bound of every compiled kernel."""
+    head = ("kernel", "sm", "instructions", "budget", "registers", "stack, bytes", "bound on an H200, modelled")
+    rows = (
+        (
+            row["kernel"],
+            str(row["capability"]),
+            f"{row['instructions']:.1f}",
+            f"{row['budget']:.1f}",
+            str(row["registers"]),
+            str(row["stack_bytes"]),
+            f"{row['modelled_h200']['bound']:.1f}x" if row["modelled_h200"].get("bound") else "",
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
 def prefill_table(content: dict[str, Any]) -> str:
     """Return the peaks of every schedule by prompt length, in MiB: of the cache, and of all tensors."""
     cells = {(row["schedule"], row["tokens"]): row for row in content["rows"]}
@@ -396,6 +414,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
+    "instructions": (instructions_table, "instructions"),
     "compatibility": (compatibility_table, "compatibility"),
     "families": (families_table, "compatibility"),
     "refused": (refused_table, "compatibility"),

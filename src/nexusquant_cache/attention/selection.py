@@ -21,9 +21,9 @@ def enable(model: nn.Module) -> None:
     """Let a model read the codes of a compressed cache, and show it its queries.
 
     Steps of up to 16 tokens read codes; what differs from decoding them first is rounding.  All other outputs are bit
-    for bit those of the implementation that is selected now (sdpa, eager, flash, ...); `disable` selects it again.  Of a
-    model that reads images, only the part that writes text changes.  Other caches work as before.  Enabling twice is
-    enabling once.
+    for bit those of the implementation that is selected now (sdpa, eager, flash, ...); `disable` selects it again.
+    Of a model that reads images, only the part that writes text changes.  Other caches work as before.  Enabling twice
+    is enabling once.
 
     Args:
         model: The model, or a wrapper around it, as of PEFT.

@@ -54,8 +54,7 @@ class SidePlan:
         head_dim: Channels per vector.
         row_bytes: Bytes of a packed row, the same for all heads.
         rates: Which rates occur in any head: bit ``b`` for blocks of ``b`` bits per channel.
-        places: For each layout, by block: where in the row its first word, its second word and its byte begin (0 where
-            it has none), and its bits.  Padded with blocks without bits.
+        numbers: For each layout, by block, the numbers of `NUMBERS`.  Padded with blocks without bits.
         plans: Which of the layouts each head has.
         axes: What each coded channel adds to a vector, as whole numbers, ``[b, h, d, d]`` with axes of length 1 where
             all have the same.
@@ -67,7 +66,7 @@ class SidePlan:
     head_dim: int
     row_bytes: int
     rates: int
-    places: Int32[Tensor, "layouts 4 padded_blocks"]
+    numbers: Int32[Tensor, "layouts numbers padded_blocks"]
     plans: Int32[Tensor, "b h"]
     axes: Int8[Tensor, "b_or_1 h_or_1 d d"]
     step: Float32[Tensor, "b h d"]
@@ -77,12 +76,12 @@ class SidePlan:
     @property
     def padded_blocks(self) -> int:
         """Blocks rounded up to a power of two, at least 8."""
-        return self.places.shape[2]
+        return self.numbers.shape[2]
 
     @property
     def nbytes(self) -> int:
         """Bytes of what was made for the kernels alone: not the axes and the mean, which are the transform's."""
-        return sum(x.nbytes for x in (self.places, self.plans, self.step, self.factor))
+        return sum(x.nbytes for x in (self.numbers, self.plans, self.step, self.factor))
 
 
 def side_plan(
@@ -122,7 +121,7 @@ def side_plan(
         head_dim=head_dim,
         row_bytes=row_bytes,
         rates=sum(1 << bits for bits in {bits for plan in used for bits in layouts[plan].block_bits} - {0}),
-        places=torch.tensor([_places(layout) for layout in layouts], dtype=torch.int32, device="cpu").to(device),
+        numbers=torch.tensor([_numbers(layout) for layout in layouts], dtype=torch.int32, device="cpu").to(device),
         plans=index.to(device, torch.int32),
         axes=axes.contiguous(),
         step=(steps / largest.clamp_min(_TINY)).contiguous(),
@@ -136,21 +135,59 @@ def _units(layout: CodeLayout) -> list[float]:
     return [_COMPANDER[bits][2] if bits else 0.0 for bits in layout.block_bits for _ in range(BLOCK)]
 
 
-def _places(layout: CodeLayout) -> list[list[int]]:
-    """Return by block the first word's, the second word's and the byte's place in the row, and the bits."""
+def _numbers(layout: CodeLayout) -> list[list[int]]:
+    """Return by block, for blocks rounded up, what `codes` decodes it with, in the order of `NUMBERS`."""
     padded = _LEAST_BLOCKS
     while padded < layout.blocks:
         padded *= 2
-    first, second, byte = [0] * padded, [0] * padded, [0] * padded
-    for place, (block, shift) in enumerate(layout.byte_sources):
+    place: dict[str, list[int]] = {name: [0] * padded for name in ("word", "second", "byte")}
+    for index, (block, shift) in enumerate(layout.byte_sources):
         bits = layout.block_bits[block]
         if bits % 2 and shift == BLOCK * (bits - 1):
-            byte[block] = place
-        elif shift == 0:
-            first[block] = place
-        elif shift == 2 * BLOCK:
-            second[block] = place
-    return [first, second, byte, [*layout.block_bits, *[0] * (padded - layout.blocks)]]
+            place["byte"][block] = index
+        elif shift in (0, _WORD):
+            place["second" if shift else "word"][block] = index
+    rates = [*layout.block_bits, *[0] * (padded - layout.blocks)]
+    by_rate = {name: [_signed(_OF_RATE[name][bits]) for bits in rates] for name in NUMBERS if name in _OF_RATE}
+    return [(place | by_rate)[name] for name in NUMBERS]
+
+
+def _both(*numbers: int) -> tuple[int, ...]:
+    """Return each number twice, in the lower and in the upper half."""
+    return tuple(number << _WORD | number for number in numbers)
+
+
+def _signed(number: int) -> int:
+    """Return the 32-bit integer of these bits."""
+    return number - (1 << 32) if number >> 31 else number
+
+
+_WORD = 16
+_OF_RATE = {
+    "bits": (0, 1, 2, 3, 4),
+    "field": _both(0, 1, 3, 7, 15),
+    # With 2 ** 15 added, the lowest bit of a field goes to the sign bit.
+    "step": (0, *(_COMPANDER[bits][0] + (1 << 15) for bits in (1, 2, 3, 4))),
+    "offset": _both(0, *(_COMPANDER[bits][1] for bits in (1, 2, 3, 4))),
+    # The lowest two bits of the fields of half a block, whose parity is its part of the sign.
+    "sign": _both(0, 0xF, 0xFF, 0x6DB, 0x3333),
+    # Of a block in one number, the second half above.
+    "key_word": (0, 0, 1, 1, 1),
+    "key_left": (0, 0, 1 << 8, 1 << 4, 0),
+    "key_left_mask": (0, 0, 0xFF << _WORD, 0x7 << _WORD, 0),
+    "key_top": (0, 0, 0, 0x800 << _WORD, 0),
+    "key_second": (0, 0, 0, 0, 1 << _WORD),
+    "key_byte": (0, 1 << 12 | 1, 0, 1 << 19, 0),
+    # Above the token's number, the next token's.
+    "value_next": (1 << _WORD,) * 5,
+    # Of two tokens in one number, the first halves in one and the second halves in another.
+    "value_right": (0, 0, 8, 12, 0),
+    "value_right_mask": _both(0, 0, 0xFF, 0x7, 0),
+    "value_top": _both(0, 0, 0, 0x800, 0),
+    "value_byte": (0, 1, 0, 1 << 7, 0),
+}
+NUMBERS = ("word", "second", "byte", *_OF_RATE)
+"""Numbers of a block, by their place in `SidePlan.numbers`: where its bytes lie, then those of its rate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -181,7 +218,9 @@ class PackedOperand:
             msg = f"packed rows of a head must lie one behind the other (length, strides {expected}), got {rows}"
             raise ShapeError(msg)
         if self.scales.shape != self.words.shape[:3] or (stored and self.scales.stride(2) != 1):
-            msg = f"one scale per row, one behind the other: got {tuple(self.scales.shape)} for {tuple(self.words.shape)}"
+            msg = (
+                f"one scale per row, one behind the other: got {tuple(self.scales.shape)} for {tuple(self.words.shape)}"
+            )
             raise ShapeError(msg)
 
     @property
@@ -196,7 +235,7 @@ class PackedOperand:
         return all(place % 2 == 0 for place in places)
 
 
-def packed_operand(  # noqa: PLR0913 - `side_plan` and the codes
+def packed_operand(
     words: UInt8[Tensor, "b h n bytes"],
     scales: UInt8[Tensor, "b h n"],
     reference: Float[Tensor, "b h 1"],

@@ -1,0 +1,101 @@
+"""Whole generations with kernels, in triton's interpreter: the same as in plain torch."""
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+from integration.tiny import SMALL, prompt, tiny_llama
+from torch import Tensor
+
+from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
+from nexusquant_cache.attention import fused
+
+pytest.importorskip("triton")
+
+from nexusquant_cache.kernels import attention as kernel
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1",
+    reason="the interpreter of triton must be chosen before torch is imported",
+)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of the queries of each attention by kernels."""
+    found: list[tuple[int, ...]] = []
+
+    def spy(query: Tensor, *given: Any, **options: Any) -> Any:
+        found.append(tuple(query.shape))
+        return whole(query, *given, **options)
+
+    whole = kernel.attend_packed
+    monkeypatch.setattr(kernel, "attend_packed", spy)
+    return found
+
+
+def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: int = 0, **options: Any) -> Tensor:
+    """Return logits of generated tokens, always the same ones."""
+    model = tiny_llama(num_hidden_layers=1).to(dtype)
+    attention.enable(model)
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = ids[1, :pads] = 0
+    settings = SMALL | {"policy": LeveragePolicy(), "impl": impl} | options
+    config = model.config if rotary else None
+    cache = NexusQuantCache(preset, config=config, attention_mask=mask if pads else None, **settings)
+    out = []
+    with torch.no_grad():
+        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 1, 1, 3, 1, 1], 1)):
+            if chunk is not ids:
+                mask = torch.cat([mask, torch.ones_like(chunk)], 1)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
+            given = {"attention_mask": mask, "position_ids": positions} if pads else {}
+            out.append(model(chunk, past_key_values=cache, **given).logits[:, -1].float())
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize(
+    ("preset", "rotary", "dtype", "pads", "options"),
+    [
+        ("balanced", True, torch.float32, 0, {}),
+        ("balanced", True, torch.float32, 12, {}),
+        ("quant", True, torch.bfloat16, 0, {"transform": "principal"}),
+        ("quant", False, torch.float16, 0, {"transform": "hadamard"}),
+        ("max", False, torch.float32, 12, {"transform": "principal"}),
+    ],
+)
+def test_generation_by_kernels(  # noqa: PLR0917 - the columns of the table
+    preset: str, rotary: bool, dtype: torch.dtype, pads: int, options: dict[str, Any], launches: list[tuple[int, ...]]
+) -> None:
+    """With eviction and without, padded, several tokens at once, tokens encoded on the way."""
+    expected = logits_of("torch", preset, rotary, dtype, pads, **options)
+    assert not launches
+    found = logits_of("triton", preset, rotary, dtype, pads, **options)
+    assert len(launches) == 6
+    error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < (0.01 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("kind", ["heads differ", "queries differ"])
+def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches: list[tuple[int, ...]]) -> None:
+    model = tiny_llama()
+    attention.enable(model)
+    settings = SMALL | {"policy": LeveragePolicy(), "impl": "triton"}
+    cache = NexusQuantCache("balanced", config=model.config, **settings)
+    with torch.no_grad():
+        model(prompt(60), past_key_values=cache)
+        cache.compress()
+        held = cache.layers[0].held()
+        assert fused.can_attend(held)
+        heads, queries = (4, 1) if kind == "heads differ" else (1, 2)
+        mask = torch.ones(1, heads, queries, held.tokens + queries, dtype=torch.bool)
+        mask[:, -1, -1, 5] = False
+        plain = copy.deepcopy(cache)
+        out = model(prompt(queries), past_key_values=cache, attention_mask=mask).logits
+        assert not launches
+        attention.disable(model)
+        expected = model(prompt(queries), past_key_values=plain, attention_mask=mask).logits
+    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
