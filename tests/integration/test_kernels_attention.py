@@ -336,5 +336,5 @@ def test_what_does_not_fit_is_refused():
 def test_cases_to_compile_name_every_parameter():
     for case in kernel.compile_cases():
         assert isinstance(case, CompileCase)
-        assert list(case.signature) == kernel.attend_kernel.arg_names
+        assert list(case.signature) == case.function.arg_names
         assert {name for name, kind in case.signature.items() if kind == "constexpr"} == set(case.constexprs)

@@ -11,10 +11,14 @@ from torch import Tensor
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
 from nexusquant_cache.attention import fused
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.errors import UnsupportedError
 
 pytest.importorskip("triton")
 
 from nexusquant_cache.kernels import attention as kernel
+from nexusquant_cache.kernels import dense, support
+from nexusquant_cache.kernels import encode as encode_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -77,6 +81,32 @@ def test_generation_by_kernels(  # noqa: PLR0917 - the columns of the table
     assert len(launches) == 6
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < (0.01 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize("what", ["attend", "encode", "decode"])
+def test_a_kernel_that_is_wrong_is_not_used(
+    what: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a compiler or a card might make it: `auto` computes in plain torch and says so, `triton` refuses."""
+    monkeypatch.setattr(support, "_ERRORS", {})
+    support._say_once.cache_clear()
+    if what == "attend":
+        monkeypatch.setattr(kernel, "combine", lambda query, *_: torch.zeros_like(query))
+    elif what == "encode":
+        monkeypatch.setattr(
+            encode_kernel, "encode", lambda _vectors, _operand, _candidates, _gain, out: out.words.zero_()
+        )
+    else:
+        monkeypatch.setattr(dense, "decode", lambda _packed, out: out.zero_())
+    with pytest.raises(UnsupportedError, match=f"a kernel differs from plain torch on this device.*{what}"):
+        logits_of("triton", "quant", rotary=False, dtype=torch.float32)
+    # On this machine `auto` has no kernels; as if it had.
+    monkeypatch.setattr(E8Codec, "_uses_kernels", lambda _self, _transform: True)
+    monkeypatch.setattr(fused, "can_attend", lambda _held: True)
+    found = logits_of("auto", "quant", rotary=False, dtype=torch.float32)
+    expected = logits_of("torch", "quant", rotary=False, dtype=torch.float32) if what == "attend" else found
+    assert (found - expected).norm() < 0.01 * expected.norm()
+    assert any(f"'{what}'" in message for message in caplog.messages)
 
 
 @pytest.mark.parametrize("kind", ["heads differ", "queries differ"])

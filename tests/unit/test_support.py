@@ -1,6 +1,7 @@
 """When kernels are used, and what is said where they cannot be."""
 
 import logging
+import re
 from collections.abc import Iterator
 
 import pytest
@@ -90,6 +91,39 @@ def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.Monk
     assert support.why_not(CPU, 64) is None
     assert support.uses_kernels("triton", CPU, None)
     assert not support.uses_kernels("auto", CPU, None)
+
+
+class TestIsRight:
+    """The first use of each specialisation is compared with plain torch."""
+
+    @pytest.fixture(autouse=True)
+    def forget_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(support, "_ERRORS", {})
+
+    def test_compares_once_for_each_specialisation(self) -> None:
+        asked: list[str] = []
+
+        def error(key: str) -> float:
+            asked.append(key)
+            return 0.01
+
+        for key in ("a", "b", "a", "b"):
+            assert support.is_right("auto", key, lambda key=key: error(key), 0.02)
+        assert asked == ["a", "b"]
+
+    @pytest.mark.parametrize("error", [0.5, float("nan")])
+    def test_a_wrong_kernel_is_not_used(self, error: float, caplog: pytest.LogCaptureFixture) -> None:
+        for _ in range(2):
+            assert not support.is_right("auto", ("attend", 64), lambda: error, 0.02)
+        assert len(caplog.messages) == 1
+        assert re.search(r"differs from plain torch on this device, by (0\.5|nan) for \('attend', 64\)", caplog.text)
+        with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a kernel differs"):
+            support.is_right("triton", ("attend", 64), lambda: error, 0.02)
+
+    def test_distance_is_relative(self) -> None:
+        assert support.distance(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
+        assert support.distance(torch.zeros(3), torch.zeros(3)) == 0
+        assert support.distance(torch.full((2,), 1e30), torch.full((2,), 1e30)) == 0
 
 
 def test_rotations_of_users_are_for_plain_torch() -> None:

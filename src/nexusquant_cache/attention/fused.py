@@ -1,5 +1,7 @@
 """Attention on the codes by kernels: what `codes.attend` computes, with nothing decoded outside registers."""
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
@@ -8,8 +10,11 @@ from nexusquant_cache.attention.codes import AttentionOptions, stored
 from nexusquant_cache.cache.held import CodedSide, HeldTokens
 from nexusquant_cache.codec import fused
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.kernels import support
 from nexusquant_cache.kernels.operands import ExactTokens, PackedOperand, Places, RopeOperand, Softmax
 from nexusquant_cache.kernels.support import Impl, uses_kernels
+
+_MOST_ERROR = 0.03  # relative to plain torch: products have float16 operands, outputs may have bfloat16
 
 
 def can_attend(held: HeldTokens) -> bool:
@@ -74,6 +79,26 @@ def attend(
     return kernel.combine(queries, partial, values.plan, exact, softmax)
 
 
+def is_right(
+    held: HeldTokens, found: Float[Tensor, "b q m dv"], expected: Callable[[], Float[Tensor, "b q m dv"]]
+) -> bool:
+    """Tell whether kernels attend as plain torch does; see `support.is_right`.
+
+    Args:
+        held: What was attended to.
+        found: What kernels have made of it.
+        expected: Computes the same in plain torch.
+    """
+    assert held.keys is not None
+    assert held.values is not None
+    assert isinstance(held.keys.codec, E8Codec)
+    sides = [(x.plan.head_dim, x.plan.rates, x.even) for x in (_operand(held.keys), _operand(held.values))]
+    rows = found.shape[1] // held.tail[0].shape[1] * found.shape[2]
+    phase = held.phase is not None and (held.phase.rotary_dim, held.phase.interleaved, _is_contiguous(held))
+    key = ("attend", found.device, found.dtype, *sides, rows, phase)
+    return support.is_right(held.keys.codec.impl, key, lambda: support.distance(found, expected()), _MOST_ERROR)
+
+
 def _operand(side: CodedSide) -> PackedOperand:
     assert isinstance(side.codec, E8Codec)
     return fused.operand(side.codec.layouts, side.packed, side.transform)
@@ -90,10 +115,13 @@ def _rope(held: HeldTokens) -> tuple[RopeOperand | None, Places | None]:
 
 def _places(held: HeldTokens) -> Places:
     assert held.positions is not None
-    map_ = held.positions
-    if map_.bitmap is None and held.pads is None:
-        return Places(start=map_.start)
+    if _is_contiguous(held):
+        return Places(start=held.positions.start)
     return Places(positions=_positions(held))
+
+
+def _is_contiguous(held: HeldTokens) -> bool:
+    return held.positions is not None and held.positions.bitmap is None and held.pads is None
 
 
 def _positions(held: HeldTokens) -> Int32[Tensor, "b h n"]:

@@ -163,7 +163,7 @@ def read_codes(
     # Eager attention tells its weights, and numbers may be added to the logits: both are for plain torch.
     if fused.can_attend(held) and stock != "eager" and (visible is None or visible.dtype == torch.bool):
         read = fused.attend(query, held, visible, given)
-        if read is not None:
+        if read is not None and fused.is_right(held, read, lambda: attend(query, held, visible, given)[0]):
             return read.transpose(1, 2).contiguous(), None
     out, weights = attend(query, held, visible, given)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype) if stock == "eager" else None

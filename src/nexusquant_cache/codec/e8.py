@@ -1,5 +1,6 @@
 """The E8 codec: rotation, one scale per vector, parity-coset block codes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
-from nexusquant_cache.kernels.support import Impl, uses_kernels
+from nexusquant_cache.kernels.support import Impl, distance, is_right, uses_kernels
 from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
@@ -21,6 +22,8 @@ from nexusquant_cache.reference.tables import covered_stages, decode_heads
 GainRule = Literal["least_squares", "norm", "unbiased"]
 TransformRule = Literal["auto", "principal", "hadamard"]
 
+_MOST_ERROR = 2e-3  # of a kernel relative to plain torch
+_MOST_TIES = 0.05  # vectors of which rounding may have decided
 _STEP_BYTES = 4  # of each axis, besides one byte for each of its channels
 _CHUNK = 4096  # vectors encoded together: their temporaries stay in the cache of a core
 _FLOAT16_MAX = 65504.0
@@ -144,7 +147,12 @@ class E8Codec(VectorCodec):
         """Return the codes of finite vectors; see the class for the search."""
         self._check(vectors)
         if self._uses_kernels(transform):
-            return fused.encode(vectors, transform, self.layouts, self.candidates, self.gain)
+            packed = fused.encode(vectors, transform, self.layouts, self.candidates, self.gain)
+            if self._is_right("encode", transform, vectors, lambda: self._compare_codes(vectors, packed, transform)):
+                return packed
+        return self._encode(vectors, transform)
+
+    def _encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         batch, heads, tokens, head_dim = vectors.shape
         y = transform.forward(vectors)
         if transform.heads_by_plan:
@@ -186,7 +194,12 @@ class E8Codec(VectorCodec):
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
         if self._uses_kernels(transform):
-            return fused.decode(packed, transform, self.layouts)
+            vectors = fused.decode(packed, transform, self.layouts)
+            if self._is_right("decode", transform, vectors, lambda: distance(vectors, self._decode(packed, transform))):
+                return vectors
+        return self._decode(packed, transform)
+
+    def _decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         done = covered_stages(transform.rotation.first_stride)
         return transform.inverse(*self.coded_channels(packed, transform, done), done)
 
@@ -195,6 +208,24 @@ class E8Codec(VectorCodec):
         if self.impl == "torch" or (self.impl == "auto" and device.type == "cpu"):
             return False
         return uses_kernels(self.impl, device, fused.why_not(self.layouts, transform))
+
+    def _is_right(self, what: str, transform: VectorTransform, vectors: Tensor, error: Callable[[], float]) -> bool:
+        """Tell whether kernels do the same as plain torch; see `support.is_right`."""
+        if not vectors.numel():
+            return True
+        plan = transform.side_plan(self.layouts)
+        assert plan is not None
+        key = (what, vectors.device, vectors.dtype, self.layout.head_dim, plan.rates, plan.row_bytes % 2, self.gain)
+        return is_right(self.impl, key, error, _MOST_ERROR)
+
+    def _compare_codes(self, vectors: Tensor, packed: PackedVectors, transform: VectorTransform) -> float:
+        """Return by how much the codes of a kernel are worse than those of plain torch, or further from them."""
+        expected = self._encode(vectors, transform)
+        found, plain = (self._decode(each, transform) for each in (packed, expected))
+        worse = distance(found, vectors.float()) - distance(plain, vectors.float())
+        # Where two codes are equally near, rounding decides: a few vectors may differ, and then as a whole.
+        differ = (packed.words != expected.words).any(-1).float().mean()
+        return max(worse, float(differ) - _MOST_TIES)
 
     @property
     def has_channels(self) -> bool:

@@ -1,11 +1,13 @@
 """Attention of a few queries over packed tokens, which are decoded in registers and nowhere else.
 
 One program reads a part of the tokens of one head (a *split*) for all queries of its group.  It multiplies the other
-way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the sum of
-four products of a plane of keys with a plane of queries, and ``[channels, queries]`` sums of values are collected in coded
-channels, plane by plane.  What can be folded into the queries or left to the end is: keys that were coded with their
-rotary phase need no rotation, since the queries are rotated in their place, and values are rotated once, after the softmax.
-Keys coded without phase are rotated in the loop.
+way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the sum
+of four products of a plane of keys (`codes`) with a plane of queries, and sums of values ``[channels, queries]`` are
+collected in coded channels, plane by plane.
+
+What can be folded into the queries or left to the end is: keys that were coded with their rotary phase need no
+rotation, since the queries are rotated in their place, and values are rotated once, after the softmax.  Keys coded
+without their phase are rotated in the loop.
 
 A second kernel joins the splits and the exact tokens, rotates the sum of values, and adds the mean.
 
@@ -36,6 +38,7 @@ from nexusquant_cache.kernels.operands import (
     RopeOperand,
     SidePlan,
     Softmax,
+    compile_case,
 )
 
 _LOG2_E = 1.4426950408889634
@@ -47,6 +50,7 @@ _NUMBERS: tl.constexpr = tl.constexpr(len(NUMBERS))
 _LOW_POSITIONS: tl.constexpr = tl.constexpr(256)
 _CONTIGUOUS, _BY_TOKEN = 1, 2  # positions of tokens whose keys are rotated in the loop
 
+_ALL_RATES = 0b11110
 _LEAST_SPLIT = 256  # tokens; each split writes its sums, which must stay small beside what it reads
 _PROGRAMS = {1: 8, 4: 2}  # to keep a multiprocessor busy, by warps of a program
 _MOST_QUERIES = 16  # rows of queries in a program; their sums are held in registers
@@ -77,9 +81,7 @@ def _power_of_two(x):
 @triton.jit
 @no_type_check
 def _axes_plane(axes, step, plane: tl.constexpr, channel, COLUMNS: tl.constexpr, D: tl.constexpr, used):
-    """Return the given channels of what the coded channels of a plane add to a vector, ``[COLUMNS, channels]``, and
-    their units, ``[COLUMNS]``.
-    """
+    """Return given channels of what a plane adds to a vector, ``[COLUMNS, channels]``, and its units ``[COLUMNS]``."""
     coded = 4 * tl.arange(0, COLUMNS) + plane
     inside = (coded < D)[:, None] & used[None, :]
     part = tl.load(axes + coded[:, None] * D + channel[None, :], mask=inside, other=0)
@@ -137,8 +139,8 @@ def _softcapped(logits, softcap):
 def _turned_logits(k0, k1, k2, k3, scale, position, axes, query, rope, PAIRS: tl.constexpr, MEAN: tl.constexpr):
     """Return the logits of the channels that turn, for keys without their phase.
 
-    The keys are turned by the lower part of their positions.  The queries are turned back by the upper part, of which the
-    tokens of a tile, all near one another, share one or two.
+    The keys are turned by the lower part of their positions.  The queries are turned back by the upper part, of which
+    the tokens of a tile, all near one another, share one or two.
     """
     low, high, pair, used = rope
     even_query, odd_query, even_mean, odd_mean, least, factor = query
@@ -235,10 +237,7 @@ def _attend_tile(
     else:
         logits = tl.zeros([BN, mean_logit.shape[0]], tl.float32)
     if PHASE > 0:
-        if PHASE == 1:
-            position = start + token
-        else:
-            position = tl.load(positions + token)
+        position = start + token if PHASE == 1 else tl.load(positions + token)
         logits += _turned_logits(k0, k1, k2, k3, scale, position, k_axes, turning, rope, PAIRS, MEAN)
     if SOFTCAP:
         logits = _softcapped(logits, softcap) * 1.4426950408889634
@@ -261,7 +260,13 @@ def _attend_tile(
     return peak, total, sum0, sum1, sum2, sum3
 
 
-@triton.jit
+# What changes from step to step must not lead to another specialisation, which takes seconds to compile.
+_VOLATILE = ["start", "tokens", "per_split", "hidden_b", "positions_b", "positions_h"] + [
+    f"{side}_{what}_{axis}" for side in "kv" for what in ("words", "scales") for axis in "bh"
+]
+
+
+@triton.jit(do_not_specialize=_VOLATILE)
 @no_type_check
 def attend_kernel(
     query, sums, lse,
@@ -390,12 +395,12 @@ def attend_kernel(
     for tile in range(first, whole, BN):
         most, total, sum0, sum1, sum2, sum3 = _attend_tile(
             most, total, sum0, sum1, sum2, sum3, keys, values, queries_of, rope, where, hidden, softcap, tokens, tile,
-            K_SHAPE, V_SHAPE, BN, PHASE, PAIRS, REST, k_mean is not None, SOFTCAP, ASM, False,
+            K_SHAPE, V_SHAPE, BN, PHASE, PAIRS, REST, k_mean is not None, SOFTCAP, ASM, RAGGED=False,
         )  # fmt: skip
     if whole < end:
         most, total, sum0, sum1, sum2, sum3 = _attend_tile(
             most, total, sum0, sum1, sum2, sum3, keys, values, queries_of, rope, where, hidden, softcap, tokens, whole,
-            K_SHAPE, V_SHAPE, BN, PHASE, PAIRS, REST, k_mean is not None, SOFTCAP, ASM, True,
+            K_SHAPE, V_SHAPE, BN, PHASE, PAIRS, REST, k_mean is not None, SOFTCAP, ASM, RAGGED=True,
         )  # fmt: skip
 
     # Where all tokens are hidden, nothing was added up.
@@ -412,7 +417,9 @@ def attend_kernel(
     tl.store(lse + part, tl.where(total > 0, most + tl.log2(some), -float("inf")), mask=r < rows)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["splits", "tokens", "keys_b", "keys_h", "values_b", "values_h", "mask_b", "mask_m", "mask_e"]
+)
 @no_type_check
 def combine_kernel(
     sums, lse, query, keys, values, mask, axes, step, factor, mean, sinks, out,
@@ -741,34 +748,52 @@ def shape_of(keys: SidePlan, values: SidePlan, rows: int, phase: int, rope: Rope
 
 
 def compile_cases() -> Iterator[CompileCase]:
-    """Yield what a model with heads of 128 channels, a group of 4 and the default bits would launch."""
-    names = attend_kernel.arg_names
-    pointers = dict.fromkeys(("sums", "lse", "k_step", "k_factor"), "*fp32")
-    pointers |= dict.fromkeys(("k_words", "k_scales", "v_words", "v_scales", "hidden"), "*u8")
-    pointers |= dict.fromkeys(("k_numbers", "k_plans", "v_numbers", "v_plans", "positions"), "*i32")
-    pointers |= {"k_axes": "*i8", "k_mean": "*fp16", "low": "*fp32", "high": "*fp32"}
-    floats = dict.fromkeys(("scaling", "softcap"), "fp32")
-    for name, head_dim, phase, key_bytes, value_bytes in (
-        ("attend d=128 after the phase", 128, 0, 28, 36),
-        ("attend d=64 after the phase", 64, 0, 14, 18),
-        ("attend d=128 in the loop, contiguous", 128, _CONTIGUOUS, 28, 36),
-        ("attend d=128 in the loop, by token", 128, _BY_TOKEN, 28, 36),
+    """Yield what a model with a group of 4 and the default bits would launch."""
+    for name, head_dim, phase in (
+        ("attend d=128 after the phase", 128, 0),
+        ("attend d=64 after the phase", 64, 0),
+        ("attend d=128 in the loop, contiguous", 128, _CONTIGUOUS),
+        ("attend d=128 in the loop, by token", 128, _BY_TOKEN),
     ):
-        padded = head_dim // 8
+        blocks = head_dim // 8
+        pairs = head_dim // 2 if phase else 0
         constexprs: dict[str, Any] = {
-            "D": head_dim, "PADDED_D": head_dim, "DV": head_dim, "G": 8, "BN": 64,
-            "K_SHAPE": (padded, key_bytes, 0b11110, True), "V_SHAPE": (padded, value_bytes, 0b11110, True),
-            "PHASE": phase, "PAIRS": head_dim // 2 if phase else 0, "PADDED_PAIRS": head_dim // 2 if phase else 0,
-            "INTERLEAVED": False, "SOFTCAP": False, "ASM": True, "hidden": None,
-        }  # fmt: skip
-        if phase != _BY_TOKEN:
-            constexprs["positions"] = None
-        if not phase:
-            constexprs |= {"low": None, "high": None}
-        signature = {
-            each: "constexpr" if each in constexprs else (pointers | floats).get(each, "i32") for each in names
+            "D": head_dim,
+            "PADDED_D": head_dim,
+            "DV": head_dim,
+            "G": 8,
+            "BN": 64,
+            "K_SHAPE": (blocks, blocks * 7 // 4, _ALL_RATES, True),
+            "V_SHAPE": (blocks, blocks * 9 // 4, _ALL_RATES, True),
+            "PHASE": phase,
+            "PAIRS": pairs,
+            "PADDED_PAIRS": pairs,
+            "INTERLEAVED": False,
+            "SOFTCAP": False,
+            "ASM": True,
+            "hidden": None,
         }
-        signature["query"] = "*bf16"
-        divisible = [["tt.divisibility", 16]]
-        attrs = {(i,): divisible for i, each in enumerate(names) if signature[each][0] == "*"}
-        yield CompileCase(name, attend_kernel, signature, constexprs, attend_options(phase), 64, attrs)
+        absent = ("positions",) if phase == _CONTIGUOUS else () if phase else ("positions", "low", "high")
+        types = {
+            **dict.fromkeys(("k_words", "k_scales", "v_words", "v_scales"), "*u8"),
+            **dict.fromkeys(("k_numbers", "k_plans", "v_numbers", "v_plans", "positions"), "*i32"),
+            **dict.fromkeys(("sums", "lse", "k_step", "k_factor", "low", "high"), "*fp32"),
+            "query": "*bf16",
+            "k_axes": "*i8",
+            "k_mean": "*fp16",
+            "scaling": "fp32",
+            "softcap": "fp32",
+        }
+        constexprs |= dict.fromkeys(absent)
+        yield compile_case(name, attend_kernel, types, constexprs, attend_options(phase), 64)
+    types = {
+        **dict.fromkeys(("query", "keys", "values", "out"), "*bf16"),
+        **dict.fromkeys(("sums", "lse", "step", "factor"), "*fp32"),
+        "axes": "*i8",
+        "mean": "*fp16",
+        "scaling": "fp32",
+        "softcap": "fp32",
+    }
+    constexprs = _combine_shape(128, 128) | {"SOFTCAP": False, "BOOLEAN": False, "mask": None, "sinks": None}
+    options = _combine_options(128)
+    yield compile_case("combine d=128", combine_kernel, types, constexprs, options, constexprs["BLOCK"])

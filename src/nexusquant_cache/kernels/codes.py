@@ -1,17 +1,18 @@
 """Device functions that turn packed rows into float16 numbers, two at a time.
 
-Half a block, four channels, is a *half-word* of four fields (`layout`), and two half-words of one rate share a 32-bit number:
-the halves of a block where products run over channels (`key_planes`), or the same halves of neighbouring tokens where
-they run over tokens (`value_planes`).  The same integer instructions then decode both.  Four *planes* come out, one for each
-field: plane ``i`` holds the channels ``4 * column + i``, where a block has two columns, and is the operand of a matrix
-product as it is.
+Half a block, four channels, is a *half-word* of four fields (`layout`), and two half-words of one rate share a 32-bit
+number: the halves of a block where products run over channels (`key_planes`), or the same halves of neighbouring tokens
+where they run over tokens (`value_planes`).  The same integer instructions then decode both.  Four *planes* come out,
+one for each field: plane ``i`` holds the channels ``4 * column + i``, where a block has two columns, and is the operand
+of a matrix product as it is.
 
-All numbers that depend on a block's rate are data, the same for all rows, so that heads of different plans share a launch;
-which rates occur at all is known when a kernel is compiled.
+All numbers that depend on a block's rate are data, the same for all rows, so that heads of different plans share a
+launch; which rates occur at all is known when a kernel is compiled.
 
-A field ``t`` is decoded by its definition: ``step * t + offset`` is the pattern of a float16, and its sign bit is ``t & 1``
-xor the sign of the block.  With 2 ** 15 added to the step, the lowest bit of a field goes to the sign bit by itself; the others
-run over into the half above, where they leave the lowest four bits wrong, which are 0 in every pattern.
+A field ``t`` is decoded by its definition: ``step * t + offset`` is the pattern of a float16, and its sign bit is
+``t & 1`` xor the sign of the block.  With 2 ** 15 added to the step, the lowest bit of a field goes to the sign bit by
+itself; the others run over into the half above, where they change none but the lowest four bits, which are 0 in every
+pattern.
 """
 
 from typing import no_type_check
@@ -153,8 +154,8 @@ def key_planes(words, last, numbers, BN: tl.constexpr, SHAPE: tl.constexpr, asm:
         last: Row to read in place of those behind it; None if all are there.
         numbers: Of the layout of the head (`operands.SidePlan`).
         BN: Rows.
-        SHAPE: Padded blocks, bytes of a row, rates that occur (bit ``b`` for ``b`` bits), and whether rows begin at even
-            addresses.
+        SHAPE: Padded blocks, bytes of a row, rates that occur (bit ``b`` for ``b`` bits), and whether rows begin at
+            even addresses.
         asm: Whether instructions of NVIDIA's GPUs may be used.
     """
     PADDED: tl.constexpr = SHAPE[0]
@@ -188,7 +189,7 @@ def key_planes(words, last, numbers, BN: tl.constexpr, SHAPE: tl.constexpr, asm:
 @triton.jit
 @no_type_check
 def value_planes(words, last, numbers, BN: tl.constexpr, SHAPE: tl.constexpr, asm: tl.constexpr):
-    """Return four planes of a tile of rows upright, float16 ``[2 * blocks, BN]``; the arguments are those of `key_planes`.
+    """Return four planes of a tile of rows upright, float16 ``[2 * blocks, BN]``; arguments as of `key_planes`.
 
     The first halves of all blocks come before the second halves: `value_channels`.
     """

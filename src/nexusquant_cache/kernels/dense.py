@@ -1,7 +1,7 @@
 """Packed tokens decoded into a tensor: for attention that needs all keys and values as such.
 
-A program decodes a tile of rows of one head into planes (`codes`), multiplies them with a part of the axes at a time, and
-turns the result by the phases of its tokens if that was asked for.
+A program decodes a tile of rows of one head into planes (`codes`), multiplies them with a part of the axes at a time,
+and turns the result by the phases of its tokens if that was asked for.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from torch import Tensor
 from nexusquant_cache.errors import ShapeError, UnsupportedError
 from nexusquant_cache.kernels.attention import shared_strides, side_shape, token_phase, use_asm
 from nexusquant_cache.kernels.codes import key_planes, relative_scale
-from nexusquant_cache.kernels.operands import NUMBERS, CompileCase, PackedOperand, Places, RopeOperand
+from nexusquant_cache.kernels.operands import NUMBERS, CompileCase, PackedOperand, Places, RopeOperand, compile_case
 
 _NUMBERS: tl.constexpr = tl.constexpr(len(NUMBERS))
 _AXES_UNIT: tl.constexpr = tl.constexpr(8.0)  # times 127: the largest number of an axis as float16
@@ -60,7 +60,12 @@ def _channels(k0, k1, k2, k3, axes, step, channel, used, COLUMNS: tl.constexpr, 
     return total
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        *("start", "tokens", "words_b", "words_h", "scales_b", "scales_h"),
+        *("out_b", "out_h", "positions_b", "positions_h"),
+    ]
+)
 @no_type_check
 def decode_kernel(
     words, scales, numbers, plans, axes, step, factor, mean, out, positions, low, high,
@@ -183,18 +188,31 @@ def _constexprs(rope: RopeOperand | None, *, fine: bool, phase: int) -> dict[str
 
 def compile_cases() -> Iterator[CompileCase]:
     """Yield what a model with heads of 128 channels and the default bits would launch."""
-    names = decode_kernel.arg_names
-    types = dict.fromkeys(("words", "scales"), "*u8") | dict.fromkeys(("numbers", "plans", "positions"), "*i32")
-    types |= {"axes": "*i8", "step": "*fp32", "factor": "*fp32", "mean": "*fp16", "low": "*fp32", "high": "*fp32"}
+    types = {
+        "words": "*u8",
+        "scales": "*u8",
+        "numbers": "*i32",
+        "plans": "*i32",
+        "positions": "*i32",
+        "axes": "*i8",
+        "step": "*fp32",
+        "factor": "*fp32",
+        "mean": "*fp16",
+        "low": "*fp32",
+        "high": "*fp32",
+        "out": "*bf16",
+    }
     for name, phase in (("decode d=128", 0), ("decode d=128, with phase", 2)):
         constexprs: dict[str, Any] = {
-            "D": 128, "SHAPE": (16, 36, 0b11110, True), "ASM": True, "PAIRS": 64 if phase else 0,
-            "BN": _ROWS, "CHANNELS": _CHANNELS, "PHASE": phase, "INTERLEAVED": False, "FINE": False,
-        }  # fmt: skip
-        if not phase:
-            constexprs |= {"positions": None, "low": None, "high": None}
-        signature = {each: "constexpr" if each in constexprs else types.get(each, "i32") for each in names}
-        signature["out"] = "*bf16"
-        divisible = [["tt.divisibility", 16]]
-        attrs = {(i,): divisible for i, each in enumerate(names) if signature[each][0] == "*"}
-        yield CompileCase(name, decode_kernel, signature, constexprs, _OPTIONS, _ROWS, attrs)
+            "D": 128,
+            "SHAPE": (16, 36, 0b11110, True),
+            "ASM": True,
+            "BN": _ROWS,
+            "CHANNELS": _CHANNELS,
+            "PHASE": phase,
+            "PAIRS": 64 if phase else 0,
+            "INTERLEAVED": False,
+            "FINE": False,
+        }
+        constexprs |= {} if phase else dict.fromkeys(("positions", "low", "high"))
+        yield compile_case(name, decode_kernel, types, constexprs, _OPTIONS, _ROWS)

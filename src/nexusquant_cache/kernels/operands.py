@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Float32, Int, Int8, Int32, UInt8
+from jaxtyping import Bool, Float, Float32, Int8, Int32, UInt8
 from torch import Tensor
 
 from nexusquant_cache.errors import ShapeError
@@ -43,12 +43,29 @@ class CompileCase:
     attrs: Mapping[tuple[int, ...], Any] = field(default_factory=dict)
 
 
+def compile_case(
+    name: str,
+    function: Any,  # noqa: ANN401 - a jitted function
+    types: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    options: Mapping[str, int],
+    rows: int,
+) -> CompileCase:
+    """Return a case for which pointers are aligned; parameters without a type are 32-bit integers."""
+    names: list[str] = function.arg_names
+    signature = {each: "constexpr" if each in constexprs else types.get(each, "i32") for each in names}
+    attrs: dict[tuple[int, ...], Any] = {
+        (place,): [["tt.divisibility", 16]] for place, kind in enumerate(signature.values()) if kind.startswith("*")
+    }
+    return CompileCase(name, function, signature, constexprs, options, rows, attrs)
+
+
 @dataclass(frozen=True, eq=False)
 class SidePlan:
     """What all packed keys, or all packed values, of one layer share.
 
-    A decoded vector is ``factor * 2 ** ((scale - 128) / 16) * sum(y[c] * step[c] * axes[c]) + mean``, where ``y`` are the
-    float16 numbers of the levels.
+    A decoded vector is ``factor * 2 ** ((scale - 128) / 16) * sum(y[c] * step[c] * axes[c]) + mean``, where ``y`` are
+    the float16 numbers of the levels.
 
     Attributes:
         head_dim: Channels per vector.
@@ -310,8 +327,3 @@ class Softmax:
     scaling: float
     softcap: float | None = None
     sinks: Float[Tensor, " query_heads"] | None = None
-
-
-def is_whole(x: Int[Tensor, "*shape"]) -> bool:
-    """Tell whether the elements of a row are one behind the other."""
-    return x.shape[-1] <= 1 or x.stride(-1) == 1

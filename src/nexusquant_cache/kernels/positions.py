@@ -21,7 +21,7 @@ def _bit_counts(byte):
     return (byte + (byte >> 4)) & 0xF
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["start", "covered", "tokens", "bitmap_b", "bitmap_h"])
 @no_type_check
 def positions_kernel(
     bitmap, pads, out, start, covered, tokens, bitmap_b, bitmap_h, heads, PART: tl.constexpr

@@ -2,11 +2,14 @@
 
 import logging
 import os
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from nexusquant_cache.errors import UnsupportedError
 
@@ -68,6 +71,37 @@ def uses_kernels(impl: Impl, device: torch.device, reason: str | None) -> bool:
     if device.type != "cpu":
         _say_once(reason)
     return False
+
+
+def is_right(impl: Impl, key: Hashable, error: Callable[[], float], most: float) -> bool:
+    """Tell whether a kernel computes what plain torch computes; found out at the first use of each specialisation.
+
+    A compiler or a card that nobody has tried then costs time, and no answer.
+
+    Args:
+        impl: What was asked for, ``"auto"`` or ``"triton"``.
+        key: What the kernel was specialised for, and the device.
+        error: Compares the two.
+        most: The largest error that rounding explains.
+
+    Raises:
+        UnsupportedError: If ``impl`` is ``"triton"`` and the kernel is wrong.
+    """
+    if key not in _ERRORS:
+        _ERRORS[key] = error()
+    if _ERRORS[key] <= most:  # not so for NaN
+        return True
+    reason = f"a kernel differs from plain torch on this device, by {_ERRORS[key]:.2g} for {key}; please report it"
+    return uses_kernels(impl, torch.device("cuda"), reason)
+
+
+_ERRORS: dict[Hashable, float] = {}
+
+
+def distance(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
+    """Return the distance between two results, relative to the length of the second."""
+    length = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((found.double() - expected.double()).norm() / length)
 
 
 @lru_cache(maxsize=64)
