@@ -64,19 +64,22 @@ def attend(
     if mask is not None:
         if mask.shape[1] != 1:
             return None
-        first, packed = held.sinks[0].shape[2], held.packed_tokens
+        first, count = held.sinks[0].shape[2], held.packed_tokens
         visible = stored(held, mask.expand(len(queries), -1, -1, -1))[:, 0]
-        seen = visible[..., first : first + packed]
+        seen = visible[..., first : first + count]
         if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
             return None
         hidden = ~seen[:, 0]
-        exact_mask = torch.cat([visible[..., :first], visible[..., first + packed :]], -1)
-    keys, values = _operand(held.keys), _operand(held.values)
+        exact_mask = torch.cat([visible[..., :first], visible[..., first + count :]], -1)
+    packed_keys, packed_values = _operand(held.keys), _operand(held.values)
     rope, places = _rope(held)
     softmax = Softmax(options.scaling, options.softcap, options.sinks)
-    partial = kernel.attend_packed(queries, keys, values, softmax, rope=rope, places=places, hidden=hidden)
-    exact = ExactTokens(*(torch.cat(pair, 2) for pair in zip(held.sinks, held.tail, strict=True)), exact_mask)
-    return kernel.combine(queries, partial, values.plan, exact, softmax)
+    partial = kernel.attend_packed(
+        queries, packed_keys, packed_values, softmax, rope=rope, places=places, hidden=hidden
+    )
+    keys, values = (torch.cat(pair, 2) for pair in zip(held.sinks, held.tail, strict=True))
+    exact = ExactTokens(keys, values, exact_mask)
+    return kernel.combine(queries, partial, packed_values.plan, exact, softmax)
 
 
 def is_right(
