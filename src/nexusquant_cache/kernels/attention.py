@@ -1,9 +1,9 @@
 """Attention of a few queries over packed tokens, which are decoded in registers and nowhere else.
 
 One program reads a part of the tokens of one head (a *split*) for all queries of its group.  It multiplies the other
-way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the sum
-of four products of a plane of keys (`codes`) with a plane of queries, and sums of values ``[channels, queries]`` are
-collected in coded channels, plane by plane.
+way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the
+sum of four products of a plane of keys (`codes`) with a plane of queries, and sums of values ``[channels, queries]``
+are collected in coded channels, plane by plane.
 
 What can be folded into the queries or left to the end is: keys that were coded with their rotary phase need no
 rotation, since the queries are rotated in their place, and values are rotated once, after the softmax.  Keys coded
