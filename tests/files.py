@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from integration.tiny import SMALL, balanced, generate, prompt, random_states, tiny_llama
+from integration.tiny import SMALL, balanced, generate, prompt, random_states, tiny_config, tiny_llama
 from torch import Tensor
-from transformers import Qwen2Config
+from transformers import PreTrainedConfig, Qwen2Config
 
 from nexusquant_cache import NexusQuantCache
 
@@ -53,6 +53,11 @@ def mixed_config() -> Qwen2Config:
     return Qwen2Config(**heads, layer_types=kinds, use_sliding_window=True, sliding_window=30)
 
 
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "compressed": tiny_config,
+    "padded": tiny_config,
+    "mixed": mixed_config,
+}
 MAKERS: dict[str, Callable[[], NexusQuantCache]] = {"compressed": compressed, "padded": padded, "mixed": mixed}
 
 
