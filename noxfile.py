@@ -127,7 +127,7 @@ def bench(session: nox.Session) -> None:
     install(session, ".[cli]", group="bench")
     install_model(session)
     for script in sorted(ROOT.glob("benchmarks/[!_]*.py")):
-        reads_texts = script.stem in {"quality", "peers", "ablations", "hard_cases", "tiers", "transforms"}
+        reads_texts = script.stem in {"quality", "peers", "ablations", "at_rest", "hard_cases", "tiers", "transforms"}
         session.run("python", str(script.relative_to(ROOT)), *(session.posargs if reads_texts else ()))
 
 
