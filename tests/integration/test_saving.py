@@ -44,8 +44,10 @@ from nexusquant_cache import (
     WindowAttentionPolicy,
 )
 from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.cache.state import Lists
 from nexusquant_cache.codec.transform import Rotation
-from nexusquant_cache.serialization import hash_tokens, inspect_file, register_codec
+from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.serialization import hash_tokens, inspect_file, register_codec, writer
 
 register_codec(
     "tests.lossless", LosslessCodec, lambda codec: {"head_dim": codec.head_dim}, lambda x: LosslessCodec(**x)
@@ -280,6 +282,33 @@ def test_families(name, tmp_path):
             assert torch.equal(outputs[0].logits, outputs[1].logits)
 
 
+def test_padding_where_no_layer_is_compressed(tmp_path):
+    model = build("mistral")
+    ids = prompt(20, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    cache = NexusQuantCache("quant", config=model.config, attention_mask=mask)
+    generate(model, ids, cache, attention_mask=mask)
+    assert saved(cache, tmp_path, config=model.config).padding.pads.tolist() == [5, 0]
+
+
+def test_rotary_phases_are_kept_apart(tmp_path):
+    """Layers of one model may turn differently."""
+    config = build("gemma3").config
+    cache = NexusQuantCache("quant", config=config, **SMALL)
+    phases = [RotaryPhase(torch.tensor([1.0, 0.5])), RotaryPhase(torch.tensor([1.0, 0.25]), interleaved=True)]
+    lists = Lists()
+    assert [lists.phase(phase) for phase in (*phases, phases[1], phases[0])] == [0, 1, 1, 0]
+    cache.layers = [NexusQuantLayer(cache, index) for index in range(2)]
+    for layer, phase in zip(cache.layers, phases, strict=True):
+        layer.update(*random_states((1, 1, 50, 16), 0))
+        layer.compress()
+        layer.phase = phase
+    cache.model_config = None
+    loaded = saved(cache, tmp_path)
+    assert [layer.phase.matches(phase) for layer, phase in zip(loaded.layers, phases, strict=True)] == [True, True]
+
+
 def test_codecs_of_ones_own(tmp_path):
     model = tiny_llama()
     cache = lossless_cache(model.config)
@@ -462,6 +491,23 @@ def test_another_device(sdpa, tmp_path):
     assert layer.device == torch.device("meta")
 
 
+@pytest.mark.gpu
+def test_from_device_to_device(tmp_path):
+    """What was saved on a GPU is the same on the CPU, and the other way round."""
+    model = tiny_llama().cuda()
+    cache = balanced(model)
+    generate(model, prompt(60).cuda(), cache)
+    cache.save(tmp_path / "a")
+    here = NexusQuantCache.load(tmp_path / "a", config=model.config)
+    there = NexusQuantCache.load(tmp_path / "a", config=model.config, device="cuda")
+    here.save(tmp_path / "b")
+    assert torch.equal(cache.layers[0].tail[0].cpu(), here.layers[0].tail[0])
+    assert inspect_file(tmp_path / "a").streams == inspect_file(tmp_path / "b").streams
+    for seed in range(9):
+        ids = prompt(1, seed=seed).cuda()
+        assert torch.equal(logits(model, ids, cache), logits(model, ids, there))
+
+
 class TestWriting:
     def test_a_failure_leaves_the_old_file(self, sdpa, tmp_path, monkeypatch):
         cache, path = balanced(sdpa), tmp_path / "a"
@@ -484,6 +530,15 @@ class TestWriting:
         for threads in (1, 2, 5):
             cache.save(tmp_path / str(threads), threads=threads)
         assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "5").read_bytes()
+
+    def test_little_is_in_memory_at_once(self, sdpa, tmp_path, monkeypatch):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(300), cache)
+        cache.save(tmp_path / "a")
+        monkeypatch.setattr(writer, "_AT_ONCE", 1)
+        monkeypatch.setattr(os, "name", "other")  # a folder that cannot be put on the disk
+        cache.save(tmp_path / "b")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
     def test_progress_reaches_the_end(self, sdpa, tmp_path):
         cache, seen = balanced(sdpa), []

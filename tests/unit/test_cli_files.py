@@ -2,6 +2,7 @@
 
 import pytest
 from files import MAKERS, file_bytes, forged
+from integration.tiny import tiny_config
 from typer.testing import CliRunner
 
 from nexusquant_cache import NexusQuantCache
@@ -43,6 +44,12 @@ class TestInspect:
         outcome = run("inspect", path)
         assert "(tokenizer)  [bold]T[/bold]" in outcome.stdout
         assert inspect_file(path).meta.tokens_hash in outcome.stdout
+
+    def test_an_empty_cache(self, tmp_path):
+        NexusQuantCache("quant", config=tiny_config()).save(tmp_path / "cache")
+        outcome = run("inspect", tmp_path / "cache")
+        assert outcome.exit_code == 0
+        assert "0-1      compressed" in outcome.stdout
 
     def test_what_only_informs_may_be_anything(self, tmp_path):
         def change(content, _named):

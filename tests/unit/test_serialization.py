@@ -12,7 +12,8 @@ import zstandard
 from files import compressed, file_bytes, forged, mixed_config, put_together, take_apart, with_tensor
 from hypothesis import given
 from hypothesis import strategies as st
-from integration.tiny import SMALL, LosslessCodec, tiny_config
+from integration.families import build
+from integration.tiny import SMALL, LosslessCodec, logits, prompt, tiny_config
 
 from nexusquant_cache import FormatError, NexusQuantCache, OptionError, UnsupportedError
 from nexusquant_cache.codec.e8 import E8Codec
@@ -91,8 +92,10 @@ class TestContainer:
             (header_bytes({"format": "nexusquant-cache", "version": "0"}, []), "no such version"),
             (header_bytes({"format": "nexusquant-cache", "version": "²"}, []), "no such version"),
             (header_bytes({"format": "nexusquant-cache", "version": "1"}, []), "must be format, version, cache"),
+            (header_bytes({"a": "b"}, [("x", ["U8"], (1,), 1)]) + b"1", "nonsense about the tensor 'x'"),
             (header_bytes({"a": "b"}, [("x", "U9", (1,), 1)]) + b"1", "nonsense about the tensor 'x'"),
             (header_bytes({"a": "b"}, [("x", "U8", (2,), 1)]) + b"1", "nonsense about the tensor 'x'"),
+            (header_bytes({"a": "b"}, [("x", "U8", (1,) * 9, 1)]) + b"1", "nonsense about the tensor 'x'"),
             (header_bytes({"a": "b"}, [("x", "U8", (-1,), -1)]), "nonsense about the tensor 'x'"),
             (header_bytes({"a": "b"}, [("x", "U8", (1 << 62,), 1 << 62)]), "nonsense about the tensor 'x'"),
             (header_bytes({"a": "b"}, [("x", "U8", (1 << 40,), 1 << 40)]), "describes a file of 1,099,511,6"),
@@ -147,6 +150,12 @@ def setting(*path, to):
     return change
 
 
+def move(body, one, other):
+    """Take one away from a count and give it to another."""
+    body[one], body[other] = body[one] + 1, body[other] - 1
+
+
+GIVEN = {"rotation": "hadamard", "seed": 0, "rows": 1, "plans": False}
 LAYER = ("layers", 0)
 BODY = (*LAYER, "body")
 LIES = [
@@ -178,6 +187,12 @@ LIES = [
     (setting(*LAYER, "shape", "heads", to=1 << 40), "heads must be from 1"),
     (setting(*LAYER, "shape", "key_dtype", to="complex64"), "dtype must be one of"),
     (setting(*LAYER, "shape", "key_dim", to=24), "codec for vectors of another length than 24|cannot be"),
+    (setting(*LAYER, "shape", to=None), "of no known kind|holds something before"),
+    (lambda content, _: content["layers"][0].pop("shape") and None, "holds something before its first update"),
+    (lambda content, _: content["layers"][0].pop("sinks") and None, "must have sinks when tokens are packed"),
+    (lambda content, _: content["layers"][0].pop("asked") and None, "names no codecs"),
+    (lambda content, _: [content["layers"][0].pop(x) for x in ("body", "sinks")] and None, "that it does not hold"),
+    (lambda content, _: move(content["layers"][0]["body"], "start", "dense"), "impossible place"),
     (setting(*BODY, "start", to=1), "counts its tokens in two ways|impossible place"),
     (setting(*BODY, "kept", to=1 << 40), "counts its tokens in two ways"),
     (setting(*BODY, "keys", "rotation", to="random"), "rotation must be one of"),
@@ -210,6 +225,23 @@ LIES = [
     (
         setting(*LAYER, "given", to={"keys": {}, "values": {}, "codecs": [0, 0], "asked": [0, 0], "unrotated": True}),
         "given.keys in the metadata must have the fields",
+    ),
+    *(
+        (
+            setting(
+                *LAYER,
+                "given",
+                to={
+                    "keys": GIVEN | {"rows": rows},
+                    "values": GIVEN,
+                    "codecs": [0, 0],
+                    "asked": asked,
+                    "unrotated": True,
+                },
+            ),
+            reason,
+        )
+        for rows, asked, reason in ((1, [0, 99], "codec that the file does not"), (2, [0, 0], "for another batch"))
     ),
 ]
 
@@ -335,6 +367,41 @@ class TestStockLayers:
             del named["layers.0.keys"], named["layers.0.values"]
 
         self.refused(write, change, "is_initialized in the file does not fit")
+
+    @pytest.mark.parametrize(
+        ("name", "reason"),
+        [
+            ("conv_states.7", r"conv_states\.7 in the file does not fit"),
+            ("conv_states", "conv_states in the file does not fit"),
+            (None, "conv_states in the file does not fit"),
+        ],
+    )
+    def test_states_of_linear_attention(self, name, reason, tmp_path):
+        model = build("qwen3_next")
+        cache = NexusQuantCache("quant", config=model.config)
+        logits(model, prompt(20), cache)
+        cache.save(tmp_path / "a", level=None)
+
+        def change(content, named):
+            tensors = content["layers"][0]["tensors"]
+            index = next(i for i, tensor in enumerate(tensors) if tensor["name"] == "conv_states.0")
+            _, dtype, shape, data = named.pop("layers.0.conv_states.0")
+            if name is None:
+                del tensors[index]
+            else:
+                tensors[index]["name"] = name
+                named[f"layers.0.{name}"] = f"layers.0.{name}", dtype, shape, data
+
+        (tmp_path / "a").write_bytes(forged((tmp_path / "a").read_bytes(), change))
+        with pytest.raises(FormatError, match=reason):
+            NexusQuantCache.load(tmp_path / "a", config=model.config)
+
+    def test_keys_without_values(self, write):
+        def change(content, named):
+            del content["layers"][0]["tensors"][1]
+            del named["layers.0.values"]
+
+        self.refused(write, change, "keys in the file does not fit")
 
 
 class TestTensors:

@@ -74,7 +74,7 @@ def _check_padding(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
             _in_range(name, tensors[name], 0, _MOST_NUMBER)
     rows = {x.shape.batch for x in meta.layers if isinstance(x, LayerMeta) and x.shape is not None}
     for count in (meta.padding.pads, None if meta.padding.beginning is None else meta.padding.beginning.rows):
-        if count is not None and rows != {count}:
+        if count is not None and rows - {count}:
             _wrong("padding", "is that of another batch")
     for name in ("padding.first", "padding.after"):
         if name in tensors:
@@ -88,10 +88,10 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
             _finite(what, tensors)
     if f"{name}.sink_place" in tensors:
         _in_range(f"{name}.sink_place", tensors[f"{name}.sink_place"], 0, layer.seen)
-        if layer.body is not None:
-            last = int(tensors[f"{name}.sink_place"][:, 1].max())
-            if last > layer.body.kept + layer.body.dense:
-                _wrong(f"{name}.sink_place", "lies behind the packed tokens")
+        assert layer.body is not None, "streams_of allows it nowhere else"
+        last = int(tensors[f"{name}.sink_place"][:, 1].max())
+        if last > layer.body.kept + layer.body.dense:
+            _wrong(f"{name}.sink_place", "lies behind the packed tokens")
     if layer.body is not None and layer.used is not None:
         _check_bitmap(layer.body, name, tensors)
         for side, meta, index in zip(("keys", "values"), (layer.body.keys, layer.body.values), layer.used, strict=True):

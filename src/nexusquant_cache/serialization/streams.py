@@ -232,8 +232,7 @@ class _Layer:
 
     def _observed(self, shape: ShapeMeta) -> Iterator[Stream]:
         observed = self.meta.observed
-        if observed is None:
-            return
+        assert observed is not None
         for name, queries in (("queries", observed.now), ("queries_before", observed.before)):
             if queries is not None:
                 yield from self._queries(name, queries, shape)
