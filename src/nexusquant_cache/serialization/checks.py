@@ -119,10 +119,9 @@ def _check_transform(name: str, meta: TransformMeta, codec: VectorCodec, tensors
         _finite(f"{name}.mean", tensors)
     if meta.rotation == "principal":
         _positive(f"{name}.step", tensors)
-    if meta.plans:
-        layouts = getattr(codec, "layouts", None)
-        if layouts is None or int(tensors[f"{name}.plans"].max()) >= len(layouts):
-            _wrong(f"{name}.plans", "names a plan of bits that the codec does not have")
+    layouts = getattr(codec, "layouts", None)  # what plans are to a codec of the user's, it alone knows
+    if meta.plans and layouts is not None and int(tensors[f"{name}.plans"].max()) >= len(layouts):
+        _wrong(f"{name}.plans", "names a plan of bits that the codec does not have")
 
 
 def _finite(name: str, tensors: Mapping[str, Tensor]) -> None:
