@@ -131,7 +131,7 @@ def bench(session: nox.Session) -> None:
     install_model(session)
     scripts = set(ROOT.glob("benchmarks/[!_]*.py")) - {ROOT / "benchmarks" / "gpu.py"}  # for a machine with a GPU
     for script in sorted(scripts):
-        reads_texts = script.stem in {"quality", "peers", "ablations", "hard_cases", "tiers", "transforms"}
+        reads_texts = script.stem in {"quality", "peers", "ablations", "at_rest", "hard_cases", "tiers", "transforms"}
         session.run("python", str(script.relative_to(ROOT)), *(session.posargs if reads_texts else ()))
 
 

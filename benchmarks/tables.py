@@ -402,6 +402,93 @@ def reuse_table(content: dict[str, Any]) -> str:
     return markdown(("preset", "prompt", "axes", "dPPL, %", "KL, nats", "top-1, %"), rows)
 
 
+def at_rest_table(content: dict[str, Any]) -> str:
+    """Return what each kind of tensor comes to in a file, relative to its packed form."""
+    level = max(content["rows"][0]["streams"][0]["codes"]["zstd"], key=int)
+    head = (
+        "preset",
+        "part",
+        "KiB packed",
+        "in the file",
+        f"best without delta, zstd {level}",
+        "best with delta",
+        "ideal",
+    )
+    rows = []
+    for row in content["rows"]:
+        file = next(file for file in row["files"] if file["level"] == 3)
+        for stream in row["streams"]:
+            packed, codes = stream["packed_bytes"], stream["codes"]
+            sizes = {
+                has_delta: min(by[level] for code, by in codes.items() if code.startswith("delta") == has_delta)
+                for has_delta in (False, True)
+            }
+            shown = (file["kinds"][stream["kind"]], *sizes.values(), min(stream["ideal"].values()))
+            cells = (
+                f"`{row['preset']}`",
+                stream["kind"],
+                f"{packed / 1024:,.1f}",
+                *(f"{x / packed:.3f}" for x in shown),
+            )
+            rows.append(cells)
+    return markdown(head, rows)
+
+
+def at_rest_layers_table(content: dict[str, Any]) -> str:
+    """Return how the words of each layer shrink, of the first preset."""
+    row = content["rows"][0]
+    streams = [stream for stream in row["streams"] if "layers" in stream]
+    level = max(streams[0]["layers"][0]["zstd"], key=int)
+    head = ("layer", *(f"{stream['kind']}, {what}" for stream in streams for what in (f"zstd {level}", "ideal")))
+    count = len(streams[0]["layers"])
+    shown = [*range(min(6, count)), *range(6, count, 6)]
+    rows = (
+        (str(index), *(f"{x:.3f}" for stream in streams for x in _layer_sizes(stream["layers"][index], level)))
+        for index in dict.fromkeys([*shown, count - 1])
+    )
+    return markdown(head, rows)
+
+
+def _layer_sizes(layer: dict[str, Any], level: str) -> tuple[float, float]:
+    return layer["zstd"][level], layer["ideal"]
+
+
+def at_rest_files_table(content: dict[str, Any]) -> str:
+    """Return bytes and times of the files, by preset and level."""
+    head = ("preset", "level", "MiB", "of the packed form", "header, KiB", "factor", "s to write", "s to read")
+    rows = []
+    for row in content["rows"]:
+        plain = row["files"][0]["file_bytes"]
+        for file in row["files"]:
+            size = file["file_bytes"]
+            cells = (
+                f"`{row['preset']}`",
+                "none" if file["level"] is None else str(file["level"]),
+                f"{size / _MEBIBYTE:.2f}",
+                f"{size / plain:.3f}",
+                f"{file['header_bytes'] / 1024:.0f}",
+                f"{row['dense_bytes'] / size:.1f}x",
+                f"{file['write_seconds']:.2f}",
+                f"{file['read_seconds']:.2f}",
+            )
+            rows.append(cells)
+    return markdown(head, rows)
+
+
+def indices_table(content: dict[str, Any]) -> str:
+    """Return bits per channel of the predecessor's int8 indices and of our codes."""
+    names = list(content["indices"][0]["bits_per_channel"])
+    rows = (
+        (
+            f"{row['side']}, {row['coder']}",
+            f"{row['relative_error']:.4f}",
+            *(f"{row['bits_per_channel'][name]:.2f}" for name in names),
+        )
+        for row in sorted(content["indices"], key=lambda row: row["side"])
+    )
+    return markdown(("indices", "relative squared error", *names), rows)
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
@@ -420,6 +507,10 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "refused": (refused_table, "compatibility"),
     "prefill": (prefill_table, "prefill"),
     "long_answer": (long_answer_table, "long_answer"),
+    "at_rest": (at_rest_table, "at_rest"),
+    "at_rest_layers": (at_rest_layers_table, "at_rest"),
+    "at_rest_files": (at_rest_files_table, "at_rest"),
+    "indices": (indices_table, "at_rest"),
 }
 
 

@@ -14,6 +14,7 @@ from nexusquant_cache.cache.tokens import LayerTransforms
 from nexusquant_cache.errors import (
     CacheStateError,
     DtypeError,
+    FormatError,
     NexusQuantError,
     NonFiniteError,
     OptionError,
@@ -51,6 +52,7 @@ __all__ = [
     "DtypeError",
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
+    "FormatError",
     "KeyDiffPolicy",
     "KeyKeyPolicy",
     "KeyNormPolicy",

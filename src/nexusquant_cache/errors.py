@@ -36,6 +36,10 @@ class CacheStateError(NexusQuantError, RuntimeError):
     """An operation that the present content of the cache does not allow."""
 
 
+class FormatError(NexusQuantError, ValueError):
+    """A file that is no saved cache, is damaged, has been made to mislead, or belongs to another model."""
+
+
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return the tail of a message: the nearest allowed name, if any, and all allowed names."""
     names = sorted(allowed)

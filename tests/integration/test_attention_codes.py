@@ -89,7 +89,7 @@ def test_families_compute_the_same(name: str, stock: str, reads: list[tuple[int,
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
     if name not in NOT_READ:
         assert reads
-        # transformers 5.17 moves the keys that layers of Gemma 4 share to the device where they are, which decodes them.
+        # transformers 5.17 moves the keys that layers of Gemma 4 share to where they are, which decodes them.
         assert name == "gemma4" or not decodings
 
 

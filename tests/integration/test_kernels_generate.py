@@ -16,6 +16,8 @@ from nexusquant_cache.errors import UnsupportedError
 
 pytest.importorskip("triton")
 
+from triton.runtime.errors import OutOfResources
+
 from nexusquant_cache.kernels import attention as kernel
 from nexusquant_cache.kernels import dense, support
 from nexusquant_cache.kernels import encode as encode_kernel
@@ -105,6 +107,24 @@ def test_a_kernel_that_is_wrong_is_not_used(
     found = logits_of("auto", "quant", rotary=False, dtype=torch.float32)
     assert (found - expected).norm() < 0.01 * expected.norm()
     assert any(f"'{what}'" in message for message in caplog.messages)
+
+
+def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A kernel that needs more shared memory than there is: as above."""
+
+    def fails(*_given: Any, **_options: Any) -> None:
+        raise OutOfResources(150_000, 100_000, "shared memory")
+
+    support._say_once.cache_clear()
+    monkeypatch.setattr(kernel, "attend_packed", fails)
+    with pytest.raises(UnsupportedError, match="the card is too small for a kernel: out of resource: shared memory"):
+        logits_of("triton", "quant", rotary=True, dtype=torch.float32)
+    expected = logits_of("torch", "quant", rotary=True, dtype=torch.float32)
+    monkeypatch.setattr(fused, "can_attend", lambda _held: True)
+    uses_kernels = fused.uses_kernels
+    monkeypatch.setattr(fused, "uses_kernels", lambda impl, _device, why: uses_kernels(impl, torch.device("cuda"), why))
+    assert torch.equal(logits_of("auto", "quant", rotary=True, dtype=torch.float32), expected)
+    assert len(caplog.messages) == 1
 
 
 @pytest.mark.parametrize("kind", ["heads differ", "queries differ"])

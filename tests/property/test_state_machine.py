@@ -10,9 +10,12 @@ The model is in `oracle_cache`, written from the text of the documentation and n
 """
 
 import copy
+import dataclasses
 import pickle
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,13 +25,23 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from integration.tiny import SMALL, TINY, fingerprint, generate, kept_positions, prompt, tiny_config, tiny_llama
-from oracle_cache import CountingCache, OracleCache, OracleLayer
+from oracle_cache import Counter, CountingCache, CountingCodec, OracleCache, OracleLayer
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
 from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.serialization import register_codec
+from nexusquant_cache.serialization.registry import describe_codec, make_codec
+from nexusquant_cache.serialization.schema import CodecMeta
+
+register_codec(
+    "tests.counting",
+    CountingCodec,
+    lambda codec: dataclasses.asdict(describe_codec(codec.inner)),
+    lambda options: CountingCodec(make_codec(CodecMeta(**options)), Counter()),
+)
 
 MAX_BATCH = 4
 WINDOW = 30
@@ -320,6 +333,21 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def pickle_round_trip(self) -> None:
         self.cache = pickle.loads(pickle.dumps(self.cache))  # noqa: S301 - our own
+
+    @rule(level=st.sampled_from([None, 3]))
+    def file_round_trip(self, level: int | None) -> None:
+        """Go on with what was saved and loaded again."""
+        cache = self.cache
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "cache"
+            cache.save(path, level=level, threads=1)
+            self.cache = CountingCache.load(path, config=cache.model_config, policy=cache.policy, threads=1)
+        assert state_of(self.cache) == state_of(cache)
+        self.cache.counter = cache.counter
+        for layer in self.cache.layers:
+            if isinstance(layer, NexusQuantLayer) and layer.is_initialized:
+                for codec in (*layer._asked, layer.key_codec, layer.value_codec):
+                    codec.counter = cache.counter
 
     # What must be true
 

@@ -217,3 +217,35 @@ class TestTransforms:
         assert alike.abs().max() < 0.05
         assert per_bit.tolist() == [[pytest.approx(0.9, abs=0.1)] * 2]
         assert saved_bits(steep, 2, center=True)[0].min() > 0.5
+
+
+class TestAtRest:
+    def test_an_ideal_coder_counts_what_it_has_met(self, load):
+        ideal = load("at_rest").ideal_bytes
+        symbols, contexts = torch.tensor([0, 0, 1, 0]), torch.tensor([0, 0, 0, 2])
+        # 1/2, then 3/4, then 1/6 of the first context; 1/2 of the other
+        expected = -torch.tensor([1 / 2, 3 / 4, 1 / 6, 1 / 2]).log2().sum() / 8
+        assert ideal(contexts, symbols, 2) == pytest.approx(float(expected), abs=1e-6)
+
+    def test_random_words_cannot_be_shortened(self, load):
+        layouts = [CodeLayout(16, (1, 2)), CodeLayout(16, (3, 0))]
+        words = torch.randint(0, 256, (2, 4000, 3), dtype=torch.uint8)
+        found = load("at_rest").words_ideal(words, layouts)
+        assert len(found) == 7
+        assert all(0.999 * words.numel() < nbytes < 1.3 * words.numel() for nbytes in found.values())
+
+    def test_words_that_follow_from_the_token_before_are_short(self, load):
+        words = torch.tensor([0b11100100, 0b00011011], dtype=torch.uint8).repeat(2000)[None, :, None].expand(1, -1, 2)
+        found = load("at_rest").words_ideal(words, [CodeLayout(8, (2,))])
+        assert found["fields, coset, previous token"] < 0.05 * words.numel() < 0.5 * found["fields"]
+
+    def test_what_is_measured_is_in_the_file(self, load):
+        cache = NexusQuantCache("balanced", config=tiny().model.config, **SMALL)
+        logits(tiny().model, prompt(300), cache)
+        cache.compress()
+        script = load("at_rest")
+        streams, files = script.measure_codes(cache, [3]), script.measure_files(cache, [None, 3])
+        packed = sum(row["packed_bytes"] for row in streams)
+        assert files[0]["file_bytes"] == files[0]["header_bytes"] + packed
+        assert files[1]["file_bytes"] < files[0]["file_bytes"]
+        assert all(row["ideal"] for row in streams)

@@ -26,6 +26,7 @@ ORDER: list[set[str]] = [
     {"evaluation"},
     {"attention"},
     {"cache"},
+    {"serialization"},
     {"presets"},
     {"codec", "policy"},
     {"kernels", "lattice", "reference"},

@@ -45,9 +45,13 @@ def attend(
     mask: Bool[Tensor, "#b #q m n"] | None,
     options: AttentionOptions,
 ) -> Float[Tensor, "b q m dv"] | None:
-    """Return the attention output in the dtype of the queries; None if the mask is one that kernels do not know.
+    """Return the attention output in the dtype of the queries; None if kernels cannot.
 
-    That is one that differs between heads, or one that hides packed tokens from some of the queries only.
+    That is with a mask that differs between heads or hides packed tokens from some of the queries only, and on a card
+    whose shared memory is too small.
+
+    Raises:
+        UnsupportedError: If the card is too small and kernels were asked for (``impl="triton"``).
 
     Args:
         queries: Queries of the newest tokens.
@@ -58,6 +62,8 @@ def attend(
     assert held.keys is not None
     assert held.values is not None
     assert held.sinks is not None
+    from triton.runtime.errors import OutOfResources  # noqa: PLC0415 - optional
+
     from nexusquant_cache.kernels import attention as kernel  # noqa: PLC0415 - imports triton
 
     hidden = exact_mask = None
@@ -74,9 +80,14 @@ def attend(
     packed_keys, packed_values = _operand(held.keys), _operand(held.values)
     rope, places = _rope(held)
     softmax = Softmax(options.scaling, options.softcap, options.sinks)
-    partial = kernel.attend_packed(
-        queries, packed_keys, packed_values, softmax, rope=rope, places=places, hidden=hidden
-    )
+    try:
+        partial = kernel.attend_packed(
+            queries, packed_keys, packed_values, softmax, rope=rope, places=places, hidden=hidden
+        )
+    except OutOfResources as error:  # heads of 256 channels on cards with little shared memory
+        assert isinstance(held.keys.codec, E8Codec)
+        uses_kernels(held.keys.codec.impl, queries.device, f"the card is too small for a kernel: {error}")
+        return None
     keys, values = (torch.cat(pair, 2) for pair in zip(held.sinks, held.tail, strict=True))
     exact = ExactTokens(keys, values, exact_mask)
     return kernel.combine(queries, partial, packed_values.plan, exact, softmax)

@@ -2,10 +2,13 @@
 
 import copy
 import logging
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, get_args
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast, get_args
 
+import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -16,6 +19,7 @@ from nexusquant_cache.cache.layer import NexusQuantLayer, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
+from nexusquant_cache.cache.saving import check_config, check_tokens, export_cache, import_cache
 from nexusquant_cache.cache.tokens import LayerTransforms
 from nexusquant_cache.cache.uncompiled import uncompiled
 from nexusquant_cache.codec.base import VectorCodec
@@ -25,6 +29,11 @@ from nexusquant_cache.layout import MAX_BITS, CodeLayout
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.serialization.checks import settings_of
+from nexusquant_cache.serialization.entropy import check_level
+from nexusquant_cache.serialization.fingerprint import TokenIds
+from nexusquant_cache.serialization.reader import read_file
+from nexusquant_cache.serialization.writer import AtRest, Progress, measure, write_file
 
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
@@ -475,6 +484,96 @@ class NexusQuantCache(DynamicCache):
                 getattr(layer, "_sliding_window_tensor", None),
             )
 
+    # At rest
+
+    def save(  # noqa: PLR0913 - all but the path have defaults
+        self,
+        path: str | os.PathLike[str],
+        *,
+        level: int | None = 3,
+        token_ids: TokenIds | None = None,
+        metadata: Mapping[str, str] | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> AtRest:
+        """Write the cache to a file, from which `load` makes one that goes on bit for bit where this one stands.
+
+        The file is written beside ``path`` and takes its name when it is complete and on the disk: whatever happens
+        before that leaves an older file as it was.  The cache is not changed; it must not be used meanwhile.
+
+        Args:
+            path: Where to; an older file is replaced.
+            level: Of zstd, 1 (fast) to 22 (small); None stores all tensors as they are, for any reader of safetensors.
+            token_ids: The ids of the tokens seen, of which the file keeps a hash, so that `load` can tell prompts
+                apart.
+            metadata: Texts of your own to keep in the file, for instance the tokenizer's name.
+            threads: Threads to compress with; by default as many as there are processors, up to eight.
+            progress: Called after each tensor with the bytes done and the bytes in all.
+
+        Returns:
+            What each tensor takes in the file.
+
+        Raises:
+            OptionError: If the level is none, or the token ids are not ``[batch, tokens]`` or the metadata no texts.
+            UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
+                (`nexusquant_cache.serialization.register_codec`), rotations and layers of other classes.
+            CacheStateError: If an earlier forward failed half-way through a compression.
+            NonFiniteError: If an exact token holds NaN or infinity.
+            OSError: If the file cannot be written.
+        """
+        check_level(level)
+        meta, tensors = export_cache(self, token_ids=token_ids, metadata=metadata)
+        return write_file(Path(path), meta, tensors, level=level, threads=threads, progress=progress)
+
+    @classmethod
+    def load(  # noqa: PLR0913 - all but the path have defaults
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        device: str | torch.device | None = None,
+        config: PretrainedConfig | None = None,
+        policy: EvictionPolicy | None = None,
+        dtype: torch.dtype | None = None,
+        token_ids: TokenIds | None = None,
+        threads: int | None = None,
+        progress: Progress | None = None,
+    ) -> "NexusQuantCache":
+        """Return the cache that a file holds.
+
+        Everything in the file is checked before it is believed, and no more memory is taken than the file can fill.
+
+        Args:
+            path: The file.
+            device: Where the cache shall be; the CPU by default.
+            config: The model's config, with which it is checked that the file belongs to the model.  It is needed if
+                the model has layers that are not compressed, or if the prompt was not compressed yet.
+            policy: The policy of the cache that was saved, if it was given one and can still evict tokens.
+            dtype: What tokens in full precision are cast to, for a model that runs in another dtype.
+            token_ids: The ids of the tokens that the cache is to have seen, as given to `save`.
+            threads: Threads to read with; by default as many as there are processors, up to eight.
+            progress: Called after each tensor with the bytes done and the bytes in all.
+
+        Raises:
+            FormatError: If the file is damaged, of another model, of a later version, of another prompt, or anything
+                but a saved cache.
+            OptionError: If the config or the policy is needed and not given.
+            OSError: If the file cannot be read.
+        """
+        promise, tensors = read_file(Path(path), threads=threads, progress=progress)
+        check_tokens(promise.meta.tokens_hash, token_ids)
+        settings = settings_of(promise.meta)
+        when = cast("When", promise.meta.when)
+        check_config(promise.meta, config)
+        cache = cls(settings, config=config, policy=policy, when=when)
+        import_cache(cache, promise.meta, tensors, torch.device(device or "cpu"), dtype)
+        return cache
+
+    def layer_for_file(self, index: int) -> object:
+        """Return the empty layer that takes the place ``index`` of a file, made now if there is no config."""
+        while self.model_config is None and len(self.layers) <= index:
+            self._add_layer()
+        return self.layers[index]
+
     # Accounting
 
     def _shared(self) -> list[object]:
@@ -490,14 +589,22 @@ class NexusQuantCache(DynamicCache):
             self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._shared())
         )
 
-    def memory_report(self) -> MemoryReport:
-        """Return the bytes held, layer by layer, against a plain 16-bit cache; ``print`` shows a table."""
+    def memory_report(self, *, at_rest: bool = False) -> MemoryReport:
+        """Return the bytes held, layer by layer, against a plain 16-bit cache; ``print`` shows a table.
+
+        Args:
+            at_rest: Also what `save` would write, by kind of tensor.  It is compressed for that, which takes as long.
+
+        Raises:
+            UnsupportedError: If that is wanted, and something in the cache cannot be saved.
+        """
         self._note_peak()
         return MemoryReport(
             layers=tuple(_layer_report(index, layer) for index, layer in enumerate(self.layers)),
             shared_bytes=storage_bytes(self._shared()),
             peak_bytes=self._peak_bytes,
             preset=self.preset,
+            at_rest=measure(*export_cache(self)) if at_rest else None,
         )
 
 

@@ -14,6 +14,7 @@ from nexusquant_cache.cache.held import CodedSide, HeldStates, HeldTokens, Side,
 from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.probe import attention_error, stand_in_queries
+from nexusquant_cache.cache.state import Lists, Source, Tensors, layer_state, restore_layer
 from nexusquant_cache.cache.tokens import LayerTransforms, PackedSide, PackedTokens, PositionMap
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
@@ -28,6 +29,7 @@ from nexusquant_cache.errors import (
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.serialization.schema import LayerMeta
 
 When = Literal["post_prefill", "during_prefill"]
 _Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
@@ -801,6 +803,25 @@ class NexusQuantLayer(CacheLayerMixin):
     def prefetch(self) -> None:
         """Move everything stored back to the device of the layer."""
         self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    # At rest
+
+    def state(self, lists: Lists) -> tuple[LayerMeta, Tensors]:
+        """Return all that the layer holds and counts, as metadata and tensors that share memory with it.
+
+        Args:
+            lists: What layers share; codecs and phases of this layer are added.
+
+        Raises:
+            UnsupportedError: If a codec or a rotation is of a class that a file cannot name.
+            NonFiniteError: If an exact token holds NaN or infinity.
+        """
+        return layer_state(self, lists)
+
+    def restore(self, meta: LayerMeta, source: Source) -> None:
+        """Take what `state` of another layer returned, in place of everything that this one holds."""
+        self.reset()
+        restore_layer(self, meta, source)
 
     # Checks
 

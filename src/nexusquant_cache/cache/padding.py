@@ -47,7 +47,7 @@ def is_left_padding(mask: Shaped[Tensor, "rows n"]) -> bool:
 
 
 @dataclass
-class _Beginning:
+class Beginning:
     """How each row begins, as far as seen.
 
     Attributes:
@@ -63,11 +63,11 @@ class _Beginning:
     open: Bool[Tensor, "b"]
 
     @staticmethod
-    def of(vectors: Float[Tensor, "b n c"]) -> "_Beginning":
+    def of(vectors: Float[Tensor, "b n c"]) -> "Beginning":
         """Start with the first vectors of each row."""
         first = vectors[:, 0].clone()  # not a view, which would keep all the others
         batch = len(vectors)
-        start = _Beginning(
+        start = Beginning(
             first,
             first,
             torch.zeros(batch, dtype=torch.int64, device="cpu"),
@@ -75,7 +75,7 @@ class _Beginning:
         )
         return start.grown(vectors)
 
-    def grown(self, vectors: Float[Tensor, "b n c"]) -> "_Beginning":
+    def grown(self, vectors: Float[Tensor, "b n c"]) -> "Beginning":
         """Return this with further vectors of each row."""
         equal = _close(vectors, self.first[:, None]).long().cumprod(1).sum(1)
         ends = equal < vectors.shape[1]
@@ -84,15 +84,15 @@ class _Beginning:
         is_open = self.open.to(ends.device)
         after = torch.where((is_open & ends)[:, None], found, self.after)
         run = self.run + torch.where(self.open, equal.cpu(), 0)
-        return _Beginning(self.first, after, run, self.open & ~ends.cpu())
+        return Beginning(self.first, after, run, self.open & ~ends.cpu())
 
-    def cropped(self, seen: int) -> "_Beginning":
+    def cropped(self, seen: int) -> "Beginning":
         """Return this as it was when so many tokens had been seen."""
-        return _Beginning(self.first, self.after, self.run.clamp_max(seen), self.open | (self.run >= seen))
+        return Beginning(self.first, self.after, self.run.clamp_max(seen), self.open | (self.run >= seen))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> "_Beginning":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Beginning":
         """Return this with ``function`` applied to every tensor; all have the batch as first axis."""
-        return _Beginning(function(self.first), function(self.after), function(self.run), function(self.open))
+        return Beginning(function(self.first), function(self.after), function(self.run), function(self.open))
 
     def pads(self, position_shows: bool) -> Int[Tensor, "b"] | None:
         """Return the number of pads of each row, or None if it cannot be told.
@@ -154,7 +154,7 @@ class BatchPadding:
     pads: Int[Tensor, "b"] | None = None
     certain: bool = True
     settled_at: int | None = None
-    beginning: _Beginning | None = None
+    beginning: Beginning | None = None
 
     @property
     def most(self) -> int:
@@ -205,7 +205,7 @@ class BatchPadding:
             return
         tokens = min(keys.shape[2], _LOOK) if self.beginning is None else keys.shape[2]
         vectors = _vectors(keys[:, :, :tokens], values[:, :, :tokens])
-        beginning = _Beginning.of(vectors) if self.beginning is None else self.beginning.grown(vectors)
+        beginning = Beginning.of(vectors) if self.beginning is None else self.beginning.grown(vectors)
         if tokens < keys.shape[2] and bool(beginning.open.any()):
             beginning = beginning.grown(_vectors(keys[:, :, tokens:], values[:, :, tokens:]))
         self.beginning = beginning

@@ -6,6 +6,8 @@ from types import ModuleType
 
 import torch
 
+from nexusquant_cache.serialization.writer import AtRest
+
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
 
@@ -82,12 +84,14 @@ class MemoryReport:
         peak_bytes: The most that was held at once between updates, usually the exact prompt just before it was
             compressed.  Temporaries of attention and of the model are not the cache's and not counted.
         preset: Name of the preset, or ``"custom"``.
+        at_rest: What the cache would take in a file, if that was asked for.
     """
 
     layers: tuple[LayerReport, ...]
     shared_bytes: int
     peak_bytes: int
     preset: str
+    at_rest: AtRest | None = None
 
     @property
     def held_bytes(self) -> int:
@@ -134,7 +138,18 @@ class MemoryReport:
             f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) "
             f"in place of {_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
         )
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._at_rest_lines()])
+
+    def _at_rest_lines(self) -> Iterator[str]:
+        """Yield a line per kind of tensor in a file."""
+        if self.at_rest is None:
+            return
+        for kind, (packed, stored) in self.at_rest.kinds.items():
+            codes = ", ".join(self.at_rest.codes(kind))
+            yield f"at rest {kind:<12} {_size(packed):>10} -> {_size(stored):>10}  {codes}"
+        total, header = self.at_rest.total_bytes, _size(self.at_rest.header_bytes)
+        factor = self.dense_bytes / total
+        yield f"at rest in all {_size(total)}, header {header}: {factor:.1f}x"
 
     def _groups(self) -> list[tuple[int, int, LayerReport]]:
         """Return runs of layers that differ in nothing but their index; sizes are those of one layer."""

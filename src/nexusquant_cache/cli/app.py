@@ -12,7 +12,8 @@ from rich.console import Console, RenderableType
 
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
-from nexusquant_cache.errors import NexusQuantError
+from nexusquant_cache.cli.render_file import converted_renderables, file_renderables
+from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
@@ -23,6 +24,8 @@ from nexusquant_cache.evaluation.report import check_plots, write_report
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.serialization import convert_file, inspect_file, verify_file
+from nexusquant_cache.serialization.writer import Progress
 
 _Part = TypeVar("_Part", str, int, float)
 
@@ -33,6 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 _PIPE_WIDTH = 100
+_LEVEL = 3
 _TOPICS = "Python's help topics"
 _DEFAULTS = DemoOptions()
 _MEASURED = EvaluationOptions()
@@ -158,6 +162,64 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             report(Step("drawing"))
             page = write_report(content, output)
     _show(evaluation_renderables(content, page))
+
+
+_File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that NexusQuantCache.save has written.")]
+
+
+@app.command(name="inspect")
+def inspect_command(file: _File) -> None:
+    """Show what a saved cache is: its model, prompt and settings, and what its parts take.
+
+    Only the beginning of the file is read; 'verify' reads all of it.
+    """
+    with _one_line_errors():
+        summary = inspect_file(file)
+    _show(file_renderables(file, summary))
+
+
+@app.command()
+def verify(file: _File) -> None:
+    """Read a saved cache completely and check it; the exit code is 0 if it is sound and 1 if it is not."""
+    try:
+        with _one_line_errors(), _reading("checking") as progress:
+            summary = verify_file(file, progress=progress)
+    except typer.Exit as ended:
+        if isinstance(ended.__cause__, FormatError):
+            raise typer.Exit(1) from ended
+        raise
+    typer.echo(f"{file}: sound, {summary.file_bytes:,} bytes, content sha256 {summary.sha256}")
+
+
+@app.command()
+def convert(
+    file: _File,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="The new file; it may be the same.")],
+    level: Annotated[
+        int | None, typer.Option(help=f"Level of zstd, 1 (fast) to 22 (small); {_LEVEL} by default.")
+    ] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Store all tensors as they are, for any reader of safetensors.")
+    ] = False,
+) -> None:
+    """Write a saved cache anew with another compression; what it holds stays the same."""
+    with _one_line_errors():
+        if raw and level is not None:
+            msg = "--raw compresses nothing, so there is no --level to it: give one of them"
+            raise EvaluationError(msg)
+        before = inspect_file(file).file_bytes
+        with _reading("writing") as progress:
+            report = convert_file(
+                file, output, level=None if raw else _LEVEL if level is None else level, progress=progress
+            )
+    _show(converted_renderables(before, report))
+
+
+@contextlib.contextmanager
+def _reading(phase: str) -> Iterator[Progress]:
+    """Show how many bytes are done."""
+    with progress_bars(Console(file=sys.stderr)) as report:
+        yield lambda done, total: report(Step(phase, done, total))
 
 
 def _parts(

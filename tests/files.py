@@ -1,0 +1,110 @@
+"""Files of saved caches for the tests: small valid ones, and forged ones whose hash is right."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from integration.tiny import SMALL, balanced, generate, prompt, random_states, tiny_config, tiny_llama
+from torch import Tensor
+from transformers import PreTrainedConfig, Qwen2Config
+
+from nexusquant_cache import NexusQuantCache
+
+Entry = tuple[str, str, list[int], bytes]  # name, dtype, shape, bytes
+
+
+def compressed() -> NexusQuantCache:
+    """Return a cache that has compressed a prompt and some generated tokens; two layers."""
+    model = tiny_llama()
+    made = balanced(model, transform="principal")
+    generate(model, prompt(60), made)
+    return made
+
+
+def padded() -> NexusQuantCache:
+    """Return a cache of two rows, one of them padded."""
+    model, ids = tiny_llama(), prompt(50, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :6] = 0
+    made = balanced(model, attention_mask=mask)
+    generate(model, ids, made, attention_mask=mask)
+    return made
+
+
+def mixed() -> NexusQuantCache:
+    """Return a cache with a sliding-window layer, whose prompt waits for its compression."""
+    made = NexusQuantCache("balanced", config=mixed_config(), **SMALL)
+    for layer in range(2):
+        made.update(*random_states((1, 2, 40, 16), layer, torch.bfloat16), layer)
+    return made
+
+
+def mixed_config() -> Qwen2Config:
+    """Return the config of `mixed`."""
+    kinds = ["sliding_attention", "full_attention"]
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64}
+    return Qwen2Config(**heads, layer_types=kinds, use_sliding_window=True, sliding_window=30)
+
+
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "compressed": tiny_config,
+    "padded": tiny_config,
+    "mixed": mixed_config,
+}
+MAKERS: dict[str, Callable[[], NexusQuantCache]] = {"compressed": compressed, "padded": padded, "mixed": mixed}
+
+
+@cache
+def file_bytes(name: str, level: int | None = 3) -> bytes:
+    """Return the bytes of a saved cache of this kind."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            MAKERS[name]().save(path, level=level)
+        return path.read_bytes()
+
+
+def take_apart(data: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Entry]]:
+    """Return the metadata of a file, the JSON object inside it, and its tensors."""
+    length = int.from_bytes(data[:8], "little")
+    header, body = json.loads(data[8 : 8 + length]), data[8 + length :]
+    metadata = header.pop("__metadata__")
+    entries = [(name, x["dtype"], x["shape"], body[slice(*x["data_offsets"])]) for name, x in header.items()]
+    return metadata, json.loads(metadata["cache"]), entries
+
+
+def put_together(metadata: Mapping[str, Any], content: Any, entries: list[Entry]) -> bytes:
+    """Return a file of these parts whose hash is right, provided that its tensors are stored as they are."""
+    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
+    total = hashlib.sha256(text.encode())
+    for name, _, _, stored in sorted(entries):
+        total.update(f"\n{name.partition(':')[0]} {hashlib.sha256(stored).hexdigest()}".encode())
+    header: dict[str, Any] = {"__metadata__": {**metadata, "cache": text, "sha256": total.hexdigest()}}
+    place = 0
+    for name, dtype, shape, stored in entries:
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [place, place + len(stored)]}
+        place += len(stored)
+    head = json.dumps(header).encode()
+    return len(head).to_bytes(8, "little") + head + b"".join(entry[3] for entry in entries)
+
+
+def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Entry]], None]) -> bytes:
+    """Return a raw file after a change to its metadata and tensors, with the right hash."""
+    metadata, content, entries = take_apart(data)
+    named = {entry[0]: entry for entry in entries}
+    change(content, named)
+    return put_together(metadata, content, list(named.values()))
+
+
+def with_tensor(named: dict[str, Entry], name: str, tensor: Tensor) -> None:
+    """Replace the bytes of a tensor."""
+    _, dtype, shape, _ = named[name]
+    named[name] = name, dtype, shape, tensor.contiguous().view(torch.uint8).numpy().tobytes()

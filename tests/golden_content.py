@@ -1,0 +1,49 @@
+"""What a golden file holds, said without the code that hashes files."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from files import CONFIGS
+from torch import Tensor
+
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.serialization import verify_file
+
+
+def load_golden(path: Path) -> NexusQuantCache:
+    """Load a golden file with the config of its kind, which is the first word of its name."""
+    return NexusQuantCache.load(path, config=CONFIGS[path.name.partition("-")[0]]())
+
+
+def content_of(path: Path, cache: NexusQuantCache) -> dict[str, Any]:
+    """Return the file's own hash, and what the loaded cache holds."""
+    pads = cache.padding.pads
+    return {
+        "sha256": verify_file(path).sha256,
+        "seen": cache.get_seq_length(),
+        "pads": None if pads is None else pads.tolist(),
+        "layers": [_layer(layer) for layer in cache.layers],
+    }
+
+
+def _layer(layer: Any) -> dict[str, Any]:
+    if not isinstance(layer, NexusQuantLayer):
+        return {"class": type(layer).__name__, "keys": _hash(layer.keys), "values": _hash(layer.values)}
+    found = {"kept": layer.kept, "tail": [_hash(x) for x in layer.tail], "codecs": repr(layer.key_codec.layout)}
+    if layer.body is not None:
+        positions = layer.body.positions.positions(torch.device("cpu"))
+        found |= {"sinks": [_hash(x) for x in layer.sinks], "positions": _hash(positions)}
+        for name, side in (("keys", layer.body.keys), ("values", layer.body.values)):
+            transform = side.transform
+            tensors = [side.words.view(), side.scales.view(), transform.mean, transform.reference, transform.plans]
+            tensors += [getattr(transform.rotation, part, None) for part in ("basis", "step")]
+            found[name] = [None if x is None else _hash(x) for x in tensors]
+    return found
+
+
+def _hash(x: Tensor) -> str:
+    content = x.contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return f"{x.dtype} {list(x.shape)} {hashlib.sha256(content).hexdigest()[:16]}"

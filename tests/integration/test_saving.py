@@ -1,0 +1,578 @@
+"""Saved and loaded caches.
+
+**The law.**  A loaded cache is the cache that was saved: it holds the same, counts the same, and whatever happens next,
+happens to both bit for bit.
+"""
+
+import copy
+import os
+import re
+import warnings
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from integration.families import FAMILIES, build, inputs
+from integration.modes import PROMPT, ask
+from integration.tiny import (
+    SMALL,
+    LosslessCache,
+    LosslessCodec,
+    balanced,
+    fingerprint,
+    generate,
+    logits,
+    lossless_cache,
+    prompt,
+    random_states,
+    tiny_config,
+    tiny_llama,
+)
+from transformers import DynamicCache
+
+import nexusquant_cache
+from nexusquant_cache import (
+    CacheConfig,
+    CacheStateError,
+    FormatError,
+    KeyNormPolicy,
+    NexusQuantCache,
+    NonFiniteError,
+    OptionError,
+    UnsupportedError,
+    WindowAttentionPolicy,
+)
+from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.cache.state import Lists
+from nexusquant_cache.codec.transform import Rotation
+from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.serialization import hash_tokens, inspect_file, register_codec, writer
+
+register_codec(
+    "tests.lossless", LosslessCodec, lambda codec: {"head_dim": codec.head_dim}, lambda x: LosslessCodec(**x)
+)
+
+
+def saved(cache: Any, path: Any, **options: Any) -> Any:
+    """Save a cache and load it again."""
+    cache.save(path / "cache.safetensors")
+    return type(cache).load(path / "cache.safetensors", **options)
+
+
+def assert_goes_on_alike(model: Any, one: Any, other: Any, steps: int = 14) -> None:
+    """Feed a later turn and single tokens to both."""
+    batch = one.layers[0].tail[0].shape[0]
+    for step in range(steps):
+        ids = prompt(3 if step == steps // 2 else 1, batch=batch, seed=step + 1)
+        assert torch.equal(logits(model, ids, one), logits(model, ids, other)), step
+    assert fingerprint(one) == fingerprint(other)
+
+
+@pytest.mark.parametrize("level", [None, 1, 19])
+@pytest.mark.parametrize("tokens", [1, 20, 50, 300])
+def test_a_loaded_cache_goes_on_bit_for_bit(sdpa, tokens, level, tmp_path):
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(tokens), cache)
+    cache.save(tmp_path / "a", level=level)
+    loaded = NexusQuantCache.load(tmp_path / "a", config=sdpa.config)
+    assert fingerprint(loaded) == fingerprint(cache)
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+@pytest.mark.parametrize("preset", list(nexusquant_cache.PRESETS))
+@pytest.mark.parametrize("transform", ["hadamard", "principal"])
+def test_every_preset(sdpa, preset, transform, tmp_path):
+    cache = NexusQuantCache(preset, config=sdpa.config, transform=transform, **SMALL)
+    generate(sdpa, prompt(80, batch=2), cache)
+    assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path, config=sdpa.config))
+
+
+def test_a_named_preset_keeps_its_name(sdpa, tmp_path):
+    cache = NexusQuantCache("max", config=sdpa.config)
+    logits(sdpa, prompt(30), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert (loaded.preset, loaded.cache_config, loaded.when) == ("max", cache.cache_config, "post_prefill")
+
+
+def test_an_empty_cache(sdpa, tmp_path):
+    for cache, config in ((balanced(sdpa), sdpa.config), (NexusQuantCache("quant", **SMALL), None)):
+        loaded = saved(cache, tmp_path, config=config)
+        logits(sdpa, prompt(50), cache)
+        logits(sdpa, prompt(50), loaded)
+        assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_a_prompt_that_waits_for_its_compression(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    logits(sdpa, prompt(60), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert loaded.layers[0].pending
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_a_later_turn_that_waits(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(60), cache)
+    logits(sdpa, prompt(40, seed=5), cache)
+    assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path, config=sdpa.config))
+
+
+def test_compressed_during_the_prefill(sdpa, tmp_path):
+    cache = balanced(sdpa, when="during_prefill")
+    for seed in range(3):
+        logits(sdpa, prompt(30, seed=seed), cache)
+    assert cache.layers[0].body is not None
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert loaded.when == "during_prefill"
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_without_config(sdpa, tmp_path):
+    cache = NexusQuantCache("balanced", **SMALL)
+    generate(sdpa, prompt(60), cache)
+    assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path))
+
+
+def test_a_compressed_cache_can_be_loaded_without_the_config_it_was_made_with(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(60), cache)
+    loaded = saved(cache, tmp_path)
+    assert loaded.layers[0].phase is loaded.layers[1].phase is not None
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_a_config_is_asked_for_where_it_is_needed(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    logits(sdpa, prompt(60), cache)
+    with pytest.raises(OptionError, match=r"needs the model's config, config=model\.config"):
+        saved(cache, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["mask", "runs", "unsettled"])
+def test_padding(sdpa, how, tmp_path):
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    ids[0, :9], mask[0, :9] = 0, 0
+    cache = balanced(sdpa, attention_mask=mask) if how == "mask" else balanced(sdpa)
+    if how == "unsettled":
+        ids[:], mask[:] = 0, 0
+        mask[:, -1] = 1
+        pad = [x.expand(2, -1, 7, -1) for x in random_states((1, 2, 1, 16), 0)]
+        for layer in range(2):
+            cache.update(*pad, layer)
+        assert cache.padding.beginning is not None
+        loaded = saved(cache, tmp_path, config=sdpa.config)
+        for layer in range(2):
+            new = random_states((2, 2, 40, 16), layer + 1)
+            for each in (cache, loaded):
+                each.update(*new, layer)
+        assert cache.padding.pads is not None
+    else:
+        generate(sdpa, ids, cache, attention_mask=mask)
+        assert cache.layers[0].sink_place is not None
+        loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert fingerprint(loaded) == fingerprint(cache)
+    for step in range(9):
+        new = random_states((2, 2, 1, 16), step + 9)
+        for layer in range(2):
+            held = [each.update(*new, layer) for each in (cache, loaded)]
+            assert torch.equal(held[0][0], held[1][0])
+            assert torch.equal(held[0][1], held[1][1])
+
+
+def test_what_a_batch_has_been_warned_of_is_not_said_again(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    ids = prompt(60, batch=2)
+    ids[1, 0] = 9
+    with pytest.warns(UserWarning, match="which tokens of this batch are padding"):
+        generate(sdpa, ids, cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert not loaded.may_evict
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for each in (cache, loaded):
+            logits(sdpa, torch.cat([ids, ids], 1), each)
+            logits(sdpa, ids[:, :1], each)
+    assert fingerprint(loaded) == fingerprint(cache)
+
+
+def test_queries_that_were_observed(sdpa, tmp_path):
+    policy, states = WindowAttentionPolicy(), [random_states((1, 2, n, 16), n) for n in (50, 3, 1)]
+    cache = balanced(sdpa, policy=policy)
+    for layer in range(2):
+        for seed, (keys, values) in enumerate(states[:2]):
+            cache.update(keys, values, layer)
+            queries = torch.randn(1, 4, keys.shape[2], 16, generator=torch.Generator().manual_seed(seed))
+            cache.observe_queries(queries, layer)
+        cache.layers[layer].observe_reconstruction(torch.rand(1, 2, 53))
+    assert cache.layers[0].observed.before is not None
+    loaded = saved(cache, tmp_path, config=sdpa.config, policy=policy)
+    for count, layer in ((-3, 0), (-3, 1)):
+        for each in (cache, loaded):
+            each.layers[layer].crop(count)
+    for layer in range(2):
+        assert torch.equal(cache.layers[layer].observed.queries, loaded.layers[layer].observed.queries)
+        for each in (cache, loaded):
+            each.update(*states[2], layer)
+    assert cache.layers[0].body is not None
+    assert fingerprint(loaded) == fingerprint(cache)
+
+
+def test_recording(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    cache.activate_past_recording()
+    logits(sdpa, prompt(50), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    for each in (cache, loaded):
+        each.crop(-2)
+    assert cache.layers[0].body is not None
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+@pytest.mark.parametrize("removed", [4, 30, 49])
+def test_a_cropped_cache(sdpa, removed, tmp_path):
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(50), cache)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cache.crop(-removed)
+        loaded = saved(cache, tmp_path, config=sdpa.config)
+        assert_goes_on_alike(sdpa, cache, loaded)
+        for each in (cache, loaded):
+            each.crop(-20)
+    assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_transforms_of_another_prompt(sdpa, tmp_path):
+    first = balanced(sdpa, transform="principal")
+    generate(sdpa, prompt(300), first)
+    for tokens in (20, 60):
+        cache = balanced(sdpa, transform="principal", transforms=first.transforms)
+        logits(sdpa, prompt(tokens, batch=2, seed=4), cache)
+        loaded = saved(cache, tmp_path, config=sdpa.config)
+        for step in range(30):
+            ids = prompt(1, batch=2, seed=step)
+            assert torch.equal(logits(sdpa, ids, cache), logits(sdpa, ids, loaded))
+        assert torch.equal(
+            loaded.layers[0].body.keys.transform.rotation.basis[:1], first.transforms[0].keys.rotation.basis
+        )
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_families(name, tmp_path):
+    """Sliding windows, linear attention, shared and latent layers: everything that a model keeps is in the file."""
+    attention = FAMILIES[name].attentions[0]
+    model = build(name, attention)
+    keep = {"keep_ratio": 1.0} if name in {"falcon_alibi", "bloom"} else {}
+    cache = NexusQuantCache("balanced", config=model.config, **(SMALL | keep))
+    given = inputs(model, PROMPT, 2)
+    begun = ask(model, given, cache)
+    loaded = saved(cache, tmp_path, config=model.config)
+    given["input_ids"] = torch.cat([begun, prompt(3, batch=2)], 1)
+    given = {key: x for key, x in given.items() if key in {"input_ids", "attention_mask"}}
+    with torch.no_grad():
+        for step in range(6):
+            new = prompt(1, batch=2, seed=step)
+            at = torch.tensor([[cache.get_seq_length()]] * 2)
+            outputs = [
+                model(input_ids=new, past_key_values=x, use_cache=True, position_ids=at) for x in (cache, loaded)
+            ]
+            assert torch.equal(outputs[0].logits, outputs[1].logits)
+
+
+def test_padding_where_no_layer_is_compressed(tmp_path):
+    model = build("mistral")
+    ids = prompt(20, batch=2)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    cache = NexusQuantCache("quant", config=model.config, attention_mask=mask)
+    generate(model, ids, cache, attention_mask=mask)
+    assert saved(cache, tmp_path, config=model.config).padding.pads.tolist() == [5, 0]
+
+
+def test_rotary_phases_are_kept_apart(tmp_path):
+    """Layers of one model may turn differently."""
+    config = build("gemma3").config
+    cache = NexusQuantCache("quant", config=config, **SMALL)
+    phases = [RotaryPhase(torch.tensor([1.0, 0.5])), RotaryPhase(torch.tensor([1.0, 0.25]), interleaved=True)]
+    lists = Lists()
+    assert [lists.phase(phase) for phase in (*phases, phases[1], phases[0])] == [0, 1, 1, 0]
+    cache.layers = [NexusQuantLayer(cache, index) for index in range(2)]
+    for layer, phase in zip(cache.layers, phases, strict=True):
+        layer.update(*random_states((1, 1, 50, 16), 0))
+        layer.compress()
+        layer.phase = phase
+    cache.model_config = None
+    loaded = saved(cache, tmp_path)
+    assert [layer.phase.matches(phase) for layer, phase in zip(loaded.layers, phases, strict=True)] == [True, True]
+
+
+def test_codecs_of_ones_own(tmp_path):
+    model = tiny_llama()
+    cache = lossless_cache(model.config)
+    generate(model, prompt(50), cache)
+    loaded = saved(cache, tmp_path, config=model.config)
+    assert isinstance(loaded, LosslessCache)
+    assert isinstance(loaded.layers[0].key_codec, LosslessCodec)
+    plain = DynamicCache(config=model.config)
+    logits(model, generate(model, prompt(50), None)[:, :-1], plain)
+    ids = prompt(1, seed=3)
+    assert torch.allclose(logits(model, ids, loaded), logits(model, ids, plain), atol=1e-4)
+
+
+class TestCannotBeSaved:
+    def test_unknown_codecs(self, sdpa, tmp_path):
+        class Odd(LosslessCodec):
+            pass
+
+        class OddCache(NexusQuantCache):
+            def make_codec(self, side, head_dim, layer_idx):
+                del side, layer_idx
+                return Odd(head_dim)
+
+        cache = OddCache("quant", config=sdpa.config, **SMALL)
+        logits(sdpa, prompt(50), cache)
+        with pytest.raises(UnsupportedError, match="cannot name the codec class Odd: register it first"):
+            cache.save(tmp_path / "a")
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_unknown_rotations(self, sdpa, tmp_path):
+        class Turned(Rotation):
+            rotate = unrotate = None
+
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(50), cache)
+        side = cache.layers[1].body.keys
+        Turned.__abstractmethods__ = frozenset()
+        side.transform = replace(side.transform, rotation=Turned())
+        with pytest.raises(UnsupportedError, match="a rotation of the class Turned"):
+            cache.save(tmp_path / "a")
+
+    @pytest.mark.parametrize("wrong", [{"oddity": 1}, {"keys": torch.zeros(1, 1, 1, 1, dtype=torch.complex64)}])
+    def test_unknown_layers(self, wrong, tmp_path):
+        model = build("gemma3")
+        cache = NexusQuantCache("quant", config=model.config)
+        ask(model, inputs(model, PROMPT), cache)
+        vars(cache.layers[0]).update(wrong)
+        with pytest.raises(UnsupportedError, match=r"cannot hold layer 0: (nothing is known of oddity|its dtype)"):
+            cache.save(tmp_path / "a")
+
+    def test_numbers_that_are_none(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(50), cache)
+        cache.layers[1].tail[0][0, 0, 0, 0] = torch.nan
+        with pytest.raises(NonFiniteError, match=r"layers\.1\.keys\.tail holds NaN"):
+            cache.save(tmp_path / "a")
+
+    def test_a_broken_cache(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        cache._is_broken = True
+        with pytest.raises(CacheStateError, match="there is nothing to save"):
+            cache.save(tmp_path / "a")
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_wrong_options(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        for options, message in (
+            ({"level": 0}, "level must be a whole number from 1"),
+            ({"level": "fast"}, "level must be a whole number from 1"),
+            ({"metadata": {"a": 1}}, "metadata must be texts by name"),
+            ({"token_ids": torch.zeros(3)}, "token_ids must be integers"),
+            ({"token_ids": [[[1]]]}, "token_ids must be integers"),
+        ):
+            with pytest.raises(OptionError, match=message):
+                cache.save(tmp_path / "a", **options)
+        assert not list(tmp_path.iterdir())
+
+
+class TestWhoseFile:
+    def test_another_model(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(50), cache)
+        cache.save(tmp_path / "a")
+        other = tiny_config(num_key_value_heads=4)
+        with pytest.raises(FormatError, match=r"another model: num_key_value_heads 2 \(here 4\)"):
+            NexusQuantCache.load(tmp_path / "a", config=other)
+        with pytest.raises(FormatError, match=r"another model: .*rope_theta"):
+            NexusQuantCache.load(tmp_path / "a", config=tiny_config(rope_theta=5000.0))
+
+    def test_what_does_not_matter_to_keys_and_values_may_differ(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(50), cache)
+        other = copy.deepcopy(sdpa.config)
+        other.dtype, other.use_cache, other.name_or_path = torch.bfloat16, False, "elsewhere"
+        saved(cache, tmp_path, config=other)
+
+    def test_no_model(self, sdpa, tmp_path):
+        cache = NexusQuantCache("quant", **SMALL)
+        logits(sdpa, prompt(50), cache)
+        with pytest.raises(FormatError, match="saved without a config"):
+            saved(cache, tmp_path, config=sdpa.config)
+
+    def test_tokens(self, sdpa, tmp_path):
+        cache, ids = balanced(sdpa), prompt(50)
+        logits(sdpa, ids, cache)
+        cache.save(tmp_path / "a", token_ids=ids, metadata={"tokenizer": "T"})
+        NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[0].tolist())
+        with pytest.raises(FormatError, match="is of other tokens"):
+            NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[:, :-1])
+        assert inspect_file(tmp_path / "a").meta.user == {"tokenizer": "T"}
+        assert inspect_file(tmp_path / "a").meta.tokens_hash == hash_tokens(ids.int())
+        cache.save(tmp_path / "a")
+        with pytest.raises(FormatError, match="does not say of which tokens"):
+            NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids)
+
+    def test_the_hash_of_tokens_never_changes(self):
+        expected = "d29170db0bf8b68c9287ddbe806954e01d1ec561eea64d11b21c81a1b837eb8a"
+        assert hash_tokens([1, 2, 3]) == hash_tokens(torch.tensor([[1, 2, 3]])) == expected
+        assert hash_tokens([1, 2, 3]) != hash_tokens(torch.tensor([[1], [2], [3]]))
+
+    def test_policies(self, sdpa, tmp_path):
+        cache = balanced(sdpa, policy=KeyNormPolicy())
+        generate(sdpa, prompt(50), cache)
+        with pytest.raises(OptionError, match=re.escape("saved with the policy KeyNormPolicy(")):
+            saved(cache, tmp_path, config=sdpa.config)
+        assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path, config=sdpa.config, policy=KeyNormPolicy()))
+        saved(cache, tmp_path, config=sdpa.config, policy=WindowAttentionPolicy())  # what is asked for, is done
+
+    def test_a_policy_without_anything_to_decide(self, sdpa, tmp_path):
+        cache = balanced(sdpa, policy=KeyNormPolicy(), keep_ratio=1.0)
+        generate(sdpa, prompt(50), cache)
+        saved(cache, tmp_path, config=sdpa.config)
+
+    def test_layers_of_another_kind(self, tmp_path, monkeypatch):
+        model = build("gemma3")
+        cache = NexusQuantCache("quant", config=model.config)
+        ask(model, inputs(model, PROMPT), cache)
+        cache.save(tmp_path / "a")
+        made = NexusQuantCache._make_layers
+        monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: made(self)[::-1])
+        with pytest.raises(FormatError, match="layer 0 of the file is of another kind than NexusQuantLayer"):
+            NexusQuantCache.load(tmp_path / "a", config=model.config)
+        monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: [*made(self), NexusQuantLayer(self, 2)])
+        with pytest.raises(FormatError, match="the file holds 2 layers, the cache of this model has 3"):
+            NexusQuantCache.load(tmp_path / "a", config=model.config)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_another_dtype(sdpa, dtype, tmp_path):
+    """Codes are the same codes; tokens in full precision are cast."""
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(50), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config, dtype=dtype)
+    for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
+        assert torch.equal(ours.tail[0], theirs.tail[0].to(dtype))
+        assert torch.equal(ours.body.keys.words.view(), theirs.body.keys.words.view())
+        assert ours.body.keys.transform.reference.dtype == torch.float32
+        assert ours.keys.dtype == dtype
+    model = tiny_llama().to(dtype)
+    assert logits(model, prompt(1), loaded).dtype == dtype
+
+
+def test_another_dtype_of_layers_that_are_not_compressed(tmp_path):
+    model = build("gemma3")
+    cache = NexusQuantCache("quant", config=model.config)
+    ask(model, inputs(model, PROMPT), cache)
+    loaded = saved(cache, tmp_path, config=model.config, dtype=torch.bfloat16)
+    assert loaded.layers[0].keys.dtype == loaded.layers[0].dtype == torch.bfloat16
+
+
+def test_another_device(sdpa, tmp_path):
+    """`meta` stands for any: every tensor but those that belong on the CPU goes there."""
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(50), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config, device="meta")
+    layer = loaded.layers[0]
+    for x in (*layer.tail, *layer.sinks, layer.body.keys.words.data, layer.body.keys.transform.mean):
+        assert x.device.type == "meta"
+    assert layer.device == torch.device("meta")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_from_device_to_device(tmp_path):
+    """What was saved on a GPU is the same on the CPU, and the other way round."""
+    model = tiny_llama().cuda()
+    cache = balanced(model)
+    generate(model, prompt(60).cuda(), cache)
+    cache.save(tmp_path / "a")
+    here = NexusQuantCache.load(tmp_path / "a", config=model.config)
+    there = NexusQuantCache.load(tmp_path / "a", config=model.config, device="cuda")
+    here.save(tmp_path / "b")
+    assert torch.equal(cache.layers[0].tail[0].cpu(), here.layers[0].tail[0])
+    assert inspect_file(tmp_path / "a").streams == inspect_file(tmp_path / "b").streams
+    for seed in range(9):
+        ids = prompt(1, seed=seed).cuda()
+        assert torch.equal(logits(model, ids, cache), logits(model, ids, there))
+
+
+class TestWriting:
+    def test_a_failure_leaves_the_old_file(self, sdpa, tmp_path, monkeypatch):
+        cache, path = balanced(sdpa), tmp_path / "a"
+        cache.save(path)
+        before = path.read_bytes()
+        generate(sdpa, prompt(50), cache)
+
+        def full(_descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cache.save(path)
+        assert path.read_bytes() == before
+        assert list(tmp_path.iterdir()) == [path]
+
+    def test_the_result_does_not_depend_on_threads(self, sdpa, tmp_path):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(300), cache)
+        for threads in (1, 2, 5):
+            cache.save(tmp_path / str(threads), threads=threads)
+        assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes() == (tmp_path / "5").read_bytes()
+
+    def test_little_is_in_memory_at_once(self, sdpa, tmp_path, monkeypatch):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(300), cache)
+        cache.save(tmp_path / "a")
+        monkeypatch.setattr(writer, "_AT_ONCE", 1)
+        monkeypatch.setattr(os, "name", "other")  # a folder that cannot be put on the disk
+        cache.save(tmp_path / "b")
+        assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+    def test_progress_reaches_the_end(self, sdpa, tmp_path):
+        cache, seen = balanced(sdpa), []
+        generate(sdpa, prompt(50), cache)
+        cache.save(tmp_path / "a", progress=lambda done, total: seen.append((done, total)))
+        assert seen[-1][0] == seen[-1][1] > 0
+        assert seen == sorted(seen)
+        again: list[tuple[int, int]] = []
+        NexusQuantCache.load(tmp_path / "a", progress=lambda done, total: again.append((done, total)))
+        assert again[-1] == seen[-1]
+
+    def test_a_cache_in_inference_mode(self, sdpa, tmp_path):
+        with torch.inference_mode():
+            cache = balanced(sdpa)
+            generate(sdpa, prompt(50), cache)
+            loaded = saved(cache, tmp_path, config=sdpa.config)
+        assert_goes_on_alike(sdpa, cache, loaded)
+
+
+def test_bytes_at_rest_are_those_of_the_file(sdpa, tmp_path):
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(400), cache)
+    report = cache.memory_report(at_rest=True)
+    written = cache.save(tmp_path / "a")
+    size = (tmp_path / "a").stat().st_size
+    assert written.total_bytes == size
+    assert abs(report.at_rest.total_bytes - size) <= 64  # the peak that the metadata mention may have grown
+    assert set(report.at_rest.kinds) >= {"key words", "value words", "scales", "positions", "exact", "transforms"}
+    assert "at rest key words" in str(report)
+    assert cache.memory_report().at_rest is None
+    assert "at rest" not in str(cache.memory_report())
+
+
+def test_settings_are_all_kept(tmp_path):
+    settings = CacheConfig(key_bits=3, scale_candidates=(1.0,), center_keys=False, key_gain="unbiased")
+    assert saved(NexusQuantCache(settings), tmp_path).cache_config == settings
