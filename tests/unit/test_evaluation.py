@@ -43,6 +43,7 @@ SPEED = {
     "rows": [
         {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "encode_tokens_per_s": None},
         {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "encode_tokens_per_s": 12345.6},
+        {"cache": "max", "on_codes": True, "milliseconds": 90.0, "relative": 1.12, "encode_tokens_per_s": None},
     ]
 }
 
@@ -417,7 +418,7 @@ class TestTables:
         document.write_text("before\n<!-- table:speed -->\nold\n<!-- /table -->\nafter\n")
         assert tables.stale([document], tmp_path) == [document]
         written = tables.render(document.read_text(), tmp_path)
-        assert "| `max` | 100 | 1.25x | 12,346 |\n" in written
+        assert "| `max` | 100 | 1.25x | 90 | 1.12x | 12,346 |\n" in written
         assert written.startswith("before\n<!-- table:speed -->\n\n| cache |")
         assert written.endswith("|\n\n<!-- /table -->\nafter\n")
         document.write_text(written)
