@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="triton is for Linux")
+
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import ShapeError
