@@ -25,7 +25,6 @@ from _gpu_tokens import (
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nexusquant_cache.attention import fused as attention
-from nexusquant_cache.attention.codes import AttentionOptions
 from nexusquant_cache.cache.held import CodedSide
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
@@ -161,7 +160,7 @@ def _time_codes(shape: Shape, preset: str, keys: Keys, device: torch.device) -> 
     held = [random_held(shape, keys, preset, _MODEL_DTYPE, device)]
     nbytes = packed_bytes(held[0])
     held += [random_held(shape, keys, preset, _MODEL_DTYPE, device) for _ in range(copies_for(nbytes, device) - 1)]
-    query, options = _query(shape, device), AttentionOptions(shape.head_dim**-0.5)
+    query, options = _query(shape, device), Softmax(shape.head_dim**-0.5)
     whole = time_calls([lambda each=each: attention.attend(query, each, None, options) for each in held], device)
 
     def kernel(each: HeldTokens) -> Callable[[], object]:

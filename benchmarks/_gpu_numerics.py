@@ -29,11 +29,10 @@ from _gpu_tokens import (
 )
 
 from nexusquant_cache.attention import fused as attention
-from nexusquant_cache.attention.codes import AttentionOptions
 from nexusquant_cache.cache.held import CodedSide
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.kernels.operands import side_plan
-from nexusquant_cache.layout import _COMPANDER, CodeLayout, block_code
+from nexusquant_cache.kernels.operands import Softmax, side_plan
+from nexusquant_cache.layout import COMPANDER, CodeLayout, block_code
 from nexusquant_cache.reference.blocks import decode_blocks
 from nexusquant_cache.reference.packing import pack
 
@@ -217,7 +216,7 @@ def _planes(layout: CodeLayout, numbers: Tensor, device: torch.device) -> Iterat
     even = layout.bytes_per_vector % 2 == 0
     shape = (plan.padded_blocks, layout.bytes_per_vector, plan.rates, even)
     bits = layout.block_bits
-    units = [_COMPANDER[each][2] if each else 0.0 for each in bits for _ in range(8)]
+    units = [COMPANDER[each][2] if each else 0.0 for each in bits for _ in range(8)]
     nothing = torch.zeros(rows, 8)
     expected = torch.cat([decode_blocks(numbers[:, i], b) if b else nothing for i, b in enumerate(bits)], 1)
     for keys in (True, False):
@@ -243,7 +242,7 @@ def _attention(check: Check, device: torch.device) -> Iterator[Finding]:
     if check.far_apart:
         held = _far_apart(held)
     batch, heads, head_dim = check.shape.batch, check.shape.kv_heads, check.shape.head_dim
-    options = AttentionOptions(head_dim**-0.5)
+    options = Softmax(head_dim**-0.5)
     for group in check.groups:
         query = torch.randn(batch, heads * group, 1, head_dim, device=device).to(check.dtype)
         found = attention.attend(query, held, None, options)
@@ -255,7 +254,7 @@ def _attention(check: Check, device: torch.device) -> Iterator[Finding]:
             yield Finding("a captured step, different numbers", float((again != found).sum()), 0.0)
 
 
-def _replayed(query: Tensor, held: HeldTokens, options: AttentionOptions) -> Tensor:
+def _replayed(query: Tensor, held: HeldTokens, options: Softmax) -> Tensor:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = attention.attend(query, held, None, options)

@@ -35,14 +35,14 @@ Bits: TypeAlias = int | float
 
 MAX_BITS = 4
 
-# bits: (step, offset) of the float16 bit patterns, and the length of one level unit (2 ** -24) for a
-# channel of unit variance.  Found by `benchmarks/levels.py`, which minimises the distortion on a Gaussian.
-_COMPANDER = {
+COMPANDER = {
     1: (512, 384, 1.2476e-3),
     2: (768, 384, 5.7576e-4),
     3: (384, 192, 6.3753e-4),
     4: (224, 112, 5.2328e-4),
 }
+"""By bits: step and offset of the float16 bit patterns, and the length of one level unit (2 ** -24) for a channel of
+unit variance; found by `benchmarks/levels.py`, which minimises the distortion on a Gaussian."""
 
 DISTORTION = (1.0, 0.3406, 0.0986, 0.0277, 0.0074)
 """Mean squared error per channel of a unit Gaussian at 0, 1, ... 4 bits (`benchmarks/levels.py`)."""
@@ -63,14 +63,14 @@ class BlockCode:
     def __post_init__(self) -> None:
         """Refuse rates that have no code."""
         given: object = self.bits  # whatever the annotation says
-        if type(given) is not int or given not in _COMPANDER:
+        if type(given) is not int or given not in COMPANDER:
             msg = f"a block code has 1 to {MAX_BITS} whole bits per channel, got {self.bits!r}"
             raise OptionError(msg)
 
     @cached_property
     def magnitudes(self) -> tuple[float, ...]:
         """Magnitude of each field value for a channel of unit variance; strictly increasing."""
-        step, offset, unit = _COMPANDER[self.bits]
+        step, offset, unit = COMPANDER[self.bits]
         patterns = (step * t + offset for t in range(1 << self.bits))
         return tuple(unpack("<e", pack("<H", pattern))[0] * 2.0**24 * unit for pattern in patterns)
 

@@ -15,11 +15,12 @@ from transformers import LlamaForCausalLM
 
 from nexusquant_cache import EvictionPolicy, LeveragePolicy, NexusQuantCache, ScoreInputs, attention
 from nexusquant_cache.attention import implementation
-from nexusquant_cache.attention.codes import AttentionOptions, attend
+from nexusquant_cache.attention.codes import attend
 from nexusquant_cache.cache.held import HeldStates, HeldTokens
 from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.kernels.operands import Softmax
 
 # Layers of ours whose keys change between cache and attention, or families without any layer of ours.
 NOT_READ = {"mistral", "falcon_h1", "deepseek_v2", "deepseek_v3"}
@@ -306,7 +307,7 @@ def held_tokens(
     return layer.held()
 
 
-def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: Softmax) -> Tensor:
     """Attention over the decoded tokens in float64."""
     keys, values = held.dense_keys().double(), held.dense_values().double()
     groups = queries.shape[1] // keys.shape[1]
@@ -330,7 +331,7 @@ def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: Att
 def test_is_attention_on_the_decoded_tokens(rotary: bool, transform: Any, keep_ratio: float, count: int) -> None:
     held = held_tokens(rotary=rotary, transform=transform, keep_ratio=keep_ratio, tokens=400)
     queries = torch.randn(2, 6, count, 16, generator=torch.Generator().manual_seed(3))
-    options = AttentionOptions(scaling=0.3)
+    options = Softmax(scaling=0.3)
     out, weights = attend(queries, held, None, options)
     torch.testing.assert_close(out.double(), by_hand(queries, held, None, options), rtol=1e-4, atol=1e-4)
     assert weights.shape == (2, 6, count, held.tokens)
@@ -346,7 +347,7 @@ def test_masks_and_what_families_add(kind: str, softcap: float | None, has_sinks
     mask = torch.rand(2, 1, 3, held.tokens, generator=generator) > 0.3
     given = {"bool": mask, "float": torch.where(mask, 0.5, -torch.inf), "none": None}[kind]
     sinks = torch.randn(4, generator=generator) if has_sinks else None
-    options = AttentionOptions(scaling=0.25, softcap=softcap, sinks=sinks)
+    options = Softmax(scaling=0.25, softcap=softcap, sinks=sinks)
     out, _ = attend(queries, held, given, options)
     torch.testing.assert_close(out.double(), by_hand(queries, held, given, options), rtol=1e-4, atol=1e-4)
 
@@ -355,7 +356,7 @@ def test_a_query_that_may_see_nothing_sees_nothing() -> None:
     held = held_tokens()
     mask = torch.zeros(2, 1, 1, held.tokens, dtype=torch.bool)
     mask[1] = True
-    out, weights = attend(torch.randn(2, 4, 1, 16), held, mask, AttentionOptions(scaling=0.25))
+    out, weights = attend(torch.randn(2, 4, 1, 16), held, mask, Softmax(scaling=0.25))
     assert not out[0].any()
     assert not weights[0].any()
     assert out[1].any()
@@ -371,7 +372,7 @@ def test_kept_pads_come_before_the_sinks() -> None:
     assert held.before_sinks[1] > 0
     queries = torch.randn(2, 4, 2, 16)
     visible = torch.rand(2, 1, 2, held.tokens) > 0.5
-    options = AttentionOptions(scaling=0.25)
+    options = Softmax(scaling=0.25)
     out, weights = attend(queries, held, visible, options)
     torch.testing.assert_close(out.double(), by_hand(queries, held, visible, options), rtol=1e-4, atol=1e-4)
     assert not weights.masked_select(~visible).any()
@@ -382,7 +383,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
     """Closer to attention on the exact codes than decoding to that precision is."""
     held = held_tokens(dtype)
     queries = torch.randn(2, 4, 1, 16).to(dtype)
-    options = AttentionOptions(scaling=0.25)
+    options = Softmax(scaling=0.25)
     single = replace(held, tail=tuple(x.float() for x in held.tail), sinks=tuple(x.float() for x in held.sinks or ()))
     exact = by_hand(queries, single, None, options)
     out, _ = attend(queries, held, None, options)
@@ -393,7 +394,7 @@ def test_half_precision_models(dtype: torch.dtype) -> None:
 
 def test_autocast_does_not_round_what_is_read() -> None:
     held = held_tokens()
-    queries, options = torch.randn(2, 4, 1, 16), AttentionOptions(scaling=0.25)
+    queries, options = torch.randn(2, 4, 1, 16), Softmax(scaling=0.25)
     expected = attend(queries, held, None, options)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(attend(queries, held, None, options)[0], expected)

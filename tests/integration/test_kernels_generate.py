@@ -102,7 +102,7 @@ def test_a_kernel_that_is_wrong_is_not_used(
     with pytest.raises(UnsupportedError, match=f"a kernel differs from plain torch on this device.*{what}"):
         logits_of("triton", "quant", rotary=False, dtype=torch.float32)
     # On this machine `auto` has no kernels; as if it had.
-    monkeypatch.setattr(E8Codec, "_uses_kernels", lambda _self, _transform: True)
+    monkeypatch.setattr(E8Codec, "uses_kernels", lambda _self, _transform: True)
     monkeypatch.setattr(fused, "can_attend", lambda _held: True)
     found = logits_of("auto", "quant", rotary=False, dtype=torch.float32)
     assert (found - expected).norm() < 0.01 * expected.norm()
@@ -121,8 +121,6 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, caplog: pytes
         logits_of("triton", "quant", rotary=True, dtype=torch.float32)
     expected = logits_of("torch", "quant", rotary=True, dtype=torch.float32)
     monkeypatch.setattr(fused, "can_attend", lambda _held: True)
-    uses_kernels = fused.uses_kernels
-    monkeypatch.setattr(fused, "uses_kernels", lambda impl, _device, why: uses_kernels(impl, torch.device("cuda"), why))
     assert torch.equal(logits_of("auto", "quant", rotary=True, dtype=torch.float32), expected)
     assert len(caplog.messages) == 1
 

@@ -95,6 +95,15 @@ def test_a_named_preset_keeps_its_name(sdpa, tmp_path):
     assert (loaded.preset, loaded.cache_config, loaded.when) == ("max", cache.cache_config, "post_prefill")
 
 
+def test_which_implementation_computes_is_the_readers_choice(sdpa, tmp_path):
+    """A file of a machine that insisted on its kernels serves one without."""
+    cache = balanced(sdpa, impl="torch")
+    generate(sdpa, prompt(60), cache)
+    loaded = saved(cache, tmp_path, config=sdpa.config)
+    assert loaded.cache_config == replace(cache.cache_config, impl="auto")
+    assert loaded.layers[0].key_codec.impl == "auto"
+
+
 def test_an_empty_cache(sdpa, tmp_path):
     for cache, config in ((balanced(sdpa), sdpa.config), (NexusQuantCache("quant", **SMALL), None)):
         loaded = saved(cache, tmp_path, config=config)

@@ -15,8 +15,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from nexusquant_cache.attention.codes import AttentionOptions, attend
+from nexusquant_cache.attention.codes import attend
 from nexusquant_cache.cache.held import CodedSide
+from nexusquant_cache.kernels.operands import Softmax
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("numerics", "attention", "encode", "end_to_end", "capacity")
@@ -240,7 +241,7 @@ class TestTokens:
         )
         assert held.tokens == 130
         query = torch.randn(2, 6, 1, 64)
-        out, _ = attend(query, plain, None, AttentionOptions(0.125))
+        out, _ = attend(query, plain, None, Softmax(0.125))
         torch.testing.assert_close(out.double(), tokens.attended(query, held, 0.125), rtol=1e-4, atol=1e-4)
 
     def test_heads_have_plans_of_their_own_and_all_rates(self, tokens):

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -38,8 +39,8 @@ def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str 
 def test_a_card_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
     assert support.why_not(CUDA, 64, 256) is None
-    assert support.uses_kernels("auto", CUDA, None)
-    assert not support.uses_kernels("torch", CUDA, None)
+    assert support.are_wanted("auto", CUDA)
+    assert not support.are_wanted("torch", CUDA)
 
 
 def test_amd_cards_have_kernels_whatever_they_call_their_capability(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,27 +71,29 @@ def test_says_why_not(  # noqa: PLR0917 - the columns of the table
     monkeypatch.setattr(support, "_has_triton", lambda: has_triton)
     found = support.why_not(device, head_dim)
     with pytest.raises(UnsupportedError, match=rf"impl='triton' was asked for, but .*{reason}\. impl='auto'"):
-        support.uses_kernels("triton", device, found)
+        support.refuse("triton", str(found))
     with caplog.at_level(logging.WARNING, "nexusquant_cache"):
-        assert not support.uses_kernels("auto", device, found)
-        assert not support.uses_kernels("auto", device, found)
-        assert not support.uses_kernels("torch", device, found)
+        support.refuse("auto", str(found))
+        support.refuse("auto", str(found))
     assert len(caplog.messages) == 1
     assert "computed in plain torch, which is slower: " in caplog.messages[0]
 
 
 def test_a_cpu_is_plain_torch_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
-    assert not support.uses_kernels("auto", CPU, support.why_not(CPU))
+    codec = E8Codec(CodeLayout.uniform(16, 2))
+    transform = codec.fit(torch.randn(1, 1, 20, 16))
+    assert not codec.uses_kernels(transform)
     assert not caplog.messages
     with pytest.raises(UnsupportedError, match="a cpu device has no kernels"):
-        support.uses_kernels("triton", CPU, support.why_not(CPU))
+        replace(codec, impl="triton").uses_kernels(transform)
 
 
 def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert support.why_not(CPU, 64) is None
-    assert support.uses_kernels("triton", CPU, None)
-    assert not support.uses_kernels("auto", CPU, None)
+    codec = E8Codec(CodeLayout.uniform(16, 2))
+    transform = codec.fit(torch.randn(1, 1, 20, 16))
+    assert replace(codec, impl="triton").uses_kernels(transform)
+    assert not codec.uses_kernels(transform)
 
 
 class TestIsRight:

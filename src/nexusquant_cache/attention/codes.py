@@ -10,38 +10,22 @@ channels ``y`` and the rotation ``U`` of its head,
 All in float32, which is more precise than attention on decoded vectors in a 16-bit dtype.
 """
 
-from dataclasses import dataclass
-
 import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
 from nexusquant_cache.cache.held import CodedSide, HeldTokens
+from nexusquant_cache.kernels.operands import Softmax
 from nexusquant_cache.reference.tables import covered_stages
 
 _CHUNK = 1 << 19  # channels decoded at once, over all heads: 2 MiB in float32, which stay in a core's cache
-
-
-@dataclass(frozen=True)
-class AttentionOptions:
-    """What varies between models, besides queries and tokens.
-
-    Attributes:
-        scaling: Factor of the logits.
-        softcap: Logits are ``softcap * tanh(logits / softcap)``; None for no bound.
-        sinks: A further logit of each query head, which takes part of the probability and has no value.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Float[Tensor, "q"] | None = None
 
 
 def attend(
     queries: Float[Tensor, "b q m d"],
     held: HeldTokens,
     mask: Shaped[Tensor, "#b #q m n"] | None,
-    options: AttentionOptions,
+    softmax: Softmax,
 ) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b q m n"]]:
     """Return the attention output and weights, in float32, tokens in the order of ``held``.
 
@@ -49,24 +33,25 @@ def attend(
         queries: Queries of the newest tokens.
         held: What they attend to.
         mask: True for what may be seen, or numbers to add to the logits; None if all may be seen.
-        options: See `AttentionOptions`.
+        softmax: What varies between models.
     """
     batch, _, count, _ = queries.shape
     heads = held.tail[0].shape[1]
     with torch.autocast(queries.device.type, enabled=False):
-        q = (queries.float() * options.scaling).unflatten(1, (heads, -1)).flatten(2, 3)
+        q = (queries.float() * softmax.scaling).unflatten(1, (heads, -1)).flatten(2, 3)
         logits = in_order(held, _logits(q, held)).view(batch, -1, count, held.tokens)
-        weights = _softmax(logits, mask, options)
+        weights = _softmax(logits, mask, softmax)
         out = _values(stored(held, weights.view(batch, heads, -1, held.tokens)), held)
     return out.view(batch, -1, count, out.shape[-1]), weights
 
 
 def can_read(held: HeldTokens) -> bool:
     """Tell whether the codecs let attention read their codes."""
-    return held.keys is not None and held.keys.codec.has_channels and (held.values or held.keys).codec.has_channels
+    sides = (held.keys, held.values)
+    return all(side is not None and side.codec.has_channels for side in sides)
 
 
-def _softmax(logits: Tensor, mask: Tensor | None, options: AttentionOptions) -> Tensor:
+def _softmax(logits: Tensor, mask: Tensor | None, options: Softmax) -> Tensor:
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     if mask is not None:
@@ -78,27 +63,25 @@ def _softmax(logits: Tensor, mask: Tensor | None, options: AttentionOptions) -> 
     return logits.softmax(-1) if mask is None else logits.softmax(-1).nan_to_num(0.0)
 
 
-def in_order(held: HeldTokens, x: Tensor) -> Tensor:
+def in_order(held: HeldTokens, x: Shaped[Tensor, "b h m n"]) -> Shaped[Tensor, "b h m n"]:
     """Put what is stored sinks first into the order of the tokens."""
-    if held.before_sinks is None or held.sinks is None:
-        return x
-    first = held.sinks[0].shape[2]
-    rows = [
-        torch.cat([row[..., first : first + n], row[..., :first], row[..., first + n :]], -1)
-        for row, n in zip(x, held.before_sinks, strict=True)
-    ]
-    return torch.stack(rows)
+    return _swap(held, x, sinks_first=True)
 
 
-def stored(held: HeldTokens, x: Tensor) -> Tensor:
+def stored(held: HeldTokens, x: Shaped[Tensor, "b h m n"]) -> Shaped[Tensor, "b h m n"]:
     """Put what is in the order of the tokens as it is stored: sinks first."""
+    return _swap(held, x, sinks_first=False)
+
+
+def _swap(held: HeldTokens, x: Tensor, *, sinks_first: bool) -> Tensor:
+    """Exchange the sinks of each row with the packed tokens before them."""
     if held.before_sinks is None or held.sinks is None:
         return x
-    first = held.sinks[0].shape[2]
-    rows = [
-        torch.cat([row[..., n : n + first], row[..., :n], row[..., n + first :]], -1)
-        for row, n in zip(x, held.before_sinks, strict=True)
-    ]
+    sinks, rows = held.sinks[0].shape[2], []
+    for row, before in zip(x, held.before_sinks, strict=True):
+        first, second = (sinks, before) if sinks_first else (before, sinks)
+        parts = row[..., first : first + second], row[..., :first], row[..., first + second :]
+        rows.append(torch.cat(parts, -1))
     return torch.stack(rows)
 
 

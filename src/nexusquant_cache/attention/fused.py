@@ -6,13 +6,12 @@ import torch
 from jaxtyping import Bool, Float, Int32
 from torch import Tensor
 
-from nexusquant_cache.attention.codes import AttentionOptions, stored
+from nexusquant_cache.attention.codes import stored
 from nexusquant_cache.cache.held import CodedSide, HeldTokens
 from nexusquant_cache.codec import fused
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.kernels import support
 from nexusquant_cache.kernels.operands import ExactTokens, PackedOperand, Places, RopeOperand, Softmax
-from nexusquant_cache.kernels.support import Impl, uses_kernels
 
 _MOST_ERROR = 0.03  # relative to plain torch: products have float16 operands, outputs may have bfloat16
 
@@ -23,45 +22,36 @@ def can_attend(held: HeldTokens) -> bool:
     Raises:
         UnsupportedError: If they were asked for (``impl="triton"``) and cannot.
     """
-    assert held.keys is not None
-    assert held.values is not None
-    sides = held.keys, held.values
     return all(
-        isinstance(side.codec, E8Codec)
-        and _wanted(side.codec.impl, side)
-        and uses_kernels(side.codec.impl, side.packed.words.device, fused.why_not(side.codec.layouts, side.transform))
-        for side in sides
+        side is not None and isinstance(side.codec, E8Codec) and side.codec.uses_kernels(side.transform)
+        for side in (held.keys, held.values)
     )
-
-
-def _wanted(impl: Impl, side: CodedSide) -> bool:
-    """Spare what is plain torch by choice, or for want of a device, the question why."""
-    return impl == "triton" or (impl == "auto" and side.packed.words.device.type != "cpu")
 
 
 def attend(
     queries: Float[Tensor, "b q m d"],
     held: HeldTokens,
     mask: Bool[Tensor, "#b #q m n"] | None,
-    options: AttentionOptions,
+    softmax: Softmax,
 ) -> Float[Tensor, "b q m dv"] | None:
     """Return the attention output in the dtype of the queries; None if kernels cannot.
 
     That is with a mask that differs between heads or hides packed tokens from some of the queries only, and on a card
     whose shared memory is too small.
 
-    Raises:
-        UnsupportedError: If the card is too small and kernels were asked for (``impl="triton"``).
-
     Args:
         queries: Queries of the newest tokens.
-        held: What they attend to.
+        held: What they attend to; only if `can_attend`.
         mask: True for what may be seen, in the order of the tokens; None if all may be seen.
-        options: See `codes.AttentionOptions`.
+        softmax: What varies between models.
+
+    Raises:
+        UnsupportedError: If the card is too small and kernels were asked for (``impl="triton"``).
     """
     assert held.keys is not None
     assert held.values is not None
     assert held.sinks is not None
+    assert isinstance(held.keys.codec, E8Codec)
     from triton.runtime.errors import OutOfResources  # noqa: PLC0415 - optional
 
     from nexusquant_cache.kernels import attention as kernel  # noqa: PLC0415 - imports triton
@@ -79,18 +69,15 @@ def attend(
         exact_mask = torch.cat([visible[..., :first], visible[..., first + count :]], -1)
     packed_keys, packed_values = _operand(held.keys), _operand(held.values)
     rope, places = _rope(held)
-    softmax = Softmax(options.scaling, options.softcap, options.sinks)
     try:
         partial = kernel.attend_packed(
             queries, packed_keys, packed_values, softmax, rope=rope, places=places, hidden=hidden
         )
     except OutOfResources as error:  # heads of 256 channels on cards with little shared memory
-        assert isinstance(held.keys.codec, E8Codec)
-        uses_kernels(held.keys.codec.impl, queries.device, f"the card is too small for a kernel: {error}")
+        support.refuse(held.keys.codec.impl, f"the card is too small for a kernel: {error}")
         return None
     keys, values = (torch.cat(pair, 2) for pair in zip(held.sinks, held.tail, strict=True))
-    exact = ExactTokens(keys, values, exact_mask)
-    return kernel.combine(queries, partial, packed_values.plan, exact, softmax)
+    return kernel.combine(queries, partial, packed_values.plan, ExactTokens(keys, values, exact_mask), softmax)
 
 
 def is_right(
@@ -100,7 +87,7 @@ def is_right(
 
     Args:
         held: What was attended to.
-        found: What kernels have made of it.
+        found: What `attend` has returned.
         expected: Computes the same in plain torch.
     """
     assert held.keys is not None

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant_cache.attention import fused
-from nexusquant_cache.attention.codes import AttentionOptions, attend, can_read
+from nexusquant_cache.attention.codes import attend, can_read
 from nexusquant_cache.cache.held import HeldStates, HeldTokens
 from nexusquant_cache.cache.observations import take_layer_of
 from nexusquant_cache.cache.uncompiled import uncompiled
 from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.kernels.operands import Softmax
 
 PREFIX = "nexusquant_"
 _EAGER = "eager_attention_forward"  # each file of transformers that has attention has its own, so named
@@ -154,18 +155,18 @@ def read_codes(
         return None
     scaling = options.get("scaling")
     bounded = stock != "sdpa"  # which passes over softcap and sinks
-    given = AttentionOptions(
+    softmax = Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=options.get("softcap") if bounded else None,
         sinks=options.get("s_aux") if bounded else None,
     )
     visible = mask if isinstance(mask, Tensor) else None
     # Eager attention tells its weights, and numbers may be added to the logits: both are for plain torch.
-    if fused.can_attend(held) and stock != "eager" and (visible is None or visible.dtype == torch.bool):
-        read = fused.attend(query, held, visible, given)
-        if read is not None and fused.is_right(held, read, lambda: attend(query, held, visible, given)[0]):
+    if stock != "eager" and (visible is None or visible.dtype == torch.bool) and fused.can_attend(held):
+        read = fused.attend(query, held, visible, softmax)
+        if read is not None and fused.is_right(held, read, lambda: attend(query, held, visible, softmax)[0]):
             return read.transpose(1, 2).contiguous(), None
-    out, weights = attend(query, held, visible, given)
+    out, weights = attend(query, held, visible, softmax)
     return out.to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype) if stock == "eager" else None
 
 

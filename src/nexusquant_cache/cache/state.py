@@ -499,8 +499,8 @@ def phases_state(lists: Lists) -> tuple[tuple[PhaseMeta, ...], Tensors]:
 
 
 def describe_settings(settings: CacheConfig) -> dict[str, Any]:
-    """Return settings as JSON can hold them."""
-    return {f.name: _plain(getattr(settings, f.name)) for f in fields(settings)}
+    """Return settings as JSON can hold them; which implementation computes is the reader's choice."""
+    return {f.name: _plain(getattr(settings, f.name)) for f in fields(settings) if f.name != "impl"}
 
 
 def _plain(value: object) -> object:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, get_args
 
 import torch
@@ -13,7 +14,7 @@ from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
-from nexusquant_cache.kernels.support import Impl, distance, is_right, uses_kernels
+from nexusquant_cache.kernels.support import Impl, are_wanted, distance, is_right, refuse
 from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.reference.blocks import codes_of, nearest
 from nexusquant_cache.reference.packing import pack
@@ -83,7 +84,7 @@ class E8Codec(VectorCodec):
             msg = f"scale candidates must be positive numbers, at least one, got {self.candidates!r}"
             raise OptionError(msg)
 
-    @property
+    @cached_property
     def layouts(self) -> tuple[CodeLayout, ...]:
         """The layouts that heads may have, all of one size; the first is that of a Hadamard rotation."""
         if self.transform == "hadamard" or self._has_own_rotation:
@@ -146,7 +147,7 @@ class E8Codec(VectorCodec):
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         """Return the codes of finite vectors; see the class for the search."""
         self._check(vectors)
-        if self._uses_kernels(transform):
+        if self.uses_kernels(transform):
             packed = fused.encode(vectors, transform, self.layouts, self.candidates, self.gain)
             if self._is_right("encode", transform, vectors, lambda: self._compare_codes(vectors, packed, transform)):
                 return packed
@@ -193,7 +194,7 @@ class E8Codec(VectorCodec):
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the vectors of the codes as a new float32 tensor."""
-        if self._uses_kernels(transform):
+        if self.uses_kernels(transform):
             vectors = fused.decode(packed, transform, self.layouts)
             if self._is_right("decode", transform, vectors, lambda: distance(vectors, self._decode(packed, transform))):
                 return vectors
@@ -203,11 +204,18 @@ class E8Codec(VectorCodec):
         done = covered_stages(transform.rotation.first_stride)
         return transform.inverse(*self.coded_channels(packed, transform, done), done)
 
-    def _uses_kernels(self, transform: VectorTransform) -> bool:
-        device = transform.reference.device
-        if self.impl == "torch" or (self.impl == "auto" and device.type == "cpu"):
+    def uses_kernels(self, transform: VectorTransform) -> bool:
+        """Tell whether vectors with this transform are for kernels.
+
+        Raises:
+            UnsupportedError: If `impl` insists on them and they cannot be used.
+        """
+        if not are_wanted(self.impl, transform.reference.device):
             return False
-        return uses_kernels(self.impl, device, fused.why_not(self.layouts, transform))
+        reason = fused.why_not(self.layouts, transform)
+        if reason is not None:
+            refuse(self.impl, reason)
+        return reason is None
 
     def _is_right(self, what: str, transform: VectorTransform, vectors: Tensor, error: Callable[[], float]) -> bool:
         """Tell whether kernels do the same as plain torch; see `support.is_right`."""

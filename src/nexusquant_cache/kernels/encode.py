@@ -21,12 +21,12 @@ from torch import Tensor
 
 from nexusquant_cache.errors import ShapeError
 from nexusquant_cache.kernels.operands import NUMBERS, CompileCase, PackedOperand, SidePlan
-from nexusquant_cache.layout import _COMPANDER, BLOCK, MAX_BITS
+from nexusquant_cache.layout import BLOCK, COMPANDER, MAX_BITS
 
 GainRule = Literal["least_squares", "norm", "unbiased"]
 
 _TINY: tl.constexpr = tl.constexpr(torch.finfo(torch.float32).tiny)
-_CODES = [(0, 0, 0.0), *(_COMPANDER[bits] for bits in range(1, MAX_BITS + 1))]  # blocks without bits read the first
+_CODES = [(0, 0, 0.0), *(COMPANDER[bits] for bits in range(1, MAX_BITS + 1))]  # blocks without bits read the first
 # By rate: integers for float16 patterns, floats for their search, where level k of coset 0 is at k * spacing + offset.
 _STEP: tl.constexpr = tl.constexpr(tuple(step for step, _, _ in _CODES))
 _FIRST: tl.constexpr = tl.constexpr(tuple(offset for _, offset, _ in _CODES))
@@ -398,12 +398,6 @@ class EncodeOperand:
     forward: Float32[Tensor, "b_or_1 h_or_1 2 8 d padded_blocks"]
     reference: Float32[Tensor, "b h 1"]
     weights: Float32[Tensor, "b h padded_blocks"] | None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was made for the kernel alone."""
-        made = (self.places, self.forward, self.reference, *(() if self.weights is None else (self.weights,)))
-        return sum(x.nbytes for x in made)
 
 
 def encode_operand(

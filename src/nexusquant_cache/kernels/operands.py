@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float, Float32, Int8, Int32, UInt8
 from torch import Tensor
 
 from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.layout import _COMPANDER, BLOCK, CodeLayout
+from nexusquant_cache.layout import BLOCK, COMPANDER, CodeLayout
 
 _LEAST_BLOCKS = 8  # columns of a matrix product come in sixteens, two for each block
 _LEVEL = 2.0**24  # levels are float16 numbers in units of 2 ** -24
@@ -95,11 +95,6 @@ class SidePlan:
         """Blocks rounded up to a power of two, at least 8."""
         return self.numbers.shape[2]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of what was made for the kernels alone: not the axes and the mean, which are the transform's."""
-        return sum(x.nbytes for x in (self.numbers, self.plans, self.step, self.factor))
-
 
 def side_plan(
     reference: Float[Tensor, "b h 1"],
@@ -149,7 +144,7 @@ def side_plan(
 
 def _units(layout: CodeLayout) -> list[float]:
     """Return the length of a level unit in each channel; 0 where nothing is stored."""
-    return [_COMPANDER[bits][2] if bits else 0.0 for bits in layout.block_bits for _ in range(BLOCK)]
+    return [COMPANDER[bits][2] if bits else 0.0 for bits in layout.block_bits for _ in range(BLOCK)]
 
 
 def _numbers(layout: CodeLayout) -> list[list[int]]:
@@ -184,8 +179,8 @@ _OF_RATE = {
     "bits": (0, 1, 2, 3, 4),
     "field": _both(0, 1, 3, 7, 15),
     # With 2 ** 15 added, the lowest bit of a field goes to the sign bit.
-    "step": (0, *(_COMPANDER[bits][0] + (1 << 15) for bits in (1, 2, 3, 4))),
-    "offset": _both(0, *(_COMPANDER[bits][1] for bits in (1, 2, 3, 4))),
+    "step": (0, *(COMPANDER[bits][0] + (1 << 15) for bits in (1, 2, 3, 4))),
+    "offset": _both(0, *(COMPANDER[bits][1] for bits in (1, 2, 3, 4))),
     # The lowest two bits of the fields of half a block, whose parity is its part of the sign.
     "sign": _both(0, 0xF, 0xFF, 0x6DB, 0x3333),
     # Of a block in one number, the second half above.
@@ -241,29 +236,10 @@ class PackedOperand:
             raise ShapeError(msg)
 
     @property
-    def tokens(self) -> int:
-        """Number of tokens."""
-        return self.words.shape[2]
-
-    @property
     def even(self) -> bool:
         """Whether all rows begin at an even address, so that words can be loaded as such."""
         places = (self.words.data_ptr(), self.plan.row_bytes, *self.words.stride()[:2])
         return all(place % 2 == 0 for place in places)
-
-
-def packed_operand(
-    words: UInt8[Tensor, "b h n bytes"],
-    scales: UInt8[Tensor, "b h n"],
-    reference: Float[Tensor, "b h 1"],
-    axes: Int8[Tensor, "b_or_1 h_or_1 d d"],
-    step: Float[Tensor, "*heads d"],
-    mean: Float[Tensor, "b h 1 d"] | None,
-    layouts: Sequence[CodeLayout],
-    plans: UInt8[Tensor, "b h"] | None,
-) -> PackedOperand:
-    """Return packed tokens with a plan of their own; see `side_plan`."""
-    return PackedOperand(side_plan(reference, axes, step, mean, layouts, plans), words, scales)
 
 
 @dataclass(frozen=True, eq=False)

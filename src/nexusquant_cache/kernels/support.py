@@ -48,29 +48,25 @@ def _has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def uses_kernels(impl: Impl, device: torch.device, reason: str | None) -> bool:
-    """Decide between kernels and plain torch.
+def are_wanted(impl: Impl, device: torch.device) -> bool:
+    """Tell whether kernels were asked for; by default on every device but a CPU, which has none."""
+    return impl == "triton" or (impl == "auto" and device.type != "cpu")
 
-    With ``"auto"`` a GPU that has to do without kernels is told so, once for each reason; results are the same.
+
+def refuse(impl: Impl, reason: str) -> None:
+    """Say, once for each reason, why plain torch computes where kernels were wanted; results are the same.
 
     Args:
         impl: What was asked for.
-        device: Where the tensors are.
-        reason: Why kernels cannot be used here, see `why_not`; None if they can.
+        reason: Why kernels cannot be used, see `why_not`.
 
     Raises:
-        UnsupportedError: If ``impl`` is ``"triton"`` and there is a reason against it.
+        UnsupportedError: If ``impl`` is ``"triton"``.
     """
-    if impl == "torch":
-        return False
-    if reason is None:
-        return impl == "triton" or device.type == "cuda"
     if impl == "triton":
         msg = f"impl='triton' was asked for, but {reason}. impl='auto' computes the same in plain torch."
         raise UnsupportedError(msg)
-    if device.type != "cpu":
-        _say_once(reason)
-    return False
+    _say_once(reason)
 
 
 def is_right(impl: Impl, key: Hashable, error: Callable[[], float], most: float) -> bool:
@@ -91,8 +87,8 @@ def is_right(impl: Impl, key: Hashable, error: Callable[[], float], most: float)
         _ERRORS[key] = error()
     if _ERRORS[key] <= most:  # not so for NaN
         return True
-    reason = f"a kernel differs from plain torch on this device, by {_ERRORS[key]:.2g} for {key}; please report it"
-    return uses_kernels(impl, torch.device("cuda"), reason)
+    refuse(impl, f"a kernel differs from plain torch on this device, by {_ERRORS[key]:.2g} for {key}; please report it")
+    return False
 
 
 _ERRORS: dict[Hashable, float] = {}

@@ -5,7 +5,7 @@ blocks of a row, whatever their rates, are one look-up in one table, which write
 The table is built with `blocks.decode_blocks`, so the results are those of the definition, bit for bit; it can hold
 the result of the first Hadamard stages, which stay inside a half (see `hadamard.apply_hadamard_rows`).
 
-Tables are process-wide constants like code: at most 2.2 MiB each, shared by every cache.
+Tables are process-wide constants like code: at most 2.3 MiB each, shared by every cache.
 """
 
 from dataclasses import dataclass
@@ -76,8 +76,8 @@ class _Plan:
         parity: Sign bits of the code.
         mask: Of the four fields of half a block.
         shift: From the first half to the second.
-        base: Table row of the first half, and of the second, for a block of even parity.
-        odd: How many rows further those for odd parity are, as a shift.
+        base: Table row of the first half, and of the second, for a block of even parity; as many rows further as a half
+            has values, ``1 << shift``, are those for odd parity.
     """
 
     bytes: tuple[Int[Tensor, " blocks"], ...]
@@ -85,7 +85,6 @@ class _Plan:
     mask: Int[Tensor, "blocks 1"]
     shift: Int[Tensor, "blocks 1"]
     base: tuple[Int[Tensor, "blocks 1"], Int[Tensor, "blocks 1"]]
-    odd: Int[Tensor, "blocks 1"]
 
 
 @lru_cache(maxsize=256)
@@ -110,7 +109,6 @@ def _plan(layouts: tuple[CodeLayout, ...], plans: tuple[int, ...], device: torch
         mask=column([(1 << (_HALF * bits)) - 1 for bits in rates]),
         shift=column([_HALF * bits for bits in rates]),
         base=(column([_start(bits) for bits in rates]), column([_start(bits, second=True) for bits in rates])),
-        odd=column([_HALF * bits for bits in rates]),
     )
 
 
@@ -128,7 +126,7 @@ def _half_block_index(words: UInt8[Tensor, "heads n bytes"], plan: _Plan) -> Int
     if len(plan.bytes) > _WORD // 8:
         signs ^= signs >> _WORD
         signs &= (1 << _WORD) - 1
-    offset = _parities(words.device).index_select(0, signs.flatten()).view(code.shape).bitwise_left_shift_(plan.odd)
+    offset = _parities(words.device).index_select(0, signs.flatten()).view(code.shape).bitwise_left_shift_(plan.shift)
     index = torch.empty(heads, tokens, code.shape[0] // heads, 2, dtype=torch.int32, device=words.device)
     by_block = index.permute(3, 0, 2, 1)
     for half, place in enumerate(by_block):

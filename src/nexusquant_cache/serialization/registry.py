@@ -23,7 +23,9 @@ class _Entry:
 
 
 def _describe_e8(codec: E8Codec) -> Options:
-    given = {field.name: getattr(codec, field.name) for field in fields(codec) if field.name != "layout"}
+    # What is not compared does not decide codes (which implementation computes them) and is the reader's choice.
+    given = {field.name: getattr(codec, field.name) for field in fields(codec) if field.compare}
+    del given["layout"]
     return {
         "head_dim": codec.layout.head_dim,
         "block_bits": list(codec.layout.block_bits),
