@@ -18,11 +18,25 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 SOME = ("attend d=128 after the phase", "decode d=128, with phase", "encode d=64")
 
 
-def run(folder, *arguments):
-    """Run the script in a process that compiles: under tests, kernels are decorated for the interpreter."""
+AMD = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from nexusquant_cache.kernels import attention, dense
+
+for case in (list(attention.compile_cases())[1], list(dense.compile_cases())[0]):
+    names, given = list(case.signature), {**case.constexprs, "ASM": False}
+    constexprs = {(names.index(name),): value for name, value in given.items()}
+    source = ASTSource(fn=case.function, signature=dict(case.signature), constexprs=constexprs, attrs=dict(case.attrs))
+    kernel = compile(source, target=GPUTarget("hip", "gfx942", 64), options=dict(case.options))
+    print(case.name, len(kernel.asm["hsaco"]))
+"""
+
+
+def run(folder, *arguments, script=(BENCHMARKS / "instructions.py",)):
+    """Run a script in a process that compiles: under tests, kernels are decorated for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    command = [sys.executable, BENCHMARKS / "instructions.py", *arguments]
+    command = [sys.executable, *script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - ours
 
 
@@ -47,6 +61,15 @@ def test_kernels_compile_for_two_generations(measured):
     for row in rows:
         assert 0 < row["instructions"] < row["budget"]
         assert row["registers"] <= 255
+
+
+def test_kernels_without_inline_ptx_compile_for_amd(tmp_path):
+    done = run(tmp_path, script=("-c", AMD))
+    assert done.returncode == 0, done.stderr
+    assert [line.rsplit(maxsplit=1)[0] for line in done.stdout.splitlines()] == [
+        "attend d=64 after the phase",
+        "decode d=128",
+    ]
 
 
 def test_kernels_are_within_the_committed_budgets(measured, script):
