@@ -36,6 +36,7 @@ def run(folder, *arguments, script=(BENCHMARKS / "instructions.py",)):
     """Run a script in a process that compiles: under tests, kernels are decorated for the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["PYTHONPATH"] = str(BENCHMARKS.parent / "tests")
     command = [sys.executable, *script, *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603 - ours
 
@@ -70,6 +71,14 @@ def test_kernels_without_inline_ptx_compile_for_amd(tmp_path):
         "attend d=64 after the phase",
         "decode d=128",
     ]
+
+
+def test_what_is_launched_compiles(tmp_path):
+    """By the host code as it is, for arguments as they come."""
+    done = run(tmp_path, "90", script=(Path(__file__).with_name("launches.py"),))
+    assert done.returncode == 0, done.stderr
+    kernels = {line.split()[0] for line in done.stdout.splitlines()}
+    assert kernels == {"_encode", "attend_kernel", "combine_kernel", "decode_kernel", "positions_kernel"}
 
 
 def test_kernels_are_within_the_committed_budgets(measured, script):
