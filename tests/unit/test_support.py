@@ -90,6 +90,7 @@ def test_a_cpu_is_plain_torch_without_a_word(caplog: pytest.LogCaptureFixture) -
 
 def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert support.why_not(torch.device("xpu"), 16) == "a xpu device has no kernels"
     codec = E8Codec(CodeLayout.uniform(16, 2))
     transform = codec.fit(torch.randn(1, 1, 20, 16))
     assert replace(codec, impl="triton").uses_kernels(transform)

@@ -36,7 +36,8 @@ def _why_no_kernels(device: torch.device) -> str | None:
         return "triton is not installed (pip install 'nexusquant-cache[triton]')"
     if device.type != "cuda":
         # The interpreter runs kernels on the CPU, slowly, for tests.
-        return None if os.environ.get("TRITON_INTERPRET") == "1" else f"a {device.type} device has no kernels"
+        is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+        return None if is_interpreted else f"a {device.type} device has no kernels"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
         least = ".".join(map(str, _LEAST_CAPABILITY))
         own = ".".join(map(str, torch.cuda.get_device_capability(device)))
