@@ -41,8 +41,8 @@ COMPANDER = {
     3: (384, 192, 6.3753e-4),
     4: (224, 112, 5.2328e-4),
 }
-"""Step and offset of the float16 bit patterns at each rate, and the length of one level unit (2 ** -24) for a channel of
-unit variance.  Found by `benchmarks/levels.py`, which minimises the distortion on a Gaussian."""
+"""Step and offset of the float16 bit patterns at each rate, and the length of one level unit (2 ** -24) for a channel
+of unit variance.  Found by `benchmarks/levels.py`, which minimises the distortion on a Gaussian."""
 
 DISTORTION = (1.0, 0.3406, 0.0986, 0.0277, 0.0074)
 """Mean squared error per channel of a unit Gaussian at 0, 1, ... 4 bits (`benchmarks/levels.py`)."""
