@@ -1,6 +1,9 @@
-"""Models that most of these tests share."""
+"""Models that most of these tests share, and tables made anew."""
+
+from collections.abc import Iterator
 
 import pytest
+from integration.simulated import forget_tables
 from integration.tiny import tiny_llama
 from transformers import LlamaForCausalLM
 
@@ -14,3 +17,11 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def sdpa() -> LlamaForCausalLM:
     return tiny_llama("sdpa")
+
+
+@pytest.fixture
+def fresh_tables() -> Iterator[None]:
+    """Compute all tables within this test, and keep none of them."""
+    forget_tables()
+    yield
+    forget_tables()

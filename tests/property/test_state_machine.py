@@ -156,6 +156,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache: CountingCache = CountingCache(settings, **options)
         self.oracle = OracleCache(settings, **options)
         self.originals: list[tuple[CountingCache, list[object]]] = []
+        self.sent_away: int | None = None
         self.begin(batch, stated="attention_mask" in options)
         if prompt:
             self.update(prompt)
@@ -231,6 +232,9 @@ class CacheMachine(RuleBasedStateMachine):
 
     def follow(self, act: Callable[[Any], Any], known: int) -> None:
         """Let the cache do what the model has done; it warns where the model took a note behind the known ones."""
+        if self.sent_away is not None:
+            self.cache.offload(level=self.sent_away)
+            self.sent_away = None
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             self.returned = act(self.cache)
@@ -333,6 +337,11 @@ class CacheMachine(RuleBasedStateMachine):
     @rule()
     def pickle_round_trip(self) -> None:
         self.cache = pickle.loads(pickle.dumps(self.cache))  # noqa: S301 - our own
+
+    @rule(level=st.integers(1, 3))
+    def offload(self, level: int) -> None:
+        """Whatever comes next finds the cache compressed in host memory."""
+        self.sent_away = level
 
     @rule(level=st.sampled_from([None, 3]))
     def file_round_trip(self, level: int | None) -> None:

@@ -217,7 +217,8 @@ class TestPackedTokens:
         rows = torch.tensor([2, 0, 0, 1])
         before = [codec.decode(side.packed(), side.transform)[rows] for side in (body.keys, body.values)]
         kept = body.positions.positions(CPU)[rows]
-        body.map(lambda x: x.index_select(0, rows))
+        for apply in (body.map_codes, body.map_rest):
+            apply(lambda x: x.index_select(0, rows))
         after = [codec.decode(side.packed(), side.transform) for side in (body.keys, body.values)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert torch.equal(body.positions.positions(CPU), kept)

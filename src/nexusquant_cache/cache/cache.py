@@ -5,6 +5,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -12,9 +13,16 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    LinearAttentionCacheLayerMixin,
+)
 
 from nexusquant_cache.cache.held import Side
+from nexusquant_cache.cache.host import HOST, beside, join
 from nexusquant_cache.cache.layer import NexusQuantLayer, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
@@ -69,6 +77,9 @@ class NexusQuantCache(DynamicCache):
             exactly; ``"during_prefill"`` compresses each layer as soon as the next one is reached, so that about
             one layer at a time is held in full precision.  A prompt in one piece still attends to itself exactly;
             with ``prefill_chunk_size`` each chunk attends to what is left of the ones before.
+        offloading: Keep the codes, and a prompt that waits for its compression, in host memory.  A layer's codes are
+            copied to the device while the layer before it computes, and let go of when its own attention is over.
+        offload_only_non_sliding: Leave sliding-window layers on the device.
         **overrides: Fields of `CacheConfig` that replace those of the preset.
 
     Raises:
@@ -85,6 +96,8 @@ class NexusQuantCache(DynamicCache):
         attention_mask: Shaped[Tensor, "rows n"] | None = None,
         transforms: Sequence[LayerTransforms | None] | None = None,
         when: When = "post_prefill",
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
     ) -> None:
         """Make an empty cache."""
@@ -103,8 +116,11 @@ class NexusQuantCache(DynamicCache):
         self.model_config = None if config is None else config.get_text_config(decoder=True)
         self.padding = BatchPadding(None if attention_mask is None else leading_pads(attention_mask))
         self._forget()
-        # Cache's constructor in place of DynamicCache's, which would make layers of its own.
-        Cache.__init__(self, layers=self._make_layers())
+        # Cache's constructor in place of DynamicCache's, which would make layers of its own.  Nor is it told of
+        # offloading: its own way would send every layer out and in whole, at each step, and needs CUDA.
+        Cache.__init__(self, layers=[])
+        self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
+        self.layers = self._make_layers()
         if self.layers and self._given_transforms and len(self._given_transforms) != len(self.layers):
             msg = f"transforms are for {len(self._given_transforms)} layers, this model has {len(self.layers)}"
             raise OptionError(msg)
@@ -233,7 +249,7 @@ class NexusQuantCache(DynamicCache):
                 self._observe(layer, key_states, value_states)
             if is_ours:
                 self._before_update(layer, key_states)
-            held = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+            held = self._update_layer(layer_idx, key_states, value_states, *args, **kwargs)
         except Exception:
             if is_ours:
                 self._roll_back(before)
@@ -241,6 +257,41 @@ class NexusQuantCache(DynamicCache):
         if self.when == "during_prefill" and key_states.shape[-2] > 1:
             self._note_peak()
         return held
+
+    def _update_layer(
+        self,
+        layer_idx: int,
+        key_states: Tensor,
+        value_states: Tensor,
+        *args: Any,  # noqa: ANN401 - passed on to layers of transformers
+        **kwargs: Any,  # noqa: ANN401
+    ) -> tuple[Tensor, Tensor]:
+        """Update a layer when it is on its device, with the next one on the way there."""
+        layer: Any = self.layers[layer_idx]
+        if self.offloading:
+            join(key_states.device)
+        if _may_leave(layer):
+            layer.prefetch()  # also without offloading: `offload` may have been called
+        if not self.offloading:
+            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        following = self._layer_after(layer_idx)
+        if following is not None and following is not layer and following.is_initialized:
+            with beside(following.device):
+                following.prefetch()
+        held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        if self._is_offloading(layer):
+            _release(layer)
+        return held
+
+    def _is_offloading(self, layer: object) -> bool:
+        """Tell whether a layer is kept in host memory between its updates."""
+        is_spared = self.only_non_sliding and getattr(layer, "is_sliding", False)
+        return self.offloading and _may_leave(layer) and not is_spared
+
+    def _layer_after(self, layer_idx: int) -> Any:  # noqa: ANN401 - any layer
+        """Return the next layer that is kept in host memory, after the last one the first; None if there is none."""
+        order = (*self.layers[layer_idx + 1 :], *self.layers[: layer_idx + 1])
+        return next((layer for layer in order if self._is_offloading(layer)), None)
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
@@ -484,6 +535,52 @@ class NexusQuantCache(DynamicCache):
                 getattr(layer, "_sliding_window_tensor", None),
             )
 
+    # Host memory
+
+    def offload(
+        self, layer_idx: int | None = None, only_non_sliding: bool = False, *, level: int | None = None
+    ) -> None:
+        """Send the cache, or one layer, to host memory, packed as it is; the device has nothing of it then.
+
+        Each layer comes back by itself at its next update, or when something else needs it on the device; `prefetch`
+        fetches them all.  Linear-attention and indexer layers of transformers stay where they are.
+
+        Args:
+            layer_idx: The layer; all by default.
+            only_non_sliding: Leave sliding-window layers on the device.
+            level: Also compress tokens and codes, as in a file, with this level of zstd, 1 (fast) to 22 (small).
+
+        Raises:
+            OptionError: If there is no such level.
+        """
+        check_level(level)
+        leaving = self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding)
+        ours = [layer for layer in leaving if isinstance(layer, NexusQuantLayer)]
+        for layer in leaving:
+            if level is None or layer not in ours or layer.frozen is None:
+                layer.offload()
+        if level is not None:
+            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+                list(pool.map(lambda layer: layer.freeze(level), ours))
+
+    def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+        """Bring the cache, or one layer, back to the device, as far as it is kept there.
+
+        The copies may still be under way, in the order of the device's current stream.
+
+        Args:
+            layer_idx: The layer; all by default.
+            only_non_sliding: Leave sliding-window layers where they are.
+        """
+        for layer in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+            layer.prefetch()
+            if layer_idx is None and self._is_offloading(layer):
+                _release(layer)
+
+    def _which_may_leave(self, layer_idx: int | None, *, only_non_sliding: bool) -> list[Any]:
+        chosen: list[Any] = self.layers if layer_idx is None else [self.layers[layer_idx]]
+        return [layer for layer in chosen if _may_leave(layer) and not (only_non_sliding and layer.is_sliding)]
+
     # At rest
 
     def save(  # noqa: PLR0913 - all but the path have defaults
@@ -535,6 +632,7 @@ class NexusQuantCache(DynamicCache):
         policy: EvictionPolicy | None = None,
         dtype: torch.dtype | None = None,
         token_ids: TokenIds | None = None,
+        offloading: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> "NexusQuantCache":
@@ -550,6 +648,7 @@ class NexusQuantCache(DynamicCache):
             policy: The policy of the cache that was saved, if it was given one and can still evict tokens.
             dtype: What tokens in full precision are cast to, for a model that runs in another dtype.
             token_ids: The ids of the tokens that the cache is to have seen, as given to `save`.
+            offloading: Keep the codes in host memory, as for the constructor.
             threads: Threads to read with; by default as many as there are processors, up to eight.
             progress: Called after each tensor with the bytes done and the bytes in all.
 
@@ -565,7 +664,10 @@ class NexusQuantCache(DynamicCache):
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
         cache = cls(settings, config=config, policy=policy, when=when)
+        cache.offloading = offloading
         import_cache(cache, promise.meta, tensors, torch.device(device or "cpu"), dtype)
+        if offloading:
+            cache.prefetch()
         return cache
 
     def layer_for_file(self, index: int) -> object:
@@ -622,10 +724,29 @@ def _checked_transforms(transforms: object) -> tuple[LayerTransforms | None, ...
     return tuple(transforms)
 
 
+def _may_leave(layer: object) -> bool:
+    """Tell whether a layer may be in host memory between its updates.
+
+    Others of transformers have states that are used without an update, and would not come back in time.
+    """
+    if isinstance(layer, NexusQuantLayer):
+        return True
+    waits = isinstance(layer, LinearAttentionCacheLayerMixin) or hasattr(layer, "update_indexer")
+    return isinstance(layer, DynamicLayer) and not waits
+
+
+def _release(layer: Any) -> None:  # noqa: ANN401 - any layer that may leave
+    """Keep in host memory what an offloading cache keeps there."""
+    if isinstance(layer, NexusQuantLayer):
+        layer.release()
+    else:
+        layer.offload()
+
+
 def _content(layer: object) -> object:
     """Return what a layer stores, without its owner and the tables it shares with other layers."""
     if isinstance(layer, NexusQuantLayer):
-        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed
+        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed, layer.frozen
     return vars(layer)
 
 
@@ -641,17 +762,20 @@ def _layer_report(index: int, layer: object) -> LayerReport:
         return LayerReport(index, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = layer.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    body = layer.body
-    codes = () if body is None else (body.keys.words, body.keys.scales, body.values.words, body.values.scales)
+    body, (frozen_exact, frozen_codes) = layer.body, layer.frozen or ((), ())
+    exact = layer.sinks, layer.tail, layer.observed, frozen_exact
+    codes = () if body is None else body.buffers, frozen_codes
     other = () if body is None else (body.keys.transform, body.values.transform, body.positions, layer.sink_place)
+    frozen = storage_bytes(frozen_exact, frozen_codes)
     return LayerReport(
         layer_idx=index,
         kind="compressed",
         seen_tokens=layer.seen,
         kept_tokens=layer.kept,
-        exact_bytes=storage_bytes(layer.sinks, layer.tail, layer.observed),
+        exact_bytes=storage_bytes(exact),
         code_bytes=storage_bytes(codes),
         other_bytes=storage_bytes(other),
         dense_bytes=layer.seen * channels * DENSE_BYTES_PER_CHANNEL,
         code_error=layer.code_error,
+        host_bytes=frozen if layer.device == HOST else storage_bytes(exact, codes, other, only=HOST),
     )

@@ -1,6 +1,7 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
 from typing import Literal, Protocol, TypeAlias, runtime_checkable
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.cache.held import CodedSide, HeldStates, HeldTokens, Side, angles_of
+from nexusquant_cache.cache.host import FrozenTensor, to_device, to_host
 from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.probe import attention_error, stand_in_queries
@@ -43,6 +45,7 @@ class LayerOwner(Protocol):
     cache_config: CacheConfig
     padding: BatchPadding
     when: When
+    offloading: bool
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         """Return the policy of this layer."""
@@ -120,6 +123,8 @@ class NexusQuantLayer(CacheLayerMixin):
         code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
         codes_are_read: Whether attention of ours has seen this layer's keys, and so can read codes; see
             `nexusquant_cache.attention`.
+        frozen: Exact tokens and codes while they are compressed in host memory; tensors of their shapes, without
+            content, are in their places.
         record_past: Whether a `crop` is expected after each update; transformers sets it to False as well.
     """
 
@@ -152,6 +157,8 @@ class NexusQuantLayer(CacheLayerMixin):
         self.observed = Observations()
         self.code_error: float | None = None
         self.codes_are_read = False
+        # Exact tokens and codes, in the order in which they are mapped; None for what is kept as it is.
+        self.frozen: tuple[list[FrozenTensor | None], list[FrozenTensor | None]] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
@@ -172,6 +179,7 @@ class NexusQuantLayer(CacheLayerMixin):
     # Lengths
 
     def _exact(self) -> tuple[Tensor, Tensor]:
+        self._thaw()
         assert self.tail is not None
         return self.tail
 
@@ -237,6 +245,7 @@ class NexusQuantLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self._check_update(key_states, value_states)
+        self.prefetch()
         query_length = key_states.shape[2]
         if query_length > 1:
             self._check_finite(key_states, value_states, "the prompt")
@@ -291,6 +300,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """
         assert self.pending
         assert self.body is None
+        self._thaw()
         self.observed.reconstruction = _own(attention)
 
     def compress(self) -> None:
@@ -334,7 +344,8 @@ class NexusQuantLayer(CacheLayerMixin):
         self._updated_since_crop = False
 
     def held(self) -> HeldTokens:
-        """Return all kept tokens as they are now, oldest first."""
+        """Return all kept tokens as they are now, oldest first, on the device of the layer."""
+        self.prefetch()
         if self.body is None:
             return HeldTokens(self._exact())
         before = None if self.sink_place is None else tuple(self.sink_place[:, 1].tolist())
@@ -351,8 +362,9 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
         """Return all kept keys and values in the dtypes they came in, oldest first."""
-        held = self.held()
-        return held.dense_keys(), held.dense_values()
+        with self._at_home():
+            held = self.held()
+            return held.dense_keys(), held.dense_values()
 
     def _visible(self) -> tuple[Tensor, Tensor]:
         """Return what attention shall see: decoded, unless it has shown that it can read codes."""
@@ -402,7 +414,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _make_room(self) -> None:
         """Encode what the tail need not hold, in the precision that the code asks for, also under autocast."""
-        with torch.autocast(self._exact()[0].device.type, enabled=False):
+        with self._at_home(), torch.autocast(self.device.type, enabled=False):
             self._encode_waiting()
         self._stop_waiting()
 
@@ -688,6 +700,7 @@ class NexusQuantLayer(CacheLayerMixin):
             raise ShapeError(msg)
         if not self.is_initialized:
             return
+        self._thaw()
         if tokens_to_remove:
             self._remove(min(-tokens_to_remove, self.seen), packed_tokens)
         self._updated_since_crop = False
@@ -720,6 +733,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
         if self.body is None or count <= self.tail_tokens:
             return None
+        self._thaw()
         return self.body.kept_before(self.seen - count)
 
     def _remove(self, count: int, packed_tokens: int | None) -> None:
@@ -768,19 +782,30 @@ class NexusQuantLayer(CacheLayerMixin):
         if self.seen == 0:
             self.reset()
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every stored tensor; all of them have the batch as first axis."""
+    def _map_exact(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to every tensor in full precision; all of them have the batch as first axis."""
         if self.sinks is not None:
             self.sinks = (function(self.sinks[0]), function(self.sinks[1]))
         if self.tail is not None:
             self.tail = (function(self.tail[0]), function(self.tail[1]))
-        if self.body is not None:
-            self.body.map(function)
         self.observed.map(function)
+
+    def _map_codes(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to codes and scales; all of them have the batch as first axis."""
+        if self.body is not None:
+            self.body.map_codes(function)
+
+    def _map_rest(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to transforms and positions; all of them have the batch as first axis."""
+        if self.body is not None:
+            self.body.map_rest(function)
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on rows of the batch, to all that is stored per row."""
-        self._map(function)
+        self._thaw()
+        self._map_exact(function)
+        self._map_codes(function)
+        self._map_rest(function)
         if self.sink_place is not None:
             self.sink_place = function(self.sink_place)
 
@@ -796,13 +821,95 @@ class NexusQuantLayer(CacheLayerMixin):
         """Keep these rows of the batch."""
         self._map_rows(lambda x: x[indices.to(x.device), ...])
 
+    # Host memory
+
+    @property
+    def is_away(self) -> bool:
+        """Whether anything that attention needs is elsewhere than on the device of the layer."""
+        if not self.is_initialized or self.tail is None:
+            return False
+        if self.tail[0].device != self.device:
+            return True
+        return self.body is not None and any(buffer.is_away(self.device) for buffer in self.body.buffers)
+
     def offload(self) -> None:
-        """Move everything stored to the CPU, in packed form."""
-        self._map(lambda x: x.to("cpu", non_blocking=True))
+        """Move everything stored to host memory, in packed form.
+
+        The next update, or whatever else needs it on the device, brings it back.
+        """
+        self._thaw()
+        for apply in (self._map_exact, self._map_codes, self._map_rest):
+            apply(to_host)
 
     def prefetch(self) -> None:
-        """Move everything stored back to the device of the layer."""
-        self._map(lambda x: x.to(self.device, non_blocking=True))
+        """Move what attention needs back to the device of the layer; an offloading cache only copies the codes there.
+
+        On a CUDA device the copies may still be under way, in the order of the current stream.
+        """
+        if not self.is_away:
+            return
+        self._thaw()
+
+        def fetched(x: Tensor) -> Tensor:
+            return to_device(x, self.device)
+
+        if self._exact()[0].device != self.device:
+            self._map_exact(fetched)
+            self._map_rest(fetched)
+        if not self._owner.offloading:
+            self._map_codes(fetched)
+        elif self.body is not None:
+            for buffer in self.body.buffers:
+                buffer.fetch(self.device)
+
+    def release(self) -> None:
+        """Keep in host memory alone what is large: the codes, and a prompt that waits for its compression.
+
+        Sinks, the newest tokens and transforms stay on the device: they change, or are needed, at every step.
+        """
+        if self.body is not None:
+            for buffer in self.body.buffers:
+                buffer.release()
+        if self.pending and self.tail is not None:
+            self.tail = (to_host(self.tail[0]), to_host(self.tail[1]))
+
+    @contextmanager
+    def _at_home(self) -> Iterator[None]:
+        """Have everything on the device meanwhile."""
+        was_away = self.is_away
+        self.prefetch()
+        yield
+        if was_away and self._owner.offloading:
+            self.release()
+
+    def freeze(self, level: int) -> None:
+        """Compress exact tokens and codes, which must be in host memory, with this level of zstd."""
+        if not self.is_initialized or self.frozen is not None:
+            return
+
+        def freeze(x: Tensor, kind: str, into: list[FrozenTensor | None]) -> Tensor:
+            into.append(FrozenTensor.of(x, kind, level))
+            return x if into[-1] is None else x.to("meta")
+
+        exact: list[FrozenTensor | None] = []
+        codes: list[FrozenTensor | None] = []
+        self._map_exact(lambda x: freeze(x, "exact", exact))
+        self._map_codes(lambda x: freeze(x, "key words" if x.ndim == _AXES else "scales", codes))
+        self.frozen = exact, codes
+
+    def _thaw(self) -> None:
+        """Undo `freeze`; everything stays in host memory."""
+        if self.frozen is None:
+            return
+        for apply, parts in zip((self._map_exact, self._map_codes), self.frozen, strict=True):
+            left = iter(parts)
+
+            def thaw(x: Tensor, left: Iterator[FrozenTensor | None] = left) -> Tensor:
+                frozen = next(left)
+                return x if frozen is None else frozen.thaw(self.device)
+
+            apply(thaw)
+        self.frozen = None
 
     # At rest
 
@@ -816,6 +923,7 @@ class NexusQuantLayer(CacheLayerMixin):
             UnsupportedError: If a codec or a rotation is of a class that a file cannot name.
             NonFiniteError: If an exact token holds NaN or infinity.
         """
+        self._thaw()
         return layer_state(self, lists)
 
     def restore(self, meta: LayerMeta, source: Source) -> None:

@@ -31,10 +31,17 @@ def tensors_of(thing: object) -> Iterator[torch.Tensor]:
             stack.extend(vars(item).values())
 
 
-def storage_bytes(*things: object) -> int:
-    """Return the bytes of all distinct storages behind the tensors reachable from these objects."""
+def storage_bytes(*things: object, only: torch.device | None = None) -> int:
+    """Return the bytes of all distinct storages behind the tensors reachable from these objects.
+
+    Args:
+        things: The objects.
+        only: Count those on this device; all by default.
+    """
     storages = {}
     for tensor in tensors_of(things):
+        if tensor.is_meta or only not in {None, tensor.device}:  # on the device "meta" there are no bytes
+            continue
         storage = tensor.untyped_storage()
         storages[storage.data_ptr(), tensor.device] = storage.nbytes()
     return sum(storages.values())
@@ -56,6 +63,7 @@ class LayerReport:
         dense_bytes: What a plain 16-bit cache would hold.
         code_error: How far coding the first tokens moved what the prompt's last queries (or keys, where no queries are
             known) read from them, relative to its length, in the head that suffered most; None if nothing was coded.
+        host_bytes: How much of all that is in host memory, away from the layer's device.
     """
 
     layer_idx: int
@@ -67,6 +75,7 @@ class LayerReport:
     other_bytes: int
     dense_bytes: int
     code_error: float | None = None
+    host_bytes: int = 0
 
     @property
     def held_bytes(self) -> int:
@@ -97,6 +106,11 @@ class MemoryReport:
     def held_bytes(self) -> int:
         """Bytes held now."""
         return sum(layer.held_bytes for layer in self.layers) + self.shared_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """How many of them are in host memory, away from their layers' devices."""
+        return sum(layer.host_bytes for layer in self.layers)
 
     @property
     def dense_bytes(self) -> int:
@@ -138,6 +152,8 @@ class MemoryReport:
             f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) "
             f"in place of {_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
         )
+        if self.host_bytes:
+            lines.append(f"in host memory {_size(self.host_bytes)}")
         return "\n".join([*lines, *self._at_rest_lines()])
 
     def _at_rest_lines(self) -> Iterator[str]:

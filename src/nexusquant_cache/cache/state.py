@@ -189,12 +189,12 @@ def restore_layer(layer: Any, meta: LayerMeta, source: Source) -> None:  # noqa:
         return
     name = f"layers.{layer.layer_idx}"
     layer.policy = layer._owner.make_policy(layer.layer_idx)  # noqa: SLF001
-    layer.device = source.device
     layer._asked = source.codec_pair(meta.asked)  # noqa: SLF001
     layer.key_codec, layer.value_codec = source.codec_pair(meta.used)
     layer.seen, layer._pending_from = meta.seen, meta.pending_from  # noqa: SLF001
     layer.code_error = None if meta.code_error is None else float(meta.code_error)
     layer.tail = source.pair(name, "tail")
+    layer.device = layer.tail[0].device  # "cuda" alone has an index by now
     layer.phase = None if meta.phase is None else source.phases[meta.phase]
     if meta.body is not None:
         layer.sinks = source.pair(name, "sinks")

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from nexusquant_cache.cache.host import empty_beside, pinned_for, to_device, to_host
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
 
@@ -21,46 +22,79 @@ class TokenBuffer:
     When it is full it is replaced by one with 1/256 more room (at least 32 tokens): the room that is held
     and not used stays below half a percent, and a stored byte is copied once per 1/256 of growth, far
     less often than attention reads it.
+
+    It may be kept in host memory and lent to the device in which it is needed: `fetch` copies it there, `release` lets
+    go of the copy.  New tokens go to both places, so what is stored makes the way back only once.
+
+    Attributes:
+        data: Stored tokens, with room for more.
+        tokens: How many there are.
+        fetched: A copy of ``data`` where it is needed.
     """
 
     data: Tensor
     tokens: int
+    fetched: Tensor | None = None
 
     @classmethod
     def of(cls, data: Tensor) -> "TokenBuffer":
         """Return a full buffer holding this tensor."""
         return cls(_exact(data), data.shape[2])
 
-    def view(self) -> Tensor:
-        """Return the stored tokens; shares memory."""
+    def stored(self) -> Tensor:
+        """Return the tokens where they are stored; shares memory."""
         return self.data[:, :, : self.tokens]
+
+    def view(self) -> Tensor:
+        """Return the tokens where they are needed, if they have been fetched; shares memory."""
+        return self.stored() if self.fetched is None else self.fetched[:, :, : self.tokens]
 
     def append(self, new: Tensor) -> None:
         """Store further tokens behind the others."""
+        if self.fetched is not None:
+            self.fetched = self._appended(self.fetched, new)
+        self.data = self._appended(self.data, new.to(self.data.device))
+        self.tokens += new.shape[2]
+
+    def _appended(self, data: Tensor, new: Tensor) -> Tensor:
+        """Return the tensor with further tokens, in a larger one if there is no room in it."""
         total = self.tokens + new.shape[2]
-        if total > self.data.shape[2]:
-            room = total + max(_LEAST_ROOM, total // _ROOM_SHARE)
-            shape = (*self.data.shape[:2], room, *self.data.shape[3:])
-            grown = self.data.new_empty(shape)
-            grown[:, :, : self.tokens] = self.view()
-            self.data = grown
-        elif self.data.is_inference() and not torch.is_inference_mode_enabled():
-            self.data = self.data.clone()  # made in inference mode, where a tensor may not be written to later
-        self.data[:, :, self.tokens : total] = new
-        self.tokens = total
+        # What was made in inference mode may not be written to later.
+        fixed = data.is_inference() and not torch.is_inference_mode_enabled()
+        if total > data.shape[2] or fixed:
+            room = total + max(_LEAST_ROOM, total // _ROOM_SHARE) if total > data.shape[2] else data.shape[2]
+            grown = empty_beside(data, (*data.shape[:2], room, *data.shape[3:]))
+            grown[:, :, : self.tokens] = data[:, :, : self.tokens]
+            data = grown
+        data[:, :, self.tokens : total] = new
+        return data
 
     def crop(self, tokens: int, dropped: Int[Tensor, "b h"] | None = None) -> None:
         """Keep this many tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
-        view = self.view()
+        view = self.stored()
         if dropped is not None:
-            index = dropped[..., None] + torch.arange(tokens, device=dropped.device)
+            index = dropped.to(view.device)[..., None] + torch.arange(tokens, device=view.device)
             index = index.view(*index.shape, *(1,) * (view.ndim - 3)).expand(*index.shape, *view.shape[3:])
             view = view.gather(2, index)
-        self.data, self.tokens = _exact(view[:, :, :tokens]), tokens
+        self.data, self.tokens, self.fetched = _exact(view[:, :, :tokens]), tokens, None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace the stored tokens by the result of ``function``, dropping unused room."""
-        self.data = _exact(function(self.view()))
+        self.data, self.fetched = _exact(function(self.stored())), None
+
+    def is_away(self, device: torch.device) -> bool:
+        """Tell whether the tokens would have to be fetched to be used on a device."""
+        return (self.data if self.fetched is None else self.fetched).device != device
+
+    def fetch(self, device: torch.device) -> None:
+        """Have a copy on a device, until `release`."""
+        if self.is_away(device):
+            self.data = pinned_for(self.data, device)  # crops, copies and files leave it pageable
+            self.fetched = to_device(self.data, device)
+
+    def release(self) -> None:
+        """Store the tokens in host memory, and only there."""
+        self.data, self.fetched = to_host(self.data), None
 
 
 def _exact(data: Tensor) -> Tensor:
@@ -115,10 +149,8 @@ class PackedSide:
         """Return all codes; shares memory."""
         return PackedVectors(self.words.view(), self.scales.view())
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every tensor; all of them have the batch as first axis."""
-        self.words.map(function)
-        self.scales.map(function)
+    def map_transform(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to the tensors of the transform; all of them have the batch as first axis."""
         self.transform = self.transform.map_batch(function)
 
 
@@ -221,16 +253,26 @@ class PackedTokens:
     values: PackedSide
     positions: PositionMap
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every tensor; all of them have the batch as first axis."""
-        self.keys.map(function)
-        self.values.map(function)
+    @property
+    def buffers(self) -> tuple[TokenBuffer, ...]:
+        """Codes and scales: what grows with the tokens."""
+        return self.keys.words, self.keys.scales, self.values.words, self.values.scales
+
+    def map_codes(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to codes and scales; all of them have the batch as first axis."""
+        for buffer in self.buffers:
+            buffer.map(function)
+
+    def map_rest(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to all other tensors: transforms and positions."""
+        self.keys.map_transform(function)
+        self.values.map_transform(function)
         self.positions.map(function)
 
     def kept_before(self, end: int) -> Int[Tensor, "b h"]:
         """Return how many tokens before position ``end`` each head has."""
-        scales = self.keys.scales.data
-        return torch.as_tensor(self.positions.kept_before(end), device=scales.device).expand(scales.shape[:2])
+        scales, kept = self.keys.scales.data, self.positions.kept_before(end)
+        return torch.as_tensor(kept, device=scales.device).expand(scales.shape[:2])
 
     def crop(self, end: int, tokens: int) -> int:
         """Forget what stands at ``end`` and behind, and the first tokens of each head, so that ``tokens`` are left.

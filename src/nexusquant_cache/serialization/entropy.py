@@ -12,6 +12,7 @@ A code is a name such as ``"delta+columns+zstd"``, whose steps are made from lef
 
 import hashlib
 from collections.abc import Iterator
+from io import BytesIO
 from typing import Any, BinaryIO
 
 import torch
@@ -157,7 +158,9 @@ def hash_bytes(stream: Stream, tensor: Tensor) -> str:
     return digest.hexdigest()
 
 
-def decompress(stream: Stream, file: BinaryIO, stored: int, code: str, out: UInt8[Tensor, "groups items bytes"]) -> str:
+def decompress(
+    stream: Stream, file: BinaryIO | BytesIO, stored: int, code: str, out: UInt8[Tensor, "groups items bytes"]
+) -> str:
     """Read the stored bytes of a tensor from the present place of a file into ``out``; return the hash of the result.
 
     Raises:
@@ -221,7 +224,7 @@ def _read(source: Any, count: int, name: str) -> bytes:  # noqa: ANN401 - anythi
 class _Section:
     """A part of a file that can be read and no more."""
 
-    def __init__(self, file: BinaryIO, length: int) -> None:
+    def __init__(self, file: BinaryIO | BytesIO, length: int) -> None:
         self._file = file
         self._left = length
 

@@ -1,0 +1,113 @@
+"""Host memory: copies to and from it, beside the computation where that is possible, and compressed tensors in it."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+
+import torch
+from jaxtyping import UInt8
+from torch import Tensor
+
+from nexusquant_cache.serialization.entropy import choose_code, compress, decompress
+from nexusquant_cache.serialization.streams import DTYPES, Stream
+
+HOST = torch.device("cpu")
+_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
+
+
+def to_host(x: Tensor) -> Tensor:
+    """Return a tensor in host memory, complete when this returns; pinned if it comes from a CUDA device."""
+    if x.device.type != "cuda":
+        return x.to(HOST)
+    # Blocking: nothing else would tell when the CPU may read it, and codes make this trip once.
+    return torch.empty(x.shape, dtype=x.dtype, device=HOST, pin_memory=True).copy_(x)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device; the copy may still be under way, in the order of the current stream."""
+    return x.to(device, non_blocking=True)
+
+
+def pinned_for(x: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor of the host pinned, if that lets copies to the device run beside the computation."""
+    return x.pin_memory() if device.type == "cuda" and x.device == HOST and not x.is_pinned() else x
+
+
+def empty_beside(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return an uninitialized tensor in the memory in which ``x`` is, pinned if that is."""
+    pinned = x.device.type == "cpu" and x.is_pinned()
+    return torch.empty(shape, dtype=x.dtype, device=HOST, pin_memory=True) if pinned else x.new_empty(tuple(shape))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Let copies to a device run beside its computation, until the next `join`.
+
+    They wait for all that has been asked of the device before.  So memory of this stream that was freed meanwhile, and
+    may still be read by the computation, is not written to too early.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    stream = _side_stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def join(device: torch.device) -> None:
+    """Let what is asked of a device from now on wait for the copies made `beside`."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+
+
+@dataclass(frozen=True)
+class FrozenTensor:
+    """A tensor in host memory, compressed as it would be in a file.
+
+    Attributes:
+        stream: Its dtype and shape, and what it is.
+        code: The code of its bytes, see `nexusquant_cache.serialization.entropy`.
+        data: The bytes.
+        sha256: Hash of the tensor's own.
+    """
+
+    stream: Stream
+    code: str
+    data: UInt8[Tensor, " bytes"]
+    sha256: str
+
+    @classmethod
+    def of(cls, x: Tensor, kind: str, level: int) -> "FrozenTensor | None":
+        """Compress a tensor, or return None where that does not help.
+
+        Args:
+            x: The tensor, on any device.
+            kind: What it is, as in a `Stream`.
+            level: Of zstd.
+        """
+        stream = Stream(kind, _NAMES[x.dtype], tuple(x.shape), kind)
+        code = choose_code(stream, x, level)
+        if code is None:
+            return None
+        chunks, code, digest = compress(stream, x, code, level, threads=0)
+        return cls(stream, code, torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8), digest)
+
+    def thaw(self, device: torch.device) -> Tensor:
+        """Return the tensor in host memory, pinned if it is to go to a CUDA device."""
+        pinned = device.type == "cuda"
+        dtype = DTYPES[self.stream.dtype][1]
+        out = torch.empty(self.stream.shape, dtype=dtype, device=HOST, pin_memory=pinned)
+        groups, items, width = self.stream.rows
+        flat = out.view(-1).view(torch.uint8).view(groups, items, width)
+        data = BytesIO(self.data.numpy().tobytes())
+        found = decompress(self.stream, data, len(self.data), self.code, flat)
+        assert found == self.sha256, "memory has changed"
+        return out

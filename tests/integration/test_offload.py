@@ -1,0 +1,501 @@
+"""The cache in host memory: between the updates of its layers (`offloading=True`), or until it is needed (`offload`).
+
+**The law.**  Where the cache is, and what is compressed there, changes no token and no stored bit.
+"""
+
+import copy
+import pickle
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from integration.families import FAMILIES, build, inputs
+from integration.simulated import CPU, MODES, SimulatedDevices, SpreadCache, stored
+from integration.tiny import SMALL, balanced, fingerprint, generate, logits, prompt, random_states, tiny_llama
+from torch import Tensor
+from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers.cache_utils import DynamicSlidingWindowLayer
+
+from nexusquant_cache import NexusQuantCache, OptionError, ReconstructionPolicy, attention, compressed_generation
+from nexusquant_cache.cache import host
+from nexusquant_cache.cache.host import FrozenTensor
+from nexusquant_cache.cache.report import storage_bytes
+from nexusquant_cache.cache.tokens import TokenBuffer
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    return tiny_llama()
+
+
+def codes_of(layer: Any) -> list[Tensor]:
+    return [buffer.data for buffer in layer.body.buffers]
+
+
+def code_bytes(cache: NexusQuantCache) -> int:
+    return sum(x.numel() for layer in cache.layers for x in codes_of(layer))
+
+
+class TestOffloading:
+    """`offloading=True`."""
+
+    @pytest.mark.usefixtures("fresh_tables")
+    @pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
+    @pytest.mark.parametrize("mode", MODES)
+    def test_changes_no_token_and_no_code(self, model, mode, when):
+        away, alone = (
+            make("balanced", config=model.config, when=when, offloading=make is SpreadCache, **SMALL)
+            for make in (SpreadCache, NexusQuantCache)
+        )
+        texts = []
+        for cache, devices in ((away, SimulatedDevices()), (alone, nullcontext())):
+            torch.manual_seed(1)
+            with devices:
+                texts.append(mode(model, cache))
+                cache.compress()
+                assert {x.device for layer in cache.layers for x in codes_of(layer)} == {CPU}
+                cache.offload()
+        assert torch.equal(*texts)
+        assert all(layer.kept < layer.seen for layer in alone.layers)
+        assert fingerprint(away) == fingerprint(alone)
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_codes_are_on_the_device_for_the_layer_at_work_and_the_next_only(self, model):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        with SimulatedDevices():
+            logits(model, prompt(60), cache)
+            first, last = cache.layers
+            assert last.tail[0].device == CPU, "the prompt waits in host memory"
+            assert first.tail[0].device.type == "xpu", "and the first layer is on its way already"
+            for _ in range(3):
+                logits(model, prompt(1), cache)
+                assert [layer.tail[0].device.index for layer in cache.layers] == [0, 1]
+                assert [buffer.fetched is None for buffer in last.body.buffers] == [True] * 4
+                assert [buffer.fetched is None for buffer in first.body.buffers] == [False] * 4
+                assert {x.device for layer in cache.layers for x in codes_of(layer)} == {CPU}
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_a_step_fetches_the_codes_and_sends_new_ones_alone(self, model):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        with SimulatedDevices() as bus:
+            logits(model, prompt(60), cache)
+            logits(model, prompt(1), cache)
+            flush = cache.cache_config.flush_length
+            for _ in range(3 * flush):
+                before, fetched, sent = code_bytes(cache), bus.fetched, bus.sent
+                tokens = [layer.body.positions.tokens for layer in cache.layers]
+                logits(model, prompt(1), cache)
+                new = [layer.body.positions.tokens - count for layer, count in zip(cache.layers, tokens, strict=True)]
+                assert new in ([0, 0], [flush, flush])
+                per_token = sum(buffer.stored()[0, :, 0].numel() for x in cache.layers for buffer in x.body.buffers)
+                assert bus.sent - sent == per_token * new[0]
+                assert before <= bus.fetched - fetched <= code_bytes(cache)
+
+    def test_grown_buffers_agree_in_both_places(self):
+        data = torch.arange(24, dtype=torch.uint8).view(1, 2, 12)[..., :5].contiguous()
+        buffer = TokenBuffer.of(data)
+        buffer.fetched = buffer.data.clone()
+        for count in (1, 40, 2):
+            buffer.append(torch.randint(0, 256, (1, 2, count), dtype=torch.uint8))
+            assert buffer.fetched.data_ptr() != buffer.data.data_ptr()
+            assert torch.equal(buffer.view(), buffer.stored())
+            assert buffer.tokens == buffer.view().shape[2]
+        assert torch.equal(buffer.stored()[:, :, :5], data)
+
+    def test_on_the_cpu_nothing_is_copied(self, model):
+        cache = balanced(model, offloading=True)
+        generate(model, prompt(60), cache, 4)
+        pointers = [x.data_ptr() for layer in cache.layers for x in codes_of(layer)]
+        cache.prefetch()
+        cache.offload()
+        assert [x.data_ptr() for layer in cache.layers for x in codes_of(layer)] == pointers
+        assert cache.memory_report().host_bytes == 0
+
+    @pytest.mark.parametrize("only_non_sliding", [False, True])
+    def test_sliding_windows_leave_if_they_may(self, only_non_sliding):
+        kinds = ["sliding_attention", "full_attention"]
+        config = Qwen2Config(
+            vocab_size=256,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            use_sliding_window=True,
+            sliding_window=20,
+            layer_types=kinds,
+        )
+        torch.manual_seed(0)
+        model = Qwen2ForCausalLM(config).eval()
+        options = {"offloading": True, "offload_only_non_sliding": only_non_sliding}
+        away, alone = SpreadCache(config=config, **options, **SMALL), NexusQuantCache(config=config, **SMALL)
+        with SimulatedDevices():
+            text = generate(model, prompt(60), away, 6)
+            window = away.layers[0]
+            assert type(window) is DynamicSlidingWindowLayer
+            # The first layer is fetched again behind the last, if it had left.
+            assert away._is_offloading(window) is not only_non_sliding
+            away.offload()
+            assert window.keys.device == CPU
+            away.prefetch(only_non_sliding=True)
+            assert window.keys.device == CPU
+            away.prefetch(0)
+            assert window.keys.device.type == "xpu"
+            more = generate(model, torch.cat([text, prompt(9, seed=1)], 1), away, 4)
+        assert torch.equal(text, generate(model, prompt(60), alone, 6))
+        assert torch.equal(more, generate(model, torch.cat([text, prompt(9, seed=1)], 1), alone, 4))
+
+    def test_layers_made_on_demand(self, model):
+        """Without a config."""
+        away, alone = SpreadCache(offloading=True, **SMALL), NexusQuantCache(**SMALL)
+        with SimulatedDevices():
+            text = generate(model, prompt(60), away, 6)
+        assert torch.equal(text, generate(model, prompt(60), alone, 6))
+
+    def test_a_drop_in_may_offload(self, model):
+        with compressed_generation(model, offloading=True, **SMALL) as compressed:
+            model.generate(prompt(40), max_new_tokens=3, do_sample=False)
+        assert compressed.cache.offloading
+
+    def test_a_loaded_cache_may_offload(self, model, tmp_path):
+        cache = balanced(model)
+        generate(model, prompt(60), cache, 4)
+        cache.save(tmp_path / "cache")
+        loaded = NexusQuantCache.load(tmp_path / "cache", config=model.config, offloading=True)
+        assert loaded.offloading
+        assert fingerprint(loaded) == fingerprint(cache)
+
+    def test_a_failed_forward_leaves_no_trace(self, model):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        with SimulatedDevices():
+            logits(model, prompt(60), cache)
+            logits(model, prompt(1), cache)
+            cache.offload()
+            before = fingerprint(cache)
+            keys, values = random_states((1, 2, 1, 16), 0)
+            cache.update(keys, values, 0)
+            with pytest.raises(ValueError, match="head_dim"):
+                cache.update(keys[..., :8], values, 1)
+            cache.offload()
+            assert fingerprint(cache) == before
+
+
+def crop(cache: NexusQuantCache) -> object:
+    cache.crop(-3)
+    return cache
+
+
+def reorder(cache: NexusQuantCache) -> object:
+    cache.reorder_cache(torch.tensor([0], device=CPU))
+    return cache
+
+
+def repeat(cache: NexusQuantCache) -> object:
+    cache.batch_repeat_interleave(2)
+    return cache
+
+
+def select(cache: NexusQuantCache) -> object:
+    cache.batch_select_indices(torch.tensor([0, 0], device=CPU))
+    return cache
+
+
+def look(cache: NexusQuantCache) -> object:
+    return [x.as_subclass(Tensor).tolist() for layer in cache for x in layer[:2]]
+
+
+def transforms(cache: NexusQuantCache) -> object:
+    return [x and (x.keys.reference.tolist(), x.values.reference.tolist()) for x in cache.transforms]
+
+
+def compress(cache: NexusQuantCache) -> object:
+    cache.compress()
+    return cache
+
+
+def save(cache: NexusQuantCache, folder: Any) -> object:
+    cache.save(folder / "cache")
+    return NexusQuantCache.load(folder / "cache", config=cache.model_config)
+
+
+def deep_copy(cache: NexusQuantCache) -> object:
+    return copy.deepcopy(cache)
+
+
+def pickled(cache: NexusQuantCache) -> object:
+    return pickle.loads(pickle.dumps(cache))  # noqa: S301 - our own
+
+
+def recording(cache: NexusQuantCache) -> object:
+    cache.activate_past_recording()
+    keys, values = random_states((1, 2, 3, 16), 3)
+    for index in range(2):
+        cache.update(keys, values, index)
+    cache.crop(-1)
+    return cache
+
+
+def step(cache: NexusQuantCache) -> object:
+    keys, values = random_states((1, 2, 1, 16), 3)
+    return [x.tolist() for index in range(2) for x in cache.update(keys, values, index)]
+
+
+OPERATIONS: list[Callable[[NexusQuantCache], object]] = [
+    crop,
+    reorder,
+    repeat,
+    select,
+    look,
+    transforms,
+    compress,
+    deep_copy,
+    pickled,
+    recording,
+    step,
+]
+
+
+def result_of(thing: object) -> object:
+    """Return what a cache holds, or what is no cache."""
+    if not isinstance(thing, NexusQuantCache):
+        return thing
+    thing.prefetch()
+    return fingerprint(thing)
+
+
+class TestOffload:
+    """`cache.offload()`."""
+
+    @pytest.mark.usefixtures("fresh_tables")
+    @pytest.mark.parametrize("level", [None, 3])
+    def test_everything_leaves_the_device_and_comes_back_by_itself(self, model, level):
+        """Out after every forward: nothing else changes."""
+        spread, alone = SpreadCache("balanced", config=model.config, **SMALL), balanced(model)
+        for seed, tokens in enumerate([60, 1, 1, 7, 1, 1, 1, 1, 1]):
+            expected = logits(model, prompt(tokens, seed=seed), alone)
+            with SimulatedDevices():
+                given = logits(model, prompt(tokens, seed=seed), spread)
+                for index, layer in enumerate(spread.layers):
+                    assert {x.device for x in stored(layer)} == {torch.device("xpu", index)}
+                spread.offload(level=level)
+                assert {x.device.type for layer in spread.layers for x in stored(layer)} <= {"cpu", "meta"}
+            assert torch.equal(given, expected)
+        with SimulatedDevices():
+            spread.prefetch()
+            homes = [{x.device for x in stored(layer)} for layer in spread.layers]
+            spread.offload()
+        assert homes == [{torch.device("xpu", 0)}, {torch.device("xpu", 1)}]
+        assert fingerprint(spread) == fingerprint(alone)
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_one_layer_alone(self, model):
+        cache = SpreadCache("balanced", config=model.config, **SMALL)
+        with SimulatedDevices():
+            generate(model, prompt(60), cache, 4)
+            cache.offload(1)
+            assert {x.device.type for x in stored(cache.layers[0])} == {"xpu"}
+            assert {x.device.type for x in stored(cache.layers[1])} == {"cpu"}
+            cache.offload(0)
+            cache.prefetch(1)
+            assert {x.device.type for x in stored(cache.layers[0])} == {"cpu"}
+            assert {x.device.type for x in stored(cache.layers[1])} == {"xpu"}
+
+    @pytest.mark.usefixtures("fresh_tables")
+    @pytest.mark.parametrize("level", [None, 3])
+    def test_an_offloading_cache_can_be_sent_away_whole(self, model, level):
+        cache, alone = SpreadCache("balanced", config=model.config, offloading=True, **SMALL), balanced(model)
+        with SimulatedDevices():
+            text = generate(model, prompt(60), cache, 4)
+            cache.offload(level=level)
+            assert {x.device.type for layer in cache.layers for x in stored(layer)} <= {"cpu", "meta"}
+            cache.prefetch()
+            for layer in cache.layers:
+                assert layer.tail[0].device.type == "xpu"
+                assert {x.device for x in codes_of(layer)} == {CPU}
+                assert all(buffer.fetched is None for buffer in layer.body.buffers)
+            more = generate(model, torch.cat([text, prompt(9, seed=1)], 1), cache, 4)
+        assert torch.equal(text, generate(model, prompt(60), alone, 4))
+        assert torch.equal(more, generate(model, torch.cat([text, prompt(9, seed=1)], 1), alone, 4))
+
+    @pytest.mark.parametrize("waiting", [False, True])
+    @pytest.mark.parametrize("operation", [*OPERATIONS, "save"])
+    def test_whatever_touches_a_compressed_cache_finds_it_whole(self, model, operation, waiting, tmp_path):
+        results = []
+        for level in (None, 3):
+            cache = balanced(model)
+            logits(model, prompt(60), cache)
+            for seed in range(0 if waiting else 12):
+                logits(model, prompt(1, seed=seed), cache)
+            if level is not None:
+                cache.offload(level=level)
+                assert all(layer.frozen is not None for layer in cache.layers)
+            results.append(result_of(save(cache, tmp_path) if operation == "save" else operation(cache)))
+        assert results[0] == results[1]
+
+    def test_a_compressed_cache_is_smaller_and_its_report_says_so(self):
+        cache = NexusQuantCache("balanced")
+        for index in range(2):
+            keys, values = random_states((1, 2, 2000, 64), index, torch.bfloat16)
+            cache.update(keys, values, index)
+        cache.compress()
+        before = cache.memory_report()
+        assert before.host_bytes == 0
+        cache.offload(level=3)
+        away = cache.memory_report()
+        assert (away.kept_tokens, away.dense_bytes) == (before.kept_tokens, before.dense_bytes)
+        for now, then in zip(away.layers, before.layers, strict=True):
+            assert 0 < now.exact_bytes < then.exact_bytes
+            assert 0 < now.code_bytes < then.code_bytes
+            assert now.other_bytes == then.other_bytes
+            assert now.host_bytes == storage_bytes(*cache.layers[now.layer_idx].frozen)
+        assert away.held_bytes == sum(layer.held_bytes for layer in away.layers) + away.shared_bytes
+        assert "in host memory" in str(away)
+        assert all(layer.frozen is not None for layer in cache.layers), "a report leaves it compressed"
+        cache.prefetch()
+        assert cache.memory_report().layers == before.layers
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_the_report_tells_host_from_device(self, model):
+        cache = SpreadCache("balanced", config=model.config, **SMALL)
+        with SimulatedDevices():
+            generate(model, prompt(60), cache, 4)
+            held = cache.memory_report()
+            assert held.host_bytes == 0
+            cache.offload(1)
+            report = cache.memory_report()
+        assert [layer.host_bytes for layer in report.layers] == [0, report.layers[1].held_bytes]
+        assert report.host_bytes == report.layers[1].held_bytes
+        assert report.held_bytes <= held.held_bytes
+
+    def test_sent_away_twice(self, model):
+        cache, alone = balanced(model), balanced(model)
+        for each in (cache, alone):
+            generate(model, prompt(60), each, 4)
+        cache.offload(level=3)
+        cache.offload(level=19)  # it is compressed already
+        cache.offload()
+        assert all(layer.frozen is None for layer in cache.layers)
+        assert fingerprint(cache) == fingerprint(alone)
+
+    def test_an_empty_cache(self):
+        cache = NexusQuantCache()
+        cache.offload(level=3)
+        cache.prefetch()
+        cache = NexusQuantCache(config=tiny_llama().config)
+        cache.offload(level=3)
+        cache.prefetch()
+        assert cache.get_seq_length() == 0
+
+    @pytest.mark.usefixtures("unchecked")
+    @pytest.mark.parametrize("level", [0, 23, "3", True])
+    def test_levels(self, model, level):
+        with pytest.raises(OptionError, match="level must be a whole number from 1"):
+            balanced(model).offload(level=level)
+
+    def test_reconstruction_reads_a_prompt_that_was_sent_away(self, model):
+        cache, alone = (balanced(model, policy=ReconstructionPolicy()) for _ in range(2))
+        texts = []
+        for each in (cache, alone):
+            logits(model, prompt(60), each)
+            if each is cache:
+                each.offload(level=3)
+            attention.reconstruct(model, each, prompt(60))
+            if each is cache:
+                each.offload(level=3)
+            texts.append(generate(model, torch.cat([prompt(60), prompt(5, seed=1)], 1), each, 6))
+        assert torch.equal(*texts)
+        assert fingerprint(cache) == fingerprint(alone)
+
+    @pytest.mark.parametrize("name", sorted(FAMILIES))
+    def test_a_conversation_of_every_family(self, name):
+        """Also of those whose layers have states that stay on the device."""
+        model = build(name, FAMILIES[name].attentions[0])
+        texts = []
+        for level in (None, 1):
+            cache = NexusQuantCache("quant", config=model.config, **SMALL)
+            given = inputs(model, 48)
+            first = model.generate(**given, past_key_values=cache, max_new_tokens=5, do_sample=False)
+            if level is not None:
+                cache.offload(level=level)
+            for _ in range(3):
+                out = model(input_ids=first[:, -1:], past_key_values=cache, use_cache=True)
+            texts.append(out.logits)
+        assert torch.equal(*texts)
+
+
+class TestFrozenTensor:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8])
+    def test_comes_back(self, dtype):
+        x = (torch.arange(3 * 50 * 8) % 50).view(1, 3, 50, 8).to(dtype)
+        frozen = FrozenTensor.of(x, "exact" if dtype != torch.uint8 else "key words", 3)
+        assert frozen.data.nbytes < x.nbytes / 2
+        assert torch.equal(frozen.thaw(CPU), x)
+
+    def test_what_does_not_shrink_is_left(self):
+        x = torch.randint(0, 256, (1, 2, 300, 32), dtype=torch.uint8)
+        assert FrozenTensor.of(x, "key words", 19) is None
+
+    def test_changed_memory_is_noticed(self):
+        frozen = FrozenTensor.of(torch.zeros(1, 1, 64, 8), "exact", 3)
+        wrong = FrozenTensor(frozen.stream, frozen.code, frozen.data, "0" * 64)
+        with pytest.raises(AssertionError, match="memory has changed"):
+            wrong.thaw(CPU)
+
+
+class TestStreams:
+    """What is asked of CUDA, in which order; there is none here."""
+
+    class Stream:
+        def __init__(self, name: str, log: list[str]) -> None:
+            self.name, self.log = name, log
+
+        def wait_stream(self, other: Any) -> None:
+            self.log.append(f"{self.name} waits for {other.name}")
+
+        def __enter__(self) -> None:
+            self.log.append(f"in {self.name}")
+
+        def __exit__(self, *_: object) -> None:
+            self.log.append(f"out of {self.name}")
+
+    @pytest.fixture
+    def log(self, monkeypatch):
+        log: list[str] = []
+        current, side = self.Stream("current", log), self.Stream("side", log)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+        monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+        monkeypatch.setattr(host, "_side_stream", lambda _: side)
+        return log
+
+    def test_copies_wait_for_the_computation_and_it_for_them(self, log):
+        device = torch.device("cuda", 0)
+        with host.beside(device):
+            log.append("copy")
+        host.join(device)
+        assert log == ["side waits for current", "in side", "copy", "out of side", "current waits for side"]
+
+    def test_other_devices_have_one_stream(self, log):
+        with host.beside(CPU):
+            log.append("copy")
+        host.join(CPU)
+        assert log == ["copy"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("level", [None, 3])
+def test_on_a_gpu(level):
+    """Host memory is pinned, and copies beside the computation change no token."""
+    model = tiny_llama().cuda()
+    ids, turn = prompt(200).cuda(), prompt(30, seed=1).cuda()
+    texts = []
+    for offloading in (False, True):
+        cache = NexusQuantCache("balanced", config=model.config, offloading=offloading, **SMALL)
+        text = generate(model, ids, cache, 40)
+        if offloading:
+            assert all(x.is_pinned() for layer in cache.layers for x in codes_of(layer))
+            cache.offload(level=level)
+        texts.append(generate(model, torch.cat([text, turn], 1), cache, 40))
+    assert torch.equal(*texts)
