@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from nexusquant_cache import NexusQuantCache, OptionError, ReconstructionPolicy, attention, compressed_generation
 from nexusquant_cache.cache import host
+from nexusquant_cache.cache import layer as layer_module
 from nexusquant_cache.cache.host import FrozenTensor
 from nexusquant_cache.cache.report import storage_bytes
 from nexusquant_cache.cache.tokens import TokenBuffer
@@ -242,19 +243,19 @@ def step(cache: NexusQuantCache) -> object:
     return [x.tolist() for index in range(2) for x in cache.update(keys, values, index)]
 
 
-OPERATIONS: list[Callable[[NexusQuantCache], object]] = [
-    crop,
-    reorder,
-    repeat,
-    select,
-    look,
-    transforms,
-    compress,
-    deep_copy,
-    pickled,
-    recording,
-    step,
-]
+CHANGING = [crop, reorder, repeat, select]
+OPERATIONS: list[Callable[[NexusQuantCache], object]]
+OPERATIONS = [*CHANGING, look, transforms, compress, deep_copy, pickled, recording, step]
+
+
+def layer_states(cache: NexusQuantCache) -> object:
+    """Do as a copy or a pickle does."""
+    return [layer.__getstate__() for layer in cache.layers]
+
+
+def lengths(cache: NexusQuantCache) -> object:
+    """Ask what can be told without looking at a tensor."""
+    return [cache.get_seq_length(), cache.get_mask_sizes(1, 0), cache.memory_report()]
 
 
 def result_of(thing: object) -> object:
@@ -475,6 +476,19 @@ class TestStreams:
             log.append("copy")
         host.join(device)
         assert log == ["side waits for current", "in side", "copy", "out of side", "current waits for side"]
+
+    @pytest.mark.usefixtures("fresh_tables")
+    @pytest.mark.parametrize("operation", [*CHANGING, look, transforms, step, recording, layer_states, lengths])
+    def test_whatever_uses_a_layer_on_its_way_waits(self, operation, monkeypatch, model):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        waited: list[int] = []
+        with SimulatedDevices():
+            logits(model, prompt(60), cache)
+            logits(model, prompt(1), cache)
+            assert [layer._is_coming for layer in cache.layers] == [True, False]
+            monkeypatch.setattr(layer_module, "join", lambda device: waited.append(device.index))
+            operation(cache)
+        assert (0 in waited) is (operation is not lengths)
 
     def test_other_devices_have_one_stream(self, log):
         with host.beside(CPU):

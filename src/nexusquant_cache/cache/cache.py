@@ -274,24 +274,29 @@ class NexusQuantCache(DynamicCache):
             layer.prefetch()  # also without offloading: `offload` may have been called
         if not self.offloading:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        following = self._layer_after(layer_idx)
-        if following is not None and following is not layer and following.is_initialized:
-            with beside(following.device):
-                following.prefetch()
+        self._prefetch_after(layer_idx)
         held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
         if self._is_offloading(layer):
             _release(layer)
         return held
 
+    def _prefetch_after(self, layer_idx: int) -> None:
+        """Start to fetch the next layer that is kept in host memory, after the last one the first of ours."""
+        following: list[Any] = [layer for layer in self.layers[layer_idx + 1 :] if self._is_offloading(layer)]
+        following += self._compressed_layers()
+        if not following or following[0] is self.layers[layer_idx]:
+            return
+        if isinstance(following[0], NexusQuantLayer):
+            following[0].prefetch_beside()
+        elif following[0].is_initialized:
+            # The layer itself does not wait, but its update does (`join`), and nothing can come before that.
+            with beside(following[0].device):
+                following[0].prefetch()
+
     def _is_offloading(self, layer: object) -> bool:
         """Tell whether a layer is kept in host memory between its updates."""
         is_spared = self.only_non_sliding and getattr(layer, "is_sliding", False)
         return self.offloading and _may_leave(layer) and not is_spared
-
-    def _layer_after(self, layer_idx: int) -> Any:  # noqa: ANN401 - any layer
-        """Return the next layer that is kept in host memory, after the last one the first; None if there is none."""
-        order = (*self.layers[layer_idx + 1 :], *self.layers[: layer_idx + 1])
-        return next((layer for layer in order if self._is_offloading(layer)), None)
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
@@ -564,7 +569,7 @@ class NexusQuantCache(DynamicCache):
                 list(pool.map(lambda layer: layer.freeze(level), ours))
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
-        """Bring the cache, or one layer, back to the device, as far as it is kept there.
+        """Bring the cache, or one layer, back to the device, as far as it is kept there between updates.
 
         The copies may still be under way, in the order of the device's current stream.
 
@@ -573,9 +578,11 @@ class NexusQuantCache(DynamicCache):
             only_non_sliding: Leave sliding-window layers where they are.
         """
         for layer in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
-            layer.prefetch()
-            if layer_idx is None and self._is_offloading(layer):
-                _release(layer)
+            if layer_idx is None and self.offloading and isinstance(layer, NexusQuantLayer):
+                layer.prefetch(codes=False)  # those of all layers are more than the device is to hold
+                layer.release()
+            else:
+                layer.prefetch()
 
     def _which_may_leave(self, layer_idx: int | None, *, only_non_sliding: bool) -> list[Any]:
         chosen: list[Any] = self.layers if layer_idx is None else [self.layers[layer_idx]]

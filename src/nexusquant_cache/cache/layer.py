@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.cache.held import CodedSide, HeldStates, HeldTokens, Side, angles_of
-from nexusquant_cache.cache.host import FrozenTensor, to_device, to_host
+from nexusquant_cache.cache.host import FrozenTensor, beside, join, to_device, to_host
 from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.probe import attention_error, stand_in_queries
@@ -159,6 +159,7 @@ class NexusQuantLayer(CacheLayerMixin):
         self.codes_are_read = False
         # Exact tokens and codes, in the order in which they are mapped; None for what is kept as it is.
         self.frozen: tuple[list[FrozenTensor | None], list[FrozenTensor | None]] | None = None
+        self._is_coming = False  # to the device, beside the computation
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
@@ -179,7 +180,7 @@ class NexusQuantLayer(CacheLayerMixin):
     # Lengths
 
     def _exact(self) -> tuple[Tensor, Tensor]:
-        self._thaw()
+        self._settle()
         assert self.tail is not None
         return self.tail
 
@@ -300,7 +301,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """
         assert self.pending
         assert self.body is None
-        self._thaw()
+        self._settle()
         self.observed.reconstruction = _own(attention)
 
     def compress(self) -> None:
@@ -560,6 +561,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """What was fitted to the prompt; None before the first compression."""
         if self.body is None:
             return None
+        self._arrive()
         return LayerTransforms(
             keys=self.body.keys.transform,
             values=self.body.values.transform,
@@ -700,7 +702,7 @@ class NexusQuantLayer(CacheLayerMixin):
             raise ShapeError(msg)
         if not self.is_initialized:
             return
-        self._thaw()
+        self._settle()
         if tokens_to_remove:
             self._remove(min(-tokens_to_remove, self.seen), packed_tokens)
         self._updated_since_crop = False
@@ -733,7 +735,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
         if self.body is None or count <= self.tail_tokens:
             return None
-        self._thaw()
+        self._settle()
         return self.body.kept_before(self.seen - count)
 
     def _remove(self, count: int, packed_tokens: int | None) -> None:
@@ -802,7 +804,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on rows of the batch, to all that is stored per row."""
-        self._thaw()
+        self._settle()
         self._map_exact(function)
         self._map_codes(function)
         self._map_rest(function)
@@ -837,15 +839,19 @@ class NexusQuantLayer(CacheLayerMixin):
 
         The next update, or whatever else needs it on the device, brings it back.
         """
-        self._thaw()
+        self._settle()
         for apply in (self._map_exact, self._map_codes, self._map_rest):
             apply(to_host)
 
-    def prefetch(self) -> None:
+    def prefetch(self, *, codes: bool = True) -> None:
         """Move what attention needs back to the device of the layer; an offloading cache only copies the codes there.
 
         On a CUDA device the copies may still be under way, in the order of the current stream.
+
+        Args:
+            codes: Whether an offloading cache copies its codes.
         """
+        self._arrive()
         if not self.is_away:
             return
         self._thaw()
@@ -858,15 +864,23 @@ class NexusQuantLayer(CacheLayerMixin):
             self._map_rest(fetched)
         if not self._owner.offloading:
             self._map_codes(fetched)
-        elif self.body is not None:
+        elif codes and self.body is not None:
             for buffer in self.body.buffers:
                 buffer.fetch(self.device)
+
+    def prefetch_beside(self) -> None:
+        """Start to `prefetch` without waiting; whatever uses the layer next waits."""
+        if self.is_away:
+            with beside(self.device):
+                self.prefetch()
+            self._is_coming = True
 
     def release(self) -> None:
         """Keep in host memory alone what is large: the codes, and a prompt that waits for its compression.
 
         Sinks, the newest tokens and transforms stay on the device: they change, or are needed, at every step.
         """
+        self._arrive()
         if self.body is not None:
             for buffer in self.body.buffers:
                 buffer.release()
@@ -881,6 +895,22 @@ class NexusQuantLayer(CacheLayerMixin):
         yield
         if was_away and self._owner.offloading:
             self.release()
+
+    def _settle(self) -> None:
+        """See to it that everything stored can be read, wherever it is."""
+        self._arrive()
+        self._thaw()
+
+    def _arrive(self) -> None:
+        """Wait for what is coming, in the order of the device's current stream."""
+        if self._is_coming:
+            join(self.device)
+            self._is_coming = False
+
+    def __getstate__(self) -> dict[str, object]:
+        """Return what a copy or a pickle gets."""
+        self._arrive()
+        return self.__dict__.copy()
 
     def freeze(self, level: int) -> None:
         """Compress exact tokens and codes, which must be in host memory, with this level of zstd."""
@@ -923,7 +953,7 @@ class NexusQuantLayer(CacheLayerMixin):
             UnsupportedError: If a codec or a rotation is of a class that a file cannot name.
             NonFiniteError: If an exact token holds NaN or infinity.
         """
-        self._thaw()
+        self._settle()
         return layer_state(self, lists)
 
     def restore(self, meta: LayerMeta, source: Source) -> None:
