@@ -5,23 +5,32 @@
 
 import copy
 import pickle
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from integration.families import FAMILIES, build, inputs
-from integration.simulated import CPU, MODES, SimulatedDevices, SpreadCache, stored
+from integration.simulated import CPU, MODES, Placed, SimulatedDevices, SpreadCache, stored
 from integration.tiny import SMALL, balanced, fingerprint, generate, logits, prompt, random_states, tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from nexusquant_cache import NexusQuantCache, OptionError, ReconstructionPolicy, attention, compressed_generation
+from nexusquant_cache import (
+    CacheStateError,
+    NexusQuantCache,
+    OptionError,
+    ReconstructionPolicy,
+    WindowAttentionPolicy,
+    attention,
+    compressed_generation,
+)
 from nexusquant_cache.cache import host
 from nexusquant_cache.cache import layer as layer_module
-from nexusquant_cache.cache.host import FrozenTensor
+from nexusquant_cache.cache import tokens as tokens_module
+from nexusquant_cache.cache.host import FrozenTensor, to_device
 from nexusquant_cache.cache.report import storage_bytes
 from nexusquant_cache.cache.tokens import TokenBuffer
 
@@ -136,10 +145,10 @@ class TestOffloading:
             text = generate(model, prompt(60), away, 6)
             window = away.layers[0]
             assert type(window) is DynamicSlidingWindowLayer
-            # The first layer is fetched again behind the last, if it had left.
-            assert away._is_offloading(window) is not only_non_sliding
+            assert window.keys.device.type == ("xpu" if only_non_sliding else "cpu")
             away.offload()
             assert window.keys.device == CPU
+            assert away.memory_report().layers[0].host_bytes == storage_bytes(window.keys, window.values)
             away.prefetch(only_non_sliding=True)
             assert window.keys.device == CPU
             away.prefetch(0)
@@ -168,6 +177,69 @@ class TestOffloading:
         assert loaded.offloading
         assert fingerprint(loaded) == fingerprint(cache)
 
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_loading_fetches_what_stays_on_the_device_alone(self, model, tmp_path):
+        for waiting in (False, True):
+            cache = balanced(model)
+            logits(model, prompt(60), cache)
+            if not waiting:
+                cache.compress()
+            cache.save(tmp_path / "cache")
+            with SimulatedDevices() as bus:
+                loaded = NexusQuantCache.load(
+                    tmp_path / "cache", config=model.config, offloading=True, device=torch.device("xpu", 0)
+                )
+                assert bus.sent == 0
+                for layer in loaded.layers:
+                    assert layer.device == torch.device("xpu", 0)
+                    assert layer.tail[0].device.type == ("cpu" if waiting else "xpu")
+                    assert waiting or {x.device for x in codes_of(layer)} == {CPU}
+                report = loaded.memory_report()
+                assert report.host_bytes == sum(x.exact_bytes if waiting else x.code_bytes for x in report.layers)
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_nothing_stays_fetched(self, model):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        last = cache.layers[1]
+        keys, values = random_states((1, 2, 1, 16), 0)
+
+        def failing() -> None:
+            cache.update(keys, values, 0)
+            with pytest.raises(ValueError, match="head_dim"):
+                cache.update(keys, values[..., :8], 1)
+
+        with SimulatedDevices() as bus:
+            logits(model, prompt(60), cache)
+            logits(model, prompt(1), cache)
+            for act in (cache.compress, lambda: look(cache), cache.prefetch, failing):
+                act()
+                assert [buffer.fetched for buffer in last.body.buffers] == [None] * 4
+            logits(model, prompt(60), cache)
+            assert last.pending
+            before = bus.fetched
+            cache.prefetch()
+            assert last.tail[0].device == CPU, "a prompt waits in host memory"
+            assert bus.fetched == before
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_encoding_after_a_rejected_guess_fetches_no_codes(self, model, monkeypatch):
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        keys, values = random_states((1, 2, 9, 16), 0)
+        with SimulatedDevices():
+            logits(model, prompt(60), cache)
+            logits(model, prompt(1), cache)
+            cache.activate_past_recording()
+            logits(model, prompt(1), cache)
+            cache.crop(0)
+            for index in range(2):
+                cache.update(keys, values, index)
+            tokens = cache.layers[1].body.positions.tokens
+            with monkeypatch.context() as patch:
+                patch.delattr(TokenBuffer, "fetch")
+                cache.crop(-1)
+            assert cache.layers[1].body.positions.tokens > tokens
+
+    @pytest.mark.usefixtures("fresh_tables")
     def test_a_failed_forward_leaves_no_trace(self, model):
         cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
         with SimulatedDevices():
@@ -335,7 +407,7 @@ class TestOffload:
             results.append(result_of(save(cache, tmp_path) if operation == "save" else operation(cache)))
         assert results[0] == results[1]
 
-    def test_a_compressed_cache_is_smaller_and_its_report_says_so(self):
+    def test_a_compressed_cache_is_smaller_and_its_report_says_so(self, tmp_path):
         cache = NexusQuantCache("balanced")
         for index in range(2):
             keys, values = random_states((1, 2, 2000, 64), index, torch.bfloat16)
@@ -353,7 +425,10 @@ class TestOffload:
             assert now.host_bytes == storage_bytes(*cache.layers[now.layer_idx].frozen)
         assert away.held_bytes == sum(layer.held_bytes for layer in away.layers) + away.shared_bytes
         assert "in host memory" in str(away)
-        assert all(layer.frozen is not None for layer in cache.layers), "a report leaves it compressed"
+        assert cache.memory_report(at_rest=True).layers == away.layers
+        cache.save(tmp_path / "cache")
+        assert all(layer.frozen is not None for layer in cache.layers), "looking at it leaves it compressed"
+        assert cache.memory_report().layers == away.layers
         cache.prefetch()
         assert cache.memory_report().layers == before.layers
 
@@ -441,14 +516,19 @@ class TestFrozenTensor:
     def test_changed_memory_is_noticed(self):
         frozen = FrozenTensor.of(torch.zeros(1, 1, 64, 8), "exact", 3)
         wrong = FrozenTensor(frozen.stream, frozen.code, frozen.data, "0" * 64)
-        with pytest.raises(AssertionError, match="memory has changed"):
+        with pytest.raises(CacheStateError, match="has changed there"):
             wrong.thaw(CPU)
+
+    def test_a_dtype_that_no_file_holds_is_left(self):
+        assert FrozenTensor.of(torch.zeros(1, 1, 64, 8, dtype=torch.uint16), "key words", 3) is None
 
 
 class TestStreams:
     """What is asked of CUDA, in which order; there is none here."""
 
     class Stream:
+        __class__ = torch.cuda.Stream  # for the checks of types
+
         def __init__(self, name: str, log: list[str]) -> None:
             self.name, self.log = name, log
 
@@ -464,37 +544,186 @@ class TestStreams:
     @pytest.fixture
     def log(self, monkeypatch):
         log: list[str] = []
-        current, side = self.Stream("current", log), self.Stream("side", log)
+        current = self.Stream("current", log)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
         monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-        monkeypatch.setattr(host, "_side_stream", lambda _: side)
         return log
 
     def test_copies_wait_for_the_computation_and_it_for_them(self, log):
-        device = torch.device("cuda", 0)
-        with host.beside(device):
+        device, side = torch.device("cuda", 0), self.Stream("side", log)
+
+        class Copy(Placed):
+            def record_stream(self, stream: Any) -> None:
+                log.append(f"memory is kept for {stream.name}")
+
+        copied = torch.zeros(2).as_subclass(Copy)
+        copied.place = device
+        with host.beside(side, device):
             log.append("copy")
-        host.join(device)
-        assert log == ["side waits for current", "in side", "copy", "out of side", "current waits for side"]
+        host.arrive(side, device, [torch.zeros(2), copied])
+        expected = ["side waits for current", "in side", "copy", "out of side", "current waits for side"]
+        assert log == [*expected, "memory is kept for current"]
+
+    def test_other_devices_have_one_stream(self, log):
+        assert host.side_stream(CPU) is None
+        with host.beside(None, CPU):
+            log.append("copy")
+        assert log == ["copy"]
+
+    @pytest.fixture
+    def watched(self, monkeypatch):
+        """Note what is copied beside the computation, and what waits for it: layers have the number of their device."""
+        notes: list[tuple[str, int]] = []
+
+        @contextmanager
+        def beside(stream: Any, device: torch.device) -> Iterator[None]:
+            assert stream == f"side {device.index}"
+            copies = [to_device]
+
+            def copied(x: Tensor, device: torch.device) -> Tensor:
+                notes.append(("beside", device.index))
+                return copies[0](x, device)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(tokens_module, "to_device", copied)
+                patch.setattr(layer_module, "to_device", copied)
+                yield
+
+        def arrive(stream: str, device: torch.device, tensors: list[Tensor]) -> None:
+            assert stream == f"side {device.index}"
+            assert any(x.device == device for x in tensors) or not notes
+            notes.append(("arrives", device.index))
+
+        monkeypatch.setattr(layer_module, "side_stream", lambda device: f"side {device.index}")
+        monkeypatch.setattr(layer_module, "beside", beside)
+        monkeypatch.setattr(layer_module, "arrive", arrive)
+        return notes
+
+    def on_its_way(self, model: LlamaForCausalLM) -> NexusQuantCache:
+        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
+        logits(model, prompt(60), cache)
+        logits(model, prompt(1), cache)
+        assert [layer._coming for layer in cache.layers] == ["side 0", None]
+        return cache
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_in_a_step_each_layer_is_fetched_beside_the_one_before(self, model, watched):
+        with SimulatedDevices():
+            cache = self.on_its_way(model)
+            watched.clear()
+            logits(model, prompt(1), cache)
+        # The first has been on its way since the last step; four buffers each.
+        assert watched == [*[("beside", 1)] * 4, ("arrives", 0), *[("beside", 0)] * 4, ("arrives", 1)]
 
     @pytest.mark.usefixtures("fresh_tables")
     @pytest.mark.parametrize("operation", [*CHANGING, look, transforms, step, recording, layer_states, lengths])
-    def test_whatever_uses_a_layer_on_its_way_waits(self, operation, monkeypatch, model):
-        cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
-        waited: list[int] = []
+    def test_whatever_uses_a_layer_on_its_way_waits(self, operation, model, watched):
         with SimulatedDevices():
-            logits(model, prompt(60), cache)
-            logits(model, prompt(1), cache)
-            assert [layer._is_coming for layer in cache.layers] == [True, False]
-            monkeypatch.setattr(layer_module, "join", lambda device: waited.append(device.index))
+            cache = self.on_its_way(model)
+            watched.clear()
             operation(cache)
-        assert (0 in waited) is (operation is not lengths)
+        assert (("arrives", 0) in watched) is (operation is not lengths)
 
-    def test_other_devices_have_one_stream(self, log):
-        with host.beside(CPU):
-            log.append("copy")
-        host.join(CPU)
-        assert log == ["copy"]
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_copies_that_fail_on_the_way_are_waited_for(self, model, watched, monkeypatch):
+        with SimulatedDevices():
+            cache = self.on_its_way(model)
+            cache.compress()
+            cache.offload()
+            layer = cache.layers[0]
+
+            def full(_x: Tensor, _device: torch.device) -> Tensor:
+                raise MemoryError
+
+            with monkeypatch.context() as patch:
+                patch.setattr(layer_module, "beside", lambda *_: nullcontext())
+                patch.setattr(layer_module, "to_device", full)
+                with pytest.raises(MemoryError):
+                    layer.prefetch_beside()
+            watched.clear()
+            look(cache)
+        assert watched[0] == ("arrives", 0)
+
+
+class TestFailures:
+    """An error on the way loses nothing, and the next attempt brings everything."""
+
+    def cache_and_print(self, model: LlamaForCausalLM) -> tuple[NexusQuantCache, object]:
+        cache = SpreadCache("balanced", config=model.config, **SMALL)
+        logits(model, prompt(60), cache)
+        for seed in range(12):
+            logits(model, prompt(1, seed=seed), cache)
+        cache.offload()
+        before = fingerprint(cache)
+        cache.prefetch()
+        return cache, before
+
+    @pytest.mark.usefixtures("fresh_tables")
+    @pytest.mark.parametrize("way", ["to_host", "to_device"])
+    @pytest.mark.parametrize("number", range(1, 26, 4))
+    def test_any_copy_may_fail(self, model, way, number, monkeypatch):
+        with SimulatedDevices():
+            cache, before = self.cache_and_print(model)
+            if way == "to_device":
+                cache.offload()
+            left, copy_ = iter(range(number)), getattr(host, way)
+
+            def failing(*args: Any) -> Tensor:
+                if next(left, None) is None:
+                    raise MemoryError
+                return copy_(*args)
+
+            def there_and_back() -> None:
+                for _ in range(20):
+                    cache.offload()
+                    cache.prefetch()
+
+            with monkeypatch.context() as patch:
+                for module in (layer_module, tokens_module):
+                    patch.setattr(module, way, failing)
+                with pytest.raises(MemoryError):
+                    there_and_back()
+            assert cache.get_seq_length() == 72
+            cache.prefetch()
+            homes = [{x.device for x in stored(layer)} for layer in cache.layers]
+            assert homes == [{torch.device("xpu", 0)}, {torch.device("xpu", 1)}]
+            cache.offload()
+        assert fingerprint(cache) == before
+
+    @pytest.mark.parametrize("number", range(8))
+    def test_any_compression_may_fail(self, model, number, monkeypatch):
+        cache = balanced(model)
+        generate(model, prompt(60), cache, 12)
+        before = fingerprint(cache)
+        left, freeze = iter(range(number)), FrozenTensor.of
+
+        def failing(*args: Any) -> Any:
+            if next(left, None) is None:
+                raise MemoryError
+            return freeze(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(FrozenTensor, "of", failing)
+            with pytest.raises(MemoryError):
+                cache.offload(level=3)
+        assert fingerprint(cache) == before
+
+    @pytest.mark.usefixtures("fresh_tables")
+    def test_a_refused_chunk_leaves_the_queries_of_the_first_layer(self, model):
+        """Its codes are fetched again before the last layer refuses."""
+        policies = WindowAttentionPolicy()
+        cache = SpreadCache("balanced", config=model.config, offloading=True, policy=policies, **SMALL)
+        keys, values = random_states((1, 2, 60, 16), 0)
+        with SimulatedDevices():
+            for index in range(2):
+                cache.update(keys, values, index)
+                cache.observe_queries(Placed.of(keys.repeat(1, 2, 1, 1), torch.device("xpu", index)), index)
+            before = cache.layers[0].observed.queries.as_subclass(Tensor).clone()
+            cache.update(keys[:, :, :30], values[:, :, :30], 0)
+            cache.observe_queries(Placed.of(keys[:, :, :30].repeat(1, 2, 1, 1), torch.device("xpu", 0)), 0)
+            with pytest.raises(ValueError, match="head_dim"):
+                cache.update(keys[:, :, :30, :8], values[:, :, :30], 1)
+        assert torch.equal(cache.layers[0].observed.queries.as_subclass(Tensor), before)
 
 
 @pytest.mark.gpu

@@ -22,7 +22,7 @@ from transformers.cache_utils import (
 )
 
 from nexusquant_cache.cache.held import Side
-from nexusquant_cache.cache.host import HOST, beside, join
+from nexusquant_cache.cache.host import HOST, to_device, to_host
 from nexusquant_cache.cache.layer import NexusQuantLayer, When
 from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
@@ -268,30 +268,24 @@ class NexusQuantCache(DynamicCache):
     ) -> tuple[Tensor, Tensor]:
         """Update a layer when it is on its device, with the next one on the way there."""
         layer: Any = self.layers[layer_idx]
-        if self.offloading:
-            join(key_states.device)
-        if _may_leave(layer):
-            layer.prefetch()  # also without offloading: `offload` may have been called
+        if not isinstance(layer, NexusQuantLayer) and _may_leave(layer):
+            _fetch_stock(layer)  # also without offloading: `offload` may have been called
         if not self.offloading:
             return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        self._prefetch_after(layer_idx)
-        held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        if self._is_offloading(layer):
-            _release(layer)
+        try:
+            self._prefetch_after(layer_idx)
+            held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        finally:
+            if self._is_offloading(layer):
+                _release(layer)
         return held
 
     def _prefetch_after(self, layer_idx: int) -> None:
-        """Start to fetch the next layer that is kept in host memory, after the last one the first of ours."""
-        following: list[Any] = [layer for layer in self.layers[layer_idx + 1 :] if self._is_offloading(layer)]
-        following += self._compressed_layers()
-        if not following or following[0] is self.layers[layer_idx]:
-            return
-        if isinstance(following[0], NexusQuantLayer):
-            following[0].prefetch_beside()
-        elif following[0].is_initialized:
-            # The layer itself does not wait, but its update does (`join`), and nothing can come before that.
-            with beside(following[0].device):
-                following[0].prefetch()
+        """Start to fetch the next layer of ours, after the last one the first."""
+        order = (*self.layers[layer_idx + 1 :], *self.layers[:layer_idx])
+        following = next((layer for layer in order if isinstance(layer, NexusQuantLayer)), None)
+        if following is not None:
+            following.prefetch_beside()
 
     def _is_offloading(self, layer: object) -> bool:
         """Tell whether a layer is kept in host memory between its updates."""
@@ -562,25 +556,29 @@ class NexusQuantCache(DynamicCache):
         leaving = self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding)
         ours = [layer for layer in leaving if isinstance(layer, NexusQuantLayer)]
         for layer in leaving:
-            if level is None or layer not in ours or layer.frozen is None:
+            if not isinstance(layer, NexusQuantLayer):
+                _send_stock(layer)
+            elif level is None or layer.frozen is None:
                 layer.offload()
         if level is not None:
             with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
                 list(pool.map(lambda layer: layer.freeze(level), ours))
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
-        """Bring the cache, or one layer, back to the device, as far as it is kept there between updates.
+        """Bring the cache back to the device, or one layer.
 
-        The copies may still be under way, in the order of the device's current stream.
+        On CUDA devices the copies may still be under way, in the order of the current stream.
 
         Args:
-            layer_idx: The layer; all by default.
+            layer_idx: The layer; by default all, of which an offloading cache leaves codes and a waiting prompt in host
+                memory.
             only_non_sliding: Leave sliding-window layers where they are.
         """
         for layer in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
-            if layer_idx is None and self.offloading and isinstance(layer, NexusQuantLayer):
-                layer.prefetch(codes=False)  # those of all layers are more than the device is to hold
-                layer.release()
+            if not isinstance(layer, NexusQuantLayer):
+                _fetch_stock(layer)
+            elif layer_idx is None:
+                layer.unpark()
             else:
                 layer.prefetch()
 
@@ -671,10 +669,9 @@ class NexusQuantCache(DynamicCache):
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
         cache = cls(settings, config=config, policy=policy, when=when)
-        cache.offloading = offloading
-        import_cache(cache, promise.meta, tensors, torch.device(device or "cpu"), dtype)
-        if offloading:
-            cache.prefetch()
+        cache.offloading |= offloading
+        home = torch.empty(0, device=device or "cpu").device  # "cuda" gets an index
+        import_cache(cache, promise.meta, tensors, home, dtype)
         return cache
 
     def layer_for_file(self, index: int) -> object:
@@ -747,7 +744,19 @@ def _release(layer: Any) -> None:  # noqa: ANN401 - any layer that may leave
     if isinstance(layer, NexusQuantLayer):
         layer.release()
     else:
-        layer.offload()
+        _send_stock(layer)
+
+
+def _send_stock(layer: DynamicLayer) -> None:
+    """Move a layer of transformers to host memory, where it is complete when this returns."""
+    if layer.is_initialized and layer.keys is not None and layer.values is not None:
+        layer.keys, layer.values = to_host(layer.keys), to_host(layer.values)
+
+
+def _fetch_stock(layer: DynamicLayer) -> None:
+    """Move a layer of transformers back to its device."""
+    if layer.is_initialized and layer.keys is not None and layer.values is not None:
+        layer.keys, layer.values = to_device(layer.keys, layer.device), to_device(layer.values, layer.device)
 
 
 def _content(layer: object) -> object:
@@ -764,7 +773,8 @@ def _layer_report(index: int, layer: object) -> LayerReport:
         dense = sum(x.numel() * DENSE_BYTES_PER_CHANNEL for x in (keys, values) if x is not None)
         kept = 0 if keys is None or keys.ndim < 3 else keys.shape[-2]  # noqa: PLR2004 - no token axis
         seen = getattr(layer, "get_seq_length", lambda: 0)()
-        return LayerReport(index, type(layer).__name__, seen, kept, held, 0, 0, dense or held)
+        host = 0 if getattr(layer, "device", HOST) == HOST else storage_bytes(keys, values, only=HOST)
+        return LayerReport(index, type(layer).__name__, seen, kept, held, 0, 0, dense or held, host_bytes=host)
     if layer.tail is None:
         return LayerReport(index, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = layer.tail
@@ -773,7 +783,12 @@ def _layer_report(index: int, layer: object) -> LayerReport:
     exact = layer.sinks, layer.tail, layer.observed, frozen_exact
     codes = () if body is None else body.buffers, frozen_codes
     other = () if body is None else (body.keys.transform, body.values.transform, body.positions, layer.sink_place)
-    frozen = storage_bytes(frozen_exact, frozen_codes)
+    host = storage_bytes(frozen_exact, frozen_codes)
+    if layer.device != HOST:
+        # Without what is always there: plans and the places of sinks.
+        reference = () if body is None else (body.keys.transform.reference,)
+        host = storage_bytes(exact, codes, only=HOST)
+        host += storage_bytes(other) if storage_bytes(reference, only=HOST) else 0
     return LayerReport(
         layer_idx=index,
         kind="compressed",
@@ -784,5 +799,5 @@ def _layer_report(index: int, layer: object) -> LayerReport:
         other_bytes=storage_bytes(other),
         dense_bytes=layer.seen * channels * DENSE_BYTES_PER_CHANNEL,
         code_error=layer.code_error,
-        host_bytes=frozen if layer.device == HOST else storage_bytes(exact, codes, other, only=HOST),
+        host_bytes=host,
     )

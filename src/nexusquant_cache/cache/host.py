@@ -1,7 +1,7 @@
 """Host memory: copies to and from it, beside the computation where that is possible, and compressed tensors in it."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from io import BytesIO
@@ -10,6 +10,7 @@ import torch
 from jaxtyping import UInt8
 from torch import Tensor
 
+from nexusquant_cache.errors import CacheStateError
 from nexusquant_cache.serialization.entropy import choose_code, compress, decompress
 from nexusquant_cache.serialization.streams import DTYPES, Stream
 
@@ -26,8 +27,8 @@ def to_host(x: Tensor) -> Tensor:
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Return a tensor on a device; the copy may still be under way, in the order of the current stream."""
-    return x.to(device, non_blocking=True)
+    """Return a tensor on a device; on CUDA the copy may be under way still, in the order of the current stream."""
+    return x.to(device, non_blocking=device.type == "cuda")
 
 
 def pinned_for(x: Tensor, device: torch.device) -> Tensor:
@@ -47,25 +48,34 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 @contextlib.contextmanager
-def beside(device: torch.device) -> Iterator[None]:
-    """Let copies to a device run beside its computation, until the next `join`.
-
-    They wait for all that has been asked of the device before.  So memory of this stream that was freed meanwhile, and
-    may still be read by the computation, is not written to too early.
-    """
-    if device.type != "cuda":
+def beside(stream: torch.cuda.Stream | None, device: torch.device) -> Iterator[None]:
+    """Let copies to a device run in a stream of their own, behind all that has been asked of the device before."""
+    if stream is None:
         yield
         return
-    stream = _side_stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
 
 
-def join(device: torch.device) -> None:
-    """Let what is asked of a device from now on wait for the copies made `beside`."""
-    if device.type == "cuda":
-        torch.cuda.current_stream(device).wait_stream(_side_stream(device))
+def side_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream for `beside`; None for devices that have one stream only."""
+    return _side_stream(device) if device.type == "cuda" else None
+
+
+def arrive(stream: torch.cuda.Stream, device: torch.device, tensors: Iterable[Tensor]) -> None:
+    """Let what is asked of a device from now on wait for the copies made in a stream.
+
+    Args:
+        stream: The stream.
+        device: The device.
+        tensors: What may have been made in it; others do no harm.
+    """
+    current = torch.cuda.current_stream(device)
+    current.wait_stream(stream)
+    for tensor in tensors:
+        if tensor.device == device:
+            tensor.record_stream(current)  # else its memory could be written to while it is still read
 
 
 @dataclass(frozen=True)
@@ -86,13 +96,15 @@ class FrozenTensor:
 
     @classmethod
     def of(cls, x: Tensor, kind: str, level: int) -> "FrozenTensor | None":
-        """Compress a tensor, or return None where that does not help.
+        """Compress a tensor, or return None where that does not help, or a file could not hold its dtype.
 
         Args:
             x: The tensor, on any device.
             kind: What it is, as in a `Stream`.
             level: Of zstd.
         """
+        if x.dtype not in _NAMES:
+            return None
         stream = Stream(kind, _NAMES[x.dtype], tuple(x.shape), kind)
         code = choose_code(stream, x, level)
         if code is None:
@@ -101,13 +113,20 @@ class FrozenTensor:
         return cls(stream, code, torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8), digest)
 
     def thaw(self, device: torch.device) -> Tensor:
-        """Return the tensor in host memory, pinned if it is to go to a CUDA device."""
+        """Return the tensor in host memory, pinned if it is to go to a CUDA device.
+
+        Raises:
+            CacheStateError: If the bytes are not those that were made.
+        """
         pinned = device.type == "cuda"
         dtype = DTYPES[self.stream.dtype][1]
         out = torch.empty(self.stream.shape, dtype=dtype, device=HOST, pin_memory=pinned)
         groups, items, width = self.stream.rows
         flat = out.view(-1).view(torch.uint8).view(groups, items, width)
         data = BytesIO(self.data.numpy().tobytes())
-        found = decompress(self.stream, data, len(self.data), self.code, flat)
-        assert found == self.sha256, "memory has changed"
+        if decompress(self.stream, data, len(self.data), self.code, flat) != self.sha256:
+            msg = (
+                "a cache that was compressed in host memory has changed there: the memory is faulty, or was written to"
+            )
+            raise CacheStateError(msg)
         return out

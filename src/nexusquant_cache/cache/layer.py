@@ -1,6 +1,6 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.cache.held import CodedSide, HeldStates, HeldTokens, Side, angles_of
-from nexusquant_cache.cache.host import FrozenTensor, beside, join, to_device, to_host
+from nexusquant_cache.cache.host import FrozenTensor, arrive, beside, side_stream, to_device, to_host
 from nexusquant_cache.cache.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.cache.padding import BatchPadding
 from nexusquant_cache.cache.probe import attention_error, stand_in_queries
@@ -35,6 +35,7 @@ from nexusquant_cache.serialization.schema import LayerMeta
 
 When = Literal["post_prefill", "during_prefill"]
 _Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
+_Frozen: TypeAlias = tuple[list[FrozenTensor | None], list[FrozenTensor | None]]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
 
 
@@ -158,8 +159,9 @@ class NexusQuantLayer(CacheLayerMixin):
         self.code_error: float | None = None
         self.codes_are_read = False
         # Exact tokens and codes, in the order in which they are mapped; None for what is kept as it is.
-        self.frozen: tuple[list[FrozenTensor | None], list[FrozenTensor | None]] | None = None
-        self._is_coming = False  # to the device, beside the computation
+        self.frozen: _Frozen | None = None
+        self._is_parked = False  # sent away by `offload`, all of it or, after an error, some
+        self._coming: torch.cuda.Stream | None = None  # where copies to the device are made beside the computation
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Fix shapes, dtypes and device, and make the codecs; the tensors may be empty."""
@@ -415,7 +417,8 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _make_room(self) -> None:
         """Encode what the tail need not hold, in the precision that the code asks for, also under autocast."""
-        with self._at_home(), torch.autocast(self.device.type, enabled=False):
+        # Codes are appended to where they are.
+        with self._at_home(codes=False), torch.autocast(self.device.type, enabled=False):
             self._encode_waiting()
         self._stop_waiting()
 
@@ -830,7 +833,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Whether anything that attention needs is elsewhere than on the device of the layer."""
         if not self.is_initialized or self.tail is None:
             return False
-        if self.tail[0].device != self.device:
+        if self._is_parked or self.frozen is not None or self.tail[0].device != self.device:
             return True
         return self.body is not None and any(buffer.is_away(self.device) for buffer in self.body.buffers)
 
@@ -840,40 +843,53 @@ class NexusQuantLayer(CacheLayerMixin):
         The next update, or whatever else needs it on the device, brings it back.
         """
         self._settle()
+        self._is_parked = self.is_initialized
         for apply in (self._map_exact, self._map_codes, self._map_rest):
             apply(to_host)
 
-    def prefetch(self, *, codes: bool = True) -> None:
+    def prefetch(self) -> None:
         """Move what attention needs back to the device of the layer; an offloading cache only copies the codes there.
 
         On a CUDA device the copies may still be under way, in the order of the current stream.
-
-        Args:
-            codes: Whether an offloading cache copies its codes.
         """
+        self._fetch()
+
+    def prefetch_beside(self) -> None:
+        """Start to `prefetch` beside the computation; whatever uses the layer next waits."""
+        if self._coming is None and self.is_away:
+            self._thaw()
+            self._coming = side_stream(self.device)
+            with beside(self._coming, self.device):
+                self._move_here()
+
+    def unpark(self) -> None:
+        """Undo `offload`, but for what an offloading cache keeps in host memory: codes, and a waiting prompt."""
+        stays = self._owner.offloading
+        self._fetch(codes=not stays, prompt=not stays)
+
+    def _fetch(self, *, codes: bool = True, prompt: bool = True) -> None:
         self._arrive()
-        if not self.is_away:
-            return
-        self._thaw()
+        if self.is_away:
+            self._thaw()
+            self._move_here(codes=codes, prompt=prompt)
 
-        def fetched(x: Tensor) -> Tensor:
-            return to_device(x, self.device)
+    def _move_here(self, *, codes: bool = True, prompt: bool = True) -> None:
+        """Move or copy to the device what is not there.  After an error it can be called again."""
+        assert self.tail is not None
+        stays = self.tail if self.pending and not prompt else ()
 
-        if self._exact()[0].device != self.device:
-            self._map_exact(fetched)
-            self._map_rest(fetched)
-        if not self._owner.offloading:
-            self._map_codes(fetched)
+        def moved(x: Tensor) -> Tensor:
+            return x if any(x is tail for tail in stays) else to_device(x, self.device)
+
+        if self._is_parked or self.tail[0].device != self.device:
+            self._map_exact(moved)
+            self._map_rest(moved)
+        if codes and not self._owner.offloading:
+            self._map_codes(moved)
         elif codes and self.body is not None:
             for buffer in self.body.buffers:
                 buffer.fetch(self.device)
-
-    def prefetch_beside(self) -> None:
-        """Start to `prefetch` without waiting; whatever uses the layer next waits."""
-        if self.is_away:
-            with beside(self.device):
-                self.prefetch()
-            self._is_coming = True
+        self._is_parked = False
 
     def release(self) -> None:
         """Keep in host memory alone what is large: the codes, and a prompt that waits for its compression.
@@ -888,13 +904,15 @@ class NexusQuantLayer(CacheLayerMixin):
             self.tail = (to_host(self.tail[0]), to_host(self.tail[1]))
 
     @contextmanager
-    def _at_home(self) -> Iterator[None]:
-        """Have everything on the device meanwhile."""
+    def _at_home(self, *, codes: bool = True) -> Iterator[None]:
+        """Have everything on the device meanwhile, or all but codes that are kept in host memory."""
         was_away = self.is_away
-        self.prefetch()
-        yield
-        if was_away and self._owner.offloading:
-            self.release()
+        self._fetch(codes=codes or not self._owner.offloading)
+        try:
+            yield
+        finally:
+            if was_away and self._owner.offloading:
+                self.release()
 
     def _settle(self) -> None:
         """See to it that everything stored can be read, wherever it is."""
@@ -903,9 +921,13 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _arrive(self) -> None:
         """Wait for what is coming, in the order of the device's current stream."""
-        if self._is_coming:
-            join(self.device)
-            self._is_coming = False
+        if self._coming is None:
+            return
+        came, _ = self._stored()
+        if self.body is not None:
+            came += [buffer.fetched for buffer in self.body.buffers if buffer.fetched is not None]
+        arrive(self._coming, self.device, came)
+        self._coming = None
 
     def __getstate__(self) -> dict[str, object]:
         """Return what a copy or a pickle gets."""
@@ -916,30 +938,48 @@ class NexusQuantLayer(CacheLayerMixin):
         """Compress exact tokens and codes, which must be in host memory, with this level of zstd."""
         if not self.is_initialized or self.frozen is not None:
             return
+        exact, codes = self._stored()
+        self._empty(
+            (
+                [FrozenTensor.of(x, "exact", level) for x in exact],
+                [FrozenTensor.of(x, "key words" if x.ndim == _AXES else "scales", level) for x in codes],
+            )
+        )
 
-        def freeze(x: Tensor, kind: str, into: list[FrozenTensor | None]) -> Tensor:
-            into.append(FrozenTensor.of(x, kind, level))
-            return x if into[-1] is None else x.to("meta")
-
-        exact: list[FrozenTensor | None] = []
-        codes: list[FrozenTensor | None] = []
-        self._map_exact(lambda x: freeze(x, "exact", exact))
-        self._map_codes(lambda x: freeze(x, "key words" if x.ndim == _AXES else "scales", codes))
-        self.frozen = exact, codes
+    def _empty(self, frozen: _Frozen) -> None:
+        """Put tensors without content in the places of those that are compressed."""
+        self._replace(
+            [x if part is None else x.to("meta") for x, part in zip(tensors, parts, strict=True)]
+            for tensors, parts in zip(self._stored(), frozen, strict=True)
+        )
+        self.frozen = frozen
 
     def _thaw(self) -> None:
         """Undo `freeze`; everything stays in host memory."""
         if self.frozen is None:
             return
-        for apply, parts in zip((self._map_exact, self._map_codes), self.frozen, strict=True):
-            left = iter(parts)
-
-            def thaw(x: Tensor, left: Iterator[FrozenTensor | None] = left) -> Tensor:
-                frozen = next(left)
-                return x if frozen is None else frozen.thaw(self.device)
-
-            apply(thaw)
+        self._replace(
+            [x if part is None else part.thaw(self.device) for x, part in zip(tensors, parts, strict=True)]
+            for tensors, parts in zip(self._stored(), self.frozen, strict=True)
+        )
         self.frozen = None
+
+    def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return exact tensors and codes in the order in which they are mapped."""
+        exact: list[Tensor] = []
+
+        def note(x: Tensor) -> Tensor:
+            exact.append(x)
+            return x
+
+        self._map_exact(note)
+        return exact, [] if self.body is None else [buffer.stored() for buffer in self.body.buffers]
+
+    def _replace(self, tensors: Iterable[list[Tensor]]) -> None:
+        """Put others, all there before the first is replaced, in the places of those that `_stored` returns."""
+        exact, codes = (iter(part) for part in list(tensors))
+        self._map_exact(lambda _: next(exact))
+        self._map_codes(lambda _: next(codes))
 
     # At rest
 
@@ -953,8 +993,13 @@ class NexusQuantLayer(CacheLayerMixin):
             UnsupportedError: If a codec or a rotation is of a class that a file cannot name.
             NonFiniteError: If an exact token holds NaN or infinity.
         """
+        frozen = self.frozen
         self._settle()
-        return layer_state(self, lists)
+        try:
+            return layer_state(self, lists)
+        finally:
+            if frozen is not None:
+                self._empty(frozen)
 
     def restore(self, meta: LayerMeta, source: Source) -> None:
         """Take what `state` of another layer returned, in place of everything that this one holds."""

@@ -112,7 +112,8 @@ class Observations:
 
     def map(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function`` to all that is known."""
-        self.before = None
+        if self.before is not None and self.before[0] is not None:
+            self.before = function(self.before[0]), self.before[1]
         if self.queries is not None:
             self.queries = function(self.queries)
         if self.reconstruction is not None:

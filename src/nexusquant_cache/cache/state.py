@@ -1,7 +1,7 @@
 """A living cache as metadata and tensors, and back: what `NexusQuantCache.save` writes and ``load`` reads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import isfinite
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from nexusquant_cache.cache.host import HOST
 from nexusquant_cache.cache.observations import Observations
 from nexusquant_cache.cache.padding import BatchPadding, Beginning
 from nexusquant_cache.cache.tokens import LayerTransforms, PackedSide, PackedTokens, PositionMap, TokenBuffer
@@ -193,12 +194,14 @@ def restore_layer(layer: Any, meta: LayerMeta, source: Source) -> None:  # noqa:
     layer.key_codec, layer.value_codec = source.codec_pair(meta.used)
     layer.seen, layer._pending_from = meta.seen, meta.pending_from  # noqa: SLF001
     layer.code_error = None if meta.code_error is None else float(meta.code_error)
-    layer.tail = source.pair(name, "tail")
-    layer.device = layer.tail[0].device  # "cuda" alone has an index by now
+    layer.device = source.device
+    # What an offloading cache keeps in host memory never goes to the device as a whole.
+    large = replace(source, device=HOST) if layer._owner.offloading else source  # noqa: SLF001
+    layer.tail = (source if meta.pending_from is None else large).pair(name, "tail")
     layer.phase = None if meta.phase is None else source.phases[meta.phase]
     if meta.body is not None:
         layer.sinks = source.pair(name, "sinks")
-        layer.body = _restore_body(meta.body, meta.shape, name, source)
+        layer.body = _restore_body(meta.body, meta.shape, name, source, large)
     if meta.sink_place:
         layer.sink_place = source.tensors[f"{name}.sink_place"]
     layer.observed = _restore_observed(meta.observed, name, source)
@@ -242,10 +245,10 @@ def _body_state(body: PackedTokens, name: str, tensors: Tensors) -> BodyMeta:
     )
 
 
-def _restore_body(meta: BodyMeta, shape: ShapeMeta, name: str, source: Source) -> PackedTokens:
+def _restore_body(meta: BodyMeta, shape: ShapeMeta, name: str, source: Source, large: Source) -> PackedTokens:
     sides = []
     for side, transform, dim in (("keys", meta.keys, shape.key_dim), ("values", meta.values, shape.value_dim)):
-        words, scales = (TokenBuffer.of(source.tensor(f"{name}.{side}.{what}")) for what in ("words", "scales"))
+        words, scales = (TokenBuffer.of(large.tensor(f"{name}.{side}.{what}")) for what in ("words", "scales"))
         sides.append(PackedSide(_restore_transform(transform, f"{name}.{side}", dim, source), words, scales))
     bitmap = source.tensor(f"{name}.kept") if meta.bitmap else None
     return PackedTokens(sides[0], sides[1], PositionMap(meta.start, meta.covered, meta.kept, meta.dense, bitmap))
