@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zstandard
 from integration.tiny import SMALL, balanced, generate, prompt, random_states, tiny_config, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config
 
-from nexusquant_cache import NexusQuantCache
+from nexusquant_cache import FormatError, NexusQuantCache
+from nexusquant_cache.serialization.entropy import arrange
+from nexusquant_cache.serialization.schema import from_json
+from nexusquant_cache.serialization.streams import DTYPES, Stream, streams_of
 
 Entry = tuple[str, str, list[int], bytes]  # name, dtype, shape, bytes
 
@@ -81,12 +85,23 @@ def take_apart(data: bytes) -> tuple[dict[str, Any], dict[str, Any], list[Entry]
     return metadata, json.loads(metadata["cache"]), entries
 
 
-def put_together(metadata: Mapping[str, Any], content: Any, entries: list[Entry]) -> bytes:
-    """Return a file of these parts whose hash is right, provided that its tensors are stored as they are."""
-    text = json.dumps(content, separators=(",", ":"), sort_keys=True)
-    total = hashlib.sha256(text.encode())
+def put_together(
+    metadata: Mapping[str, Any], content: Any, entries: list[Entry], decoded: Mapping[str, bytes] | None = None
+) -> bytes:
+    """Return a file of these parts whose hash is right.
+
+    Args:
+        metadata: Texts.
+        content: The JSON object inside them, or its text.
+        entries: The tensors.
+        decoded: For names of coded tensors, without the code, the bytes that they stand for.
+    """
+    text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"), sort_keys=True)
+    total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
     for name, _, _, stored in sorted(entries):
-        total.update(f"\n{name.partition(':')[0]} {hashlib.sha256(stored).hexdigest()}".encode())
+        plain = name.partition(":")[0]
+        digest = hashlib.sha256((decoded or {}).get(plain, stored)).hexdigest()
+        total.update(f"\n{plain} {digest}".encode("utf-8", "surrogatepass"))
     header: dict[str, Any] = {"__metadata__": {**metadata, "cache": text, "sha256": total.hexdigest()}}
     place = 0
     for name, dtype, shape, stored in entries:
@@ -102,6 +117,38 @@ def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Entry]], Non
     named = {entry[0]: entry for entry in entries}
     change(content, named)
     return put_together(metadata, content, list(named.values()))
+
+
+def coded(entry: Entry, code: str) -> Entry:
+    """Return a tensor in a code that arranges its bytes, or in none, and then makes a zstd frame."""
+    name, dtype, shape, data = entry
+    stream = Stream(name, next(key for key, x in DTYPES.items() if x[0] == dtype), tuple(shape), "other")
+    groups, items, width = stream.rows
+    part = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(groups, items, width)
+    stored = zstandard.ZstdCompressor().compress(arrange(part, code, stream.itemsize))
+    return f"{name}:{code}", "U8", [len(stored)], stored
+
+
+def refitted(content: Any, named: Mapping[str, Entry]) -> dict[str, Entry] | None:
+    """Return the tensors that metadata announce, of bytes that were there before; None if they are impossible."""
+    try:
+        streams = streams_of(from_json(json.dumps(content)))
+    except FormatError:
+        return None
+    if sum(stream.nbytes for stream in streams.values()) > 1 << 20:
+        return None
+    made = {}
+    for name, stream in streams.items():
+        old = named[name][3] if name in named else b"\x01"
+        data = (old * (stream.nbytes // max(len(old), 1) + 1))[: stream.nbytes] if old else bytes(stream.nbytes)
+        made[name] = name, DTYPES[stream.dtype][0], list(stream.shape), data
+    return made
+
+
+def with_fingerprint(content: Any) -> None:
+    """Make the model's fingerprint that of its fields."""
+    text = json.dumps(content["model"]["fields"], sort_keys=True)
+    content["model"]["fingerprint"] = hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_tensor(named: dict[str, Entry], name: str, tensor: Tensor) -> None:

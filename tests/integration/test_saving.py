@@ -5,14 +5,23 @@ happens to both bit for bit.
 """
 
 import copy
+import errno
+import hashlib
 import os
 import re
+import threading
+import tracemalloc
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import zstandard
+from files import file_bytes
 from integration.families import FAMILIES, build, inputs
 from integration.modes import PROMPT, ask
 from integration.tiny import (
@@ -42,12 +51,23 @@ from nexusquant_cache import (
     OptionError,
     UnsupportedError,
     WindowAttentionPolicy,
+    store,
 )
 from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.cache.state import Lists
 from nexusquant_cache.codec.transform import Rotation
 from nexusquant_cache.reference.rope import RotaryPhase
-from nexusquant_cache.serialization import hash_tokens, inspect_file, register_codec, writer
+from nexusquant_cache.serialization import (
+    container,
+    entropy,
+    hash_tokens,
+    inspect_file,
+    reader,
+    register_codec,
+    verify_file,
+    writer,
+)
+from nexusquant_cache.serialization.streams import Stream
 
 register_codec(
     "tests.lossless", LosslessCodec, lambda codec: {"head_dim": codec.head_dim}, lambda x: LosslessCodec(**x)
@@ -391,6 +411,11 @@ class TestCannotBeSaved:
             ({"metadata": {"a": 1}}, "metadata must be texts by name"),
             ({"token_ids": torch.zeros(3)}, "token_ids must be integers"),
             ({"token_ids": [[[1]]]}, "token_ids must be integers"),
+            ({"threads": 0}, "threads must be a whole number from 1"),
+            ({"threads": -1}, "threads must be a whole number from 1"),
+            ({"threads": "x"}, "threads must be a whole number from 1"),
+            ({"threads": True}, "threads must be a whole number from 1"),
+            ({"threads": 1 << 20}, "threads must be a whole number from 1"),
         ):
             with pytest.raises(OptionError, match=message):
                 cache.save(tmp_path / "a", **options)
@@ -550,6 +575,187 @@ class TestWriting:
         cache.save(tmp_path / "b")
         assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
+    def test_large_tensors_are_written_as_they_are_compressed(self, sdpa, tmp_path, monkeypatch):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(300), cache)
+        cache.save(tmp_path / "a")
+        monkeypatch.setattr(writer, "_LARGE", 64)
+        for level in (None, 3):
+            for threads in (1, 3):
+                cache.save(tmp_path / f"{level}{threads}", level=level, threads=threads)
+            assert (tmp_path / f"{level}1").read_bytes() == (tmp_path / f"{level}3").read_bytes()
+            assert verify_file(tmp_path / f"{level}1").sha256 == inspect_file(tmp_path / "a").sha256
+        assert cache.memory_report(at_rest=True).at_rest.total_bytes - (tmp_path / "31").stat().st_size in range(
+            -64, 64
+        )
+
+    def test_a_large_tensor_that_does_not_shrink_after_all(self, sdpa, tmp_path, monkeypatch):
+        """What is left of the attempt is written over, or cut off."""
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(300), cache)
+        for large in (1 << 30, 64):
+            monkeypatch.setattr(writer, "_LARGE", large)
+            monkeypatch.setattr(writer, "choose_code", lambda stream, *_: "zstd" if stream.nbytes else None)
+            cache.save(tmp_path / str(large), level=1)
+        assert verify_file(tmp_path / "64").sha256 == verify_file(tmp_path / str(1 << 30)).sha256
+        assert any("bytes" in row.codes for row in inspect_file(tmp_path / "64").streams)
+
+    def test_large_tensors_are_not_held(self, tmp_path):
+        """Neither the one that is being written, nor the one before it."""
+        cache = NexusQuantCache("quant", **SMALL)
+        cache.update(*random_states((1, 16, 50_000, 16), 0), 0)  # 49 MiB each
+        tracemalloc.start()
+        cache.save(tmp_path / "a", threads=2)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 40 << 20
+
+    def test_what_is_done_for_a_tensor_does_not_grow_with_their_number(self, tmp_path, monkeypatch):
+        asked = 0
+        size = Stream.nbytes.func
+
+        def counting(stream: Stream) -> Any:
+            nonlocal asked
+            asked += 1
+            return size(stream)
+
+        monkeypatch.setattr(Stream, "nbytes", property(counting))
+        for layers in (4, 40):
+            cache = NexusQuantCache("quant", **SMALL)
+            for layer in range(layers):
+                cache.update(*random_states((1, 1, 20, 8), layer), layer)
+            asked = 0
+            count = len(cache.save(tmp_path / "a", threads=1, progress=lambda *_: None).tensors)
+            assert count == 2 * layers
+            assert asked < 40 * count
+
+    def test_what_zstd_needs_for_its_tables_limits_what_is_compressed_at_once(self, sdpa, tmp_path, monkeypatch):
+        """At level 22 a tensor of 8 MiB takes 130 MiB."""
+        stream = Stream("x", "uint8", (1, 1, 1 << 20, 8), "key words")
+        assert entropy.working_memory(stream, 22) > 16 * entropy.working_memory(stream, 3)
+        cache, running, most, lock = balanced(sdpa), 0, 0, threading.Lock()
+        generate(sdpa, prompt(300), cache)
+        compress = writer.compress
+
+        def counted(*given: Any) -> Any:
+            nonlocal running, most
+            assert given[4] == 0  # threads of zstd, beside our own
+            with lock:
+                running += 1
+                most = max(most, running)
+            try:
+                return compress(*given)
+            finally:
+                with lock:
+                    running -= 1
+
+        monkeypatch.setattr(writer, "compress", counted)
+        monkeypatch.setattr(writer, "_TABLES", 1)
+        cache.save(tmp_path / "a", level=22, threads=4)
+        assert most == 1
+
+    def test_an_interrupt_drops_what_has_not_begun(self, sdpa, tmp_path, monkeypatch):
+        cache, begun, interrupted = balanced(sdpa), 0, threading.Event()
+        generate(sdpa, prompt(300), cache)
+        compress = writer.compress
+
+        def slow(*given: Any) -> Any:
+            nonlocal begun
+            begun += 1
+            if begun > 1:
+                interrupted.wait(30)
+            return compress(*given)
+
+        def progress(_done: int, _total: int) -> None:
+            if begun:
+                interrupted.set()
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(writer, "compress", slow)
+        with pytest.raises(KeyboardInterrupt):
+            cache.save(tmp_path / "a", threads=1, progress=progress)
+        assert begun <= 2
+        assert not list(tmp_path.iterdir())
+
+    def test_what_has_begun_stops_soon(self):
+        stream = Stream("x", "uint8", (1, 1, 1 << 20, 8), "key words")
+        tensor = torch.randint(0, 9, stream.shape, dtype=torch.uint8)
+        answers = iter([True, True])
+        with pytest.raises(entropy.CancelledError):
+            entropy.compress(stream, tensor, "zstd", 1, 0, lambda: next(answers, False))
+        with pytest.raises(entropy.CancelledError):
+            entropy.hash_bytes(stream, tensor, lambda: False)
+
+    @pytest.mark.parametrize("call", ["open", "fsync"])
+    def test_a_folder_that_cannot_be_put_on_the_disk(self, call, sdpa, tmp_path, monkeypatch):
+        """The file has its name by then."""
+        real = getattr(os, call)
+
+        def refusing(what: Any, *more: Any) -> Any:
+            if Path(f"/proc/self/fd/{what}").resolve() == tmp_path if isinstance(what, int) else what == tmp_path:
+                raise OSError(errno.EINVAL, "not for folders")
+            return real(what, *more)
+
+        monkeypatch.setattr(os, call, refusing)
+        balanced(sdpa).save(tmp_path / "a")
+        verify_file(tmp_path / "a")
+
+    def test_permissions_are_kept(self, sdpa, tmp_path):
+        path, cache = tmp_path / "a", balanced(sdpa)
+        cache.save(path)
+        usual = os.umask(0o022)
+        os.umask(usual)
+        assert path.stat().st_mode & 0o777 == 0o666 & ~usual
+        for mode in (0o600, 0o640, 0o444):
+            path.chmod(mode)
+            cache.save(path)
+            assert path.stat().st_mode & 0o777 == mode
+
+    def test_a_symbolic_link_stays_one(self, sdpa, tmp_path):
+        (tmp_path / "there").mkdir()
+        link, target = tmp_path / "link", tmp_path / "there" / "a"
+        link.symlink_to(target)
+        for _ in range(2):  # there is nothing yet, and then there is
+            balanced(sdpa).save(link)
+            assert link.is_symlink()
+            assert not target.is_symlink()
+            verify_file(target)
+        assert list(target.parent.iterdir()) == [target]
+
+    def test_what_is_no_file_is_not_replaced(self, sdpa, tmp_path):
+        pipe, link = tmp_path / "pipe", tmp_path / "link"
+        os.mkfifo(pipe)
+        link.symlink_to(pipe)
+        for path in (pipe, link):
+            with pytest.raises(FileExistsError, match="is no regular file, and is not replaced"):
+                balanced(sdpa).save(path)
+        assert pipe.is_fifo()
+        assert set(tmp_path.iterdir()) == {pipe, link}
+
+    @pytest.mark.parametrize("path", ["", ".", "/", "..", "folder"])
+    def test_folders(self, path, sdpa, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "folder").mkdir()
+        with pytest.raises(IsADirectoryError):
+            balanced(sdpa).save(path)
+        assert list(tmp_path.iterdir()) == [tmp_path / "folder"]
+
+    @pytest.mark.parametrize("name", ["a" * 240, "a" * 255, "é" * 127])
+    def test_long_names(self, name, sdpa, tmp_path):
+        balanced(sdpa).save(tmp_path / name)
+        verify_file(tmp_path / name)
+
+    def test_a_store_knows_the_temporary_names_of_its_files(self, tmp_path):
+        assert store._OURS.fullmatch(writer._beside(tmp_path / f"{'0a' * 16}.safetensors").name)
+
+    def test_no_header_is_written_that_would_not_be_read(self, sdpa, tmp_path, monkeypatch):
+        cache = balanced(sdpa)
+        generate(sdpa, prompt(50), cache)
+        monkeypatch.setattr(container, "MOST_HEADER", 1000)
+        with pytest.raises(OptionError, match=r"header of the file would take .* more than 1,000 would be read again"):
+            cache.save(tmp_path / "a")
+        assert not list(tmp_path.iterdir())
+
     def test_progress_reaches_the_end(self, sdpa, tmp_path):
         cache, seen = balanced(sdpa), []
         generate(sdpa, prompt(50), cache)
@@ -566,6 +772,153 @@ class TestWriting:
             generate(sdpa, prompt(50), cache)
             loaded = saved(cache, tmp_path, config=sdpa.config)
         assert_goes_on_alike(sdpa, cache, loaded)
+
+
+class TestReading:
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "a"
+        path.write_bytes(file_bytes("compressed"))
+        return path
+
+    @pytest.mark.parametrize("has_pread", [True, False])
+    @pytest.mark.parametrize("change", ["replaced", "deleted"])
+    def test_another_file_takes_its_place_meanwhile(self, change, has_pread, path, monkeypatch):
+        """What was opened is read."""
+        expected = inspect_file(path).sha256
+        read_header = reader.read_header
+
+        def changing(file: Any) -> Any:
+            found = read_header(file)
+            if change == "replaced":
+                (path.parent / "b").write_bytes(file_bytes("padded"))
+                (path.parent / "b").replace(path)
+            else:
+                path.unlink()
+            return found
+
+        monkeypatch.setattr(reader, "read_header", changing)
+        if not has_pread:
+            monkeypatch.delattr(os, "pread")
+        assert verify_file(path).sha256 == expected
+
+    @pytest.mark.parametrize("together", [0, 1 << 20])
+    def test_small_tensors_are_read_together(self, together, path, monkeypatch):
+        tasks, submit = [], ThreadPoolExecutor.submit
+        monkeypatch.setattr(reader, "_TOGETHER", together)
+        monkeypatch.setattr(ThreadPoolExecutor, "submit", lambda *given: tasks.append(given) or submit(*given))
+        verify_file(path)
+        count = len(reader.read_promise(path).tensors)
+        assert len(tasks) == (1 if together else count) < count + 1
+
+    def test_an_error_drops_what_has_not_begun(self, path, monkeypatch):
+        begun, decompress, failed = 0, reader.decompress, threading.Event()
+
+        def slow(*given: Any) -> Any:
+            nonlocal begun
+            begun += 1
+            if begun > 1:
+                failed.wait(30)
+            return decompress(*given)
+
+        def progress(_done: int, _total: int) -> None:
+            failed.set()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(reader, "decompress", slow)
+        monkeypatch.setattr(reader, "_TOGETHER", 0)
+        with pytest.raises(KeyboardInterrupt):
+            NexusQuantCache.load(path, threads=1, progress=progress)
+        assert begun <= 2
+
+    @pytest.mark.parametrize("look", [inspect_file, verify_file, NexusQuantCache.load])
+    def test_what_is_no_file(self, look, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        found: list[str] = []
+
+        def wait() -> None:
+            for path in (tmp_path / "pipe", Path("/dev/zero"), Path("/dev/null")):
+                with pytest.raises(FormatError) as error:
+                    look(path)
+                found.append(str(error.value))
+
+        thread = threading.Thread(target=wait, daemon=True)  # or the failure would last for ever
+        thread.start()
+        thread.join(30)
+        assert [text.partition(" is ")[2] for text in found] == ["no regular file, so it is no saved cache"] * 3
+        with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
+            look(tmp_path)
+
+    def test_a_header_that_is_too_long(self, path):
+        """It is not read, however harmless."""
+        assert container.MOST_HEADER == 8 << 20
+        data = path.read_bytes()
+        length = 8 + int.from_bytes(data[:8], "little")
+        for longest, reason in ((8 << 20, None), ((8 << 20) + 1, "no safetensors file")):
+            head = container.padded_header(data[:length], 8 + longest)
+            path.write_bytes(head + data[length:])
+            if reason is None:
+                verify_file(path)
+            else:
+                with pytest.raises(FormatError, match=reason):
+                    inspect_file(path)
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_wrong_options(self, path):
+        for dtype in (torch.int8, torch.complex64, torch.float8_e4m3fn, torch.bool, "float16"):
+            with pytest.raises(OptionError, match=r"dtype must be one of torch\.float64, .* got "):
+                NexusQuantCache.load(path, dtype=dtype)
+        for threads in (0, -1, "x", 1.0):
+            with pytest.raises(OptionError, match="threads must be a whole number from 1"):
+                NexusQuantCache.load(path, threads=threads)
+
+
+class TestOneFrame:
+    """What is stored of a tensor is one zstd frame, and nothing else."""
+
+    stream = Stream("x", "uint8", (1, 1, 3000, 10), "key words")
+    tensor = torch.randint(0, 50, stream.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+    def read(self, data: bytes) -> str:
+        out = torch.zeros(1, 3000, 10, dtype=torch.uint8)
+        return entropy.decompress(self.stream, BytesIO(data), len(data), "zstd", out)
+
+    def frame(self, **options: Any) -> bytes:
+        return zstandard.ZstdCompressor(**options).compress(self.tensor.numpy().tobytes())
+
+    @pytest.mark.parametrize("options", [{}, {"write_checksum": True}, {"level": 19}, {"threads": 2}])
+    def test_it_is_read(self, options):
+        assert self.read(self.frame(**options)) == hashlib.sha256(self.tensor.numpy().tobytes()).hexdigest()
+
+    def test_blocks_of_every_kind(self):
+        """Stored, repeated and compressed ones, in reads of every length."""
+        data = torch.cat([torch.randint(0, 256, (1 << 18,)), torch.zeros(1 << 18), torch.randint(0, 3, (1 << 18,))])
+        tensor = data.to(torch.uint8).view(1, 1, -1, 64)
+        stored = zstandard.ZstdCompressor(write_checksum=True).compress(tensor.numpy().tobytes())
+
+        class Slow(BytesIO):
+            def read(self, count: int | None = -1, /) -> bytes:
+                return super().read(min(count or 0, 1 + self.tell() % 5) if self.tell() % 1000 < 50 else count)
+
+        stream = Stream("x", "uint8", tuple(tensor.shape), "key words")
+        out = torch.zeros(tensor.shape[1:], dtype=torch.uint8)
+        entropy.decompress(stream, Slow(stored), len(stored), "zstd", out)
+        assert torch.equal(out, tensor[0])
+
+    def test_nothing_else_is(self):
+        skipped = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"12345"
+        as_long = b"\x50\x2a\x4d\x18" + (30_000).to_bytes(4, "little") + bytes(30_000)
+        empty = zstandard.ZstdCompressor().compress(b"")
+        for data, reason in (
+            (as_long + self.frame(), "is no zstd frame with content"),
+            (self.frame() + skipped, "longer than its shape allows"),
+            (self.frame() + empty, "longer than its shape allows"),
+            (self.frame(write_checksum=True) + empty, "longer than its shape allows"),
+            (self.frame(write_checksum=True)[:-4], "its end is missing"),
+            (self.frame() + b"\0", "longer than its shape allows"),
+        ):
+            with pytest.raises(FormatError, match=reason):
+                self.read(data)
 
 
 def test_bytes_at_rest_are_those_of_the_file(sdpa, tmp_path):

@@ -1,5 +1,6 @@
 """Saved files: what every check refuses, one by one, in files whose hash is right."""
 
+import copy
 import json
 import struct
 import time
@@ -9,19 +10,42 @@ import safetensors
 import safetensors.torch
 import torch
 import zstandard
-from files import compressed, file_bytes, forged, mixed_config, put_together, take_apart, with_tensor
+from files import (
+    compressed,
+    file_bytes,
+    forged,
+    mixed,
+    mixed_config,
+    put_together,
+    refitted,
+    take_apart,
+    with_fingerprint,
+    with_tensor,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from integration.families import build
-from integration.tiny import SMALL, LosslessCodec, logits, prompt, tiny_config
+from integration.tiny import SMALL, LosslessCodec, logits, prompt, random_states, tiny_config
+from transformers.cache_utils import DynamicIndexedLayer
 
-from nexusquant_cache import FormatError, NexusQuantCache, OptionError, UnsupportedError
+from nexusquant_cache import CacheConfig, FormatError, NexusQuantCache, NonFiniteError, OptionError, UnsupportedError
+from nexusquant_cache.cache.state import Source, restore_stock, stock_state
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.serialization import convert_file, entropy, inspect_file, register_codec, registry, verify_file
+from nexusquant_cache.serialization import (
+    checks,
+    convert_file,
+    entropy,
+    inspect_file,
+    register_codec,
+    registry,
+    schema,
+    streams,
+    verify_file,
+)
 from nexusquant_cache.serialization.container import header_bytes, read_header
 from nexusquant_cache.serialization.reader import read_file
-from nexusquant_cache.serialization.schema import CodecMeta, from_json, to_json
+from nexusquant_cache.serialization.schema import BodyMeta, CodecMeta, Seed, TransformMeta, from_json, to_json
 from nexusquant_cache.serialization.streams import Stream, streams_of
 
 
@@ -127,6 +151,11 @@ class TestContainer:
         text = b'{"__metadata__":NaN}'
         refused(struct.pack("<q", len(text)) + text, "NaN is no number")
 
+    @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+    def test_only_utf_8(self, encoding, refused):
+        text = '{"__metadata__":{"format":"x"}}'.encode(encoding)
+        refused(struct.pack("<q", len(text)) + text, "no JSON")
+
     def test_an_endless_header_is_not_read(self, tmp_path):
         path = tmp_path / "huge"
         with path.open("wb") as file:
@@ -153,6 +182,22 @@ def setting(*path, to):
     return change
 
 
+def nested(depth):
+    return [] if depth == 0 else [nested(depth - 1)]
+
+
+def with_codec(layer, name):
+    """Return the change that makes codecs of a layer those of longer vectors."""
+
+    def change(content, _named):
+        codec = json.loads(json.dumps(content["codecs"][0]))
+        codec["options"] |= {"head_dim": 64, "block_bits": [2] * 8}
+        content["codecs"].append(codec)
+        at(content, *layer)[name] = [len(content["codecs"]) - 1] * 2
+
+    return change
+
+
 def move(body, one, other):
     """Take one away from a count and give it to another."""
     body[one], body[other] = body[one] + 1, body[other] - 1
@@ -169,11 +214,22 @@ LIES = [
     (setting("tokens_seen", to=-1), "tokens_seen in the metadata must be int"),
     (setting("tokens_seen", to=True), "tokens_seen in the metadata must be int"),
     (setting("tokens_seen", to=1 << 60), "tokens_seen in the metadata must be int"),
+    (setting("tokens_seen", to=5), "layers.0 has seen 71 tokens, and the file says 5"),
+    (setting("tokens_seen", to=10**12), "layers.0 has seen 71 tokens"),
+    (setting("policies", to=["a"] * 5000), "has 5,000 items, 4,096 are allowed"),
+    (setting("codecs", to=[{"name": "e8", "options": {}}] * 5000), "has 5,000 items"),
+    (setting("statistics", to={"a": nested(40)}), "statistics.a in the metadata holds too much"),
+    (setting("statistics", to={"a": [0] * 70_000}), "statistics.a in the metadata holds too much"),
+    (setting("statistics", to={"a": 1 << 64}), "beyond all reason"),
+    (setting("model", "fingerprint", to="0" * 64), "fingerprint in the file is not that of its fields"),
+    (setting("model", "fields", "head_dim", to=17), "fingerprint in the file is not that of its fields"),
     (setting("user", to={"a": 1}), "user.a in the metadata must be str"),
     (setting("user", to=[]), "user in the metadata must be an object"),
     (setting("settings", to={"key_bits": 9}), "settings are none of this version"),
     (setting("settings", to={"kye_bits": 2}), "settings are none of this version"),
     (setting("settings", "sink_tokens", to=1 << 60), "beyond all reason"),
+    (setting("settings", "impl", to="torch"), "the reader's choice"),
+    (setting("settings", "scale_candidates", to=[1.0] * 65), "more than 64 scale candidates"),
     (setting("layers", 0, to={"a": 1}), r"layers\[0\] in the metadata is of no known kind"),
     (setting(*LAYER, "seen", to=70), "counts its tokens in two ways"),
     (setting(*LAYER, "tail", to=3), "counts its tokens in two ways"),
@@ -182,6 +238,9 @@ LIES = [
     (setting(*LAYER, "sinks", to=3), "impossible place|cannot be"),
     (setting(*LAYER, "asked", to=[0, 9]), "codec that the file does not describe"),
     (setting(*LAYER, "asked", to=[0]), "must be a list of 2"),
+    (with_codec(LAYER, "asked"), "codec for vectors of another length than 16"),
+    (with_codec(LAYER, "used"), "codec for vectors of another length than 16"),
+    (setting(*LAYER, "sink_place", to=True), "where the first tokens of padded rows are, and of no others"),
     (setting(*LAYER, "phase", to=1), "rotary phase that the file does not hold"),
     (setting(*LAYER, "policy", to=1), "policy that the file does not describe"),
     (setting(*LAYER, "code_error", to="nan"), "is no number"),
@@ -213,14 +272,20 @@ LIES = [
     (setting("codecs", 0, "options", "block_bits", to=None), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "candidates", to=["a"]), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "candidates", to=[]), "describes no codec 'e8'"),
-    (setting("codecs", 0, "options", "seed", to=1 << 70), "describes no codec 'e8'"),
+    (setting("codecs", 0, "options", "seed", to=1 << 70), "beyond all reason"),
     (setting("codecs", 0, "options", "gain", to="vast"), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "center", to=1), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "secret", to=1), "describes no codec 'e8'"),
-    (setting("padding", "pads", to=1), "lacks the tensor padding.pads"),
+    (setting("codecs", 0, "options", "impl", to="torch"), "describes no codec 'e8'"),
+    (setting("codecs", 0, "options", "candidates", to=[1.0] * 65), "more than 64 scale candidates"),
+    (setting("padding", "stated", to=1), "lacks the tensor padding.stated"),
+    (setting("padding", "pads", to=1), "where the first tokens of padded rows are, and of no others"),
+    (setting("padding", "settled_at", to=10**12), "settled by tokens that have not been seen"),
     (setting("padding", "beginning", to={"rows": 0, "channels": 1}), "rows must be from 1"),
     (setting("padding", "beginning", to={"rows": 1, "channels": 1}), "lacks the tensor padding"),
     (setting(*LAYER, "observed", "reconstruction", to=1000), "attention to tokens that it has not seen"),
+    (setting(*LAYER, "observed", "now", "end", to=10**9), "queries of tokens that it has not seen"),
+    (setting(*LAYER, "observed", "now", "heads", to=4), "queries without a dtype"),
     (
         setting(*LAYER, "observed", "now", to={"heads": 3, "tokens": 1, "dtype": "float32", "end": 1}),
         "queries that do not fit",
@@ -287,12 +352,243 @@ POISON = [
     ("layers.0.kept", torch.bitwise_not, "tokens in every head"),
     ("layers.0.kept", lambda x: x | 1 if not bool((x & 1).all()) else x & 254, "tokens in every head"),
     ("phases.0", first(float("nan")), "holds NaN or infinity"),
+    ("layers.0.keys.reference", first(3e38), "too large to be decoded"),
+    ("layers.0.values.step", first(3e38), "too large to be decoded"),
+    ("layers.0.keys.mean", first(3e38), "too large to be decoded|holds NaN or infinity"),
+    ("layers.0.kept", lambda x: x | 128, "tokens in every head"),
 ]
 
 
 @pytest.mark.parametrize(("name", "make", "reason"), POISON)
 def test_poisoned_tensors(name, make, reason, refused):
     refused(forged(file_bytes("compressed", None), stored(name, make)), reason)
+
+
+def as_text(content, change):
+    """Return metadata as text after a change that JSON written from Python would not have."""
+    return change(json.dumps(content, separators=(",", ":"), sort_keys=True))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda text: text.replace('"preset":"custom"', '"preset":"\ud800"'), "no JSON"),
+        (lambda text: text.replace('"statistics":{', '"statistics":{"a":1e999,'), "too large a number"),
+        (lambda text: text.replace('"fields":{', '"fields":{"a":-1e999,'), "too large a number"),
+    ],
+)
+def test_texts_and_numbers_that_cannot_be_written_again(change, reason, refused):
+    metadata, content, entries = take_apart(file_bytes("compressed", None))
+    text = as_text(content, change)
+    assert text != as_text(content, str)
+    refused(put_together(metadata, text, entries), reason)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("covered", [0, 1, 8, 9, 1000, 1003])
+@pytest.mark.parametrize("part", [1, 7, 1 << 20])
+def test_bits_are_counted_in_parts(batch, covered, part, monkeypatch):
+    monkeypatch.setattr(checks, "_PART", part)
+    kept = torch.stack([torch.randperm(covered).sort().values < covered // 3 for _ in range(2 * batch)])
+    kept = torch.stack([row[torch.randperm(covered)] for row in kept]).view(batch, 2, covered)
+    bits = torch.nn.functional.pad(kept, (0, -covered % 8)).view(batch, 2, -1, 8)
+    bitmap = (bits * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
+    transform = TransformMeta("hadamard", Seed(0), batch, None, plans=False)
+    body = BodyMeta(0, covered, covered // 3, 0, bitmap=True, keys=transform, values=transform)
+    checks._check_bitmap(body, "a", {"a.kept": bitmap})
+    for bit in range(0, 8 * bitmap.shape[-1], 11):  # also those behind the last position
+        wrong = bitmap.clone()
+        wrong[-1, -1, bit // 8] ^= 1 << bit % 8
+        with pytest.raises(FormatError, match="tokens in every head"):
+            checks._check_bitmap(body, "a", {"a.kept": wrong})
+
+
+def test_counting_bits_takes_little_memory(monkeypatch):
+    sizes, count = [], checks._count_bits
+    monkeypatch.setattr(checks, "_count_bits", lambda x: sizes.append(x.numel()) or count(x))
+    for shape in ((1, 2, 3 << 20), (1 << 10, 1 << 10, 4)):
+        transform = TransformMeta("hadamard", Seed(0), shape[0], None, plans=False)
+        body = BodyMeta(0, 8 * shape[2], 0, 0, bitmap=True, keys=transform, values=transform)
+        start = time.perf_counter()
+        checks._check_bitmap(body, "a", {"a.kept": torch.zeros(shape, dtype=torch.uint8)})
+        assert time.perf_counter() - start < 2
+    assert max(sizes) <= 1 << 20
+    assert len(sizes) < 20
+
+
+def test_annotations_are_read_once(monkeypatch):
+    text = take_apart(file_bytes("mixed"))[0]["cache"]
+    from_json(text)
+    monkeypatch.setattr(schema, "get_type_hints", lambda _: pytest.fail("read again"))
+    from_json(text)
+
+
+def test_too_many_tensors(monkeypatch):
+    meta = from_json(take_apart(file_bytes("compressed"))[0]["cache"])
+    monkeypatch.setattr(streams, "_MOST_TENSORS", len(streams_of(meta)))
+    streams_of(meta)
+    monkeypatch.setattr(streams, "_MOST_TENSORS", len(streams_of(meta)) - 1)
+    with pytest.raises(FormatError, match="tensors are announced"):
+        streams_of(meta)
+
+
+def test_layers_of_different_lengths(refused):
+    def change(content, named):
+        content["layers"][1]["seen"] -= 1
+        content["layers"][1]["tail"] -= 1
+        named.update(refitted({**content, "tokens_seen": 70, "layers": content["layers"][1:]}, named) or named)
+
+    refused(forged(file_bytes("compressed", None), change), "layers.1 has seen 70 tokens, and the file says 71")
+
+
+def test_more_layers_than_the_model_has(write):
+    def change(content, _named):
+        empty = {"seen": 0, "tail": 0, **dict.fromkeys(("sink_place", "record_past", "expects_prompt"), False)}
+        content["layers"] += [{**empty, "updated_since_crop": False}] * 1000
+
+    path = write(forged(file_bytes("compressed", None), change))
+    with pytest.raises(FormatError, match="holds 1002 layers, the cache of this model has 2"):
+        NexusQuantCache.load(path, config=tiny_config())
+
+
+def test_padded_rows_without_places(refused):
+    def change(content, named):
+        for index in (0, 1):
+            content["layers"][index]["sink_place"] = False
+            del named[f"layers.{index}.sink_place"]
+
+    refused(forged(file_bytes("padded", None), change), "must say where the first tokens of padded rows are")
+
+
+def test_settings_of_later_releases_have_their_defaults(write):
+    def change(content, _named):
+        del content["settings"]["most_code_error"]
+
+    loaded = NexusQuantCache.load(write(forged(file_bytes("compressed", None), change)))
+    assert loaded.cache_config.most_code_error == CacheConfig().most_code_error
+
+
+class TestModel:
+    """Which config a file fits."""
+
+    def load(self, write, change, config):
+        def changed(content, _named):
+            change(content["model"]["fields"])
+            with_fingerprint(content)
+
+        return NexusQuantCache.load(write(forged(file_bytes("compressed", None), changed)), config=config)
+
+    @pytest.mark.parametrize(
+        ("name", "value"),
+        [
+            ("intermediate_size", 96),
+            ("rms_norm_eps", 1e-2),
+            ("hidden_act", "relu"),
+            ("attention_bias", True),
+            ("mlp_bias", True),
+            ("num_key_value_heads", 4),
+        ],
+    )
+    def test_others_are_refused(self, name, value, write):
+        with pytest.raises(FormatError, match=f"belongs to another model: {name} "):
+            self.load(write, lambda _: None, tiny_config(**{name: value}))
+
+    def test_files_that_know_fewer_fields(self, write):
+        def change(fields):
+            for name in ("intermediate_size", "rms_norm_eps", "hidden_act", "attention_bias", "mlp_bias"):
+                del fields[name]
+
+        self.load(write, change, tiny_config(mlp_bias=True))
+
+    def test_what_was_always_there_is_never_missing(self, write):
+        with pytest.raises(FormatError, match=r"another model: head_dim None \(here 16\)"):
+            self.load(write, lambda fields: fields.pop("head_dim"), tiny_config())
+
+    @pytest.mark.parametrize(
+        "name",
+        ["linear_num_value_heads", "linear_num_key_heads", "linear_value_head_dim", "linear_conv_kernel_dim"],
+    )
+    def test_other_states_of_linear_attention(self, name, tmp_path):
+        model = build("qwen3_next")
+        cache = NexusQuantCache("quant", config=model.config)
+        logits(model, prompt(20), cache)
+        cache.save(tmp_path / "a")
+        other = copy.deepcopy(model.config)
+        setattr(other, name, 2 * getattr(other, name))
+        with pytest.raises(FormatError, match=f"belongs to another model: {name} "):
+            NexusQuantCache.load(tmp_path / "a", config=other)
+
+
+class TestSavingWhatLoadingRefuses:
+    """A cache that no file can hold is not saved: it would be lost."""
+
+    def refused(self, folder, cache, reason, error=UnsupportedError, **options):
+        with pytest.raises(error, match=reason):
+            cache.save(folder / "a", **options)
+        assert not list(folder.iterdir())
+
+    def cache(self, codec=None, **options):
+        class Own(NexusQuantCache):
+            def make_codec(self, side, head_dim, layer_idx):
+                return codec or super().make_codec(side, head_dim, layer_idx)
+
+        return Own("balanced", **(SMALL | options))
+
+    @pytest.mark.parametrize("seed", [-1, 1 << 48, (1 << 63) + 5, (1 << 64) - 1, 1 << 64, 1 << 200, -(1 << 200) + 3])
+    def test_every_seed_comes_back(self, seed, tmp_path):
+        cache = self.cache(E8Codec(CodeLayout.flat(16, 2), seed=seed))
+        for tokens in (60, 1):
+            cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
+        cache.save(tmp_path / "a")
+        loaded = NexusQuantCache.load(tmp_path / "a")
+        assert cache.layers[0].body is not None
+        assert torch.equal(loaded.layers[0].keys, cache.layers[0].keys)
+        assert torch.equal(loaded.layers[0].values, cache.layers[0].values)
+
+    def test_long_metadata(self, tmp_path):
+        self.refused(tmp_path, NexusQuantCache("quant"), "1,048,576", OptionError, metadata={"a": "x" * (1 << 20)})
+        NexusQuantCache("quant").save(tmp_path / "a", metadata={"a": "x" * (1 << 19), "\ud800": "\x1b"})
+        inspect_file(tmp_path / "a")
+
+    def test_settings(self, tmp_path):
+        self.refused(tmp_path, NexusQuantCache("quant", sink_tokens=1 << 50), "beyond all reason")
+        self.refused(tmp_path, NexusQuantCache("quant", scale_candidates=(1.0,) * 65), "scale candidates")
+
+    def test_long_vectors(self, tmp_path):
+        cache = NexusQuantCache("balanced", transform="hadamard", **SMALL)
+        cache.update(*random_states((1, 1, 3, 4096), 0), 0)
+        self.refused(tmp_path, cache, "impossible blocks")
+
+    def test_no_rows(self, tmp_path):
+        cache = NexusQuantCache("balanced", **SMALL)
+        cache.update(*random_states((1, 2, 5, 16), 0), 0)
+        cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
+        self.refused(tmp_path, cache, "batch must be from 1")
+
+    def test_a_forward_that_has_not_ended(self, tmp_path):
+        cache = NexusQuantCache("balanced", **SMALL)
+        for layer in range(2):
+            cache.update(*random_states((1, 2, 60, 16), layer), layer)
+        cache.update(*random_states((1, 2, 1, 16), 2), 0)
+        self.refused(tmp_path, cache, "layers.1 has seen 60 tokens, and the file says 61")
+
+    def test_codes_of_another_size_than_the_codec_says(self, tmp_path, monkeypatch):
+        cache = self.cache(E8Codec(CodeLayout.flat(16, 2)))
+        for tokens in (60, 1):
+            cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
+        words = cache.layers[0].body.keys.words
+        monkeypatch.setattr(words, "data", words.data[..., :-1])
+        self.refused(tmp_path, cache, r"layers.0.keys.words is torch.uint8 .*, not uint8")
+
+    def test_numbers_that_are_none_in_layers_of_transformers(self, tmp_path):
+        cache = mixed()
+        cache.layers[0].values[0, 0, 0, 0] = float("nan")
+        self.refused(tmp_path, cache, "layers.0.values holds NaN or infinity", NonFiniteError)
+
+    def test_configs_that_no_json_can_hold(self, tmp_path):
+        config = tiny_config()
+        config.rope_parameters["factor"] = float("inf")
+        self.refused(tmp_path, NexusQuantCache("quant", config=config), "cannot hold this cache")
 
 
 @pytest.mark.parametrize(
@@ -302,6 +598,8 @@ def test_poisoned_tensors(name, make, reason, refused):
         ("padding.stated", lambda x: x - 7, "must hold numbers from 0"),
         ("layers.0.sink_place", lambda x: x + 1000, "must hold numbers from 0"),
         ("layers.0.sink_place", lambda _: torch.tensor([[6, 50], [0, 0]]), "behind the packed tokens"),
+        ("layers.0.sink_place", lambda _: torch.tensor([[60, 0], [0, 0]]), "behind the packed tokens"),
+        ("padding.pads", lambda x: x + 10**9, "must hold numbers from 0 to 61"),
     ],
 )
 def test_poisoned_padding(name, make, reason, refused):
@@ -348,12 +646,61 @@ class TestStockLayers:
             (setting("layers", 0, "numbers", "dtype", to="object"), "dtype in the file does not fit"),
             (setting("layers", 0, "numbers", "has_previous_state", to={"0": 1}), "has_previous_state in the file"),
             (setting("layers", 0, "tensors", 0, "dtype", to="object"), "must be one of"),
+            (setting("layers", 0, "numbers", "cumulative_length", to=10**12), "cumulative_length in the file does not"),
+            (setting("layers", 0, "numbers", "is_initialized", to=False), "is_initialized in the file does not fit"),
+            (setting("layers", 0, "numbers", "dtype", to="int8"), "dtype in the file does not fit"),
             (setting("layers", 0, "tensors", 0, "shape", to=[1] * 9), "impossible shape"),
+            (setting("layers", 0, "tensors", 0, "name", to="\u00e4"), "impossible name"),
             (setting("layers", 0, "tensors", 0, "name", to="values"), "announced twice"),
         ],
     )
     def test_lies(self, change, reason, write):
         self.refused(write, change, reason)
+
+    @pytest.mark.parametrize(
+        "shape",
+        [[1 << 40, 1 << 40, 0], [0, 1 << 40, 1 << 40, 1 << 40], [*[1 << 40] * 7, 0], [1 << 32, 1 << 31, 0]],
+    )
+    @pytest.mark.parametrize("code", ["", ":bytes", ":zstd"])
+    def test_lengths_that_an_empty_tensor_hides(self, shape, code, refused):
+        def change(content, named):
+            content["layers"][0]["tensors"].append({"name": "t", "dtype": "uint8", "shape": shape})
+            data = frame(b"") if code == ":zstd" else b""
+            named["t"] = (f"layers.0.t{code}", "U8", [len(data)] if code else shape, data)
+
+        refused(forged(file_bytes("mixed", None), change), "impossible shape|nonsense about the tensor")
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "reason"),
+        [
+            ([], "bfloat16", "has 0 axes"),
+            ([5], "bfloat16", "has 1 axes"),
+            ([1, 2, 29], "bfloat16", "has 3 axes"),
+            ([3, 2, 29, 16], "bfloat16", "of batches of 1, 3 rows"),
+            ([0, 2, 29, 16], "bfloat16", "the batch must be from 1"),
+            ([1, 2, 29, 16], "int8", "must be one of float64"),
+            ([1, 2, 5000, 16], "bfloat16", "keys in the file does not fit a new"),
+            ([1, 2, 30, 16], "bfloat16", "keys in the file does not fit a new"),
+            ([0], "bfloat16", "cumulative_length in the file does not fit a new"),
+        ],
+    )
+    def test_tensors_that_no_layer_has(self, shape, dtype, reason, write):
+        def change(content, named):
+            for tensor in content["layers"][0]["tensors"]:
+                tensor |= {"shape": shape, "dtype": dtype}
+            named.update(refitted(content, named) or {})
+
+        self.refused(write, change, reason)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_numbers_that_are_none(self, value, refused):
+        data = torch.tensor([value], dtype=torch.bfloat16).view(torch.uint8).numpy().tobytes()
+
+        def change(_content, named):
+            name, kind, shape, old = named["layers.0.keys"]
+            named[name] = name, kind, shape, data + old[2:]
+
+        refused(forged(file_bytes("mixed", None), change), "layers.0.keys holds NaN or infinity")
 
     @pytest.mark.parametrize("name", ["update", "conv_states", "keys.0", "__class__"])
     def test_names(self, name, write):
@@ -398,6 +745,28 @@ class TestStockLayers:
         (tmp_path / "a").write_bytes(forged((tmp_path / "a").read_bytes(), change))
         with pytest.raises(FormatError, match=reason):
             NexusQuantCache.load(tmp_path / "a", config=model.config)
+
+    def test_indexers(self):
+        layer = DynamicIndexedLayer()
+        layer.update(*random_states((1, 2, 20, 16), 0))
+        layer.update_indexer(torch.randn(1, 20, 8))
+        if hasattr(layer, "indexer_position_ids"):  # not in transformers 5.17
+            layer.indexer_position_ids = torch.arange(60).view(3, 1, 20)
+        meta, tensors = stock_state(layer, 0)
+        assert {x.name: list(x.shape) for x in streams._stock(meta, "layers.0")} == {
+            name: list(x.shape) for name, x in tensors.items()
+        }
+        for seen, wrong in ((20, None), (20, "layers.0.indexer_keys"), (21, "layers.0.keys")):
+            new, found = DynamicIndexedLayer(), dict(tensors)
+            if wrong == "layers.0.indexer_keys":
+                found[wrong] = found[wrong][:, 1:]
+            source = Source((), (), found, torch.device("cpu"), None)
+            if wrong is None:
+                restore_stock(new, 0, meta, source, seen)
+                assert torch.equal(new.indexer_keys, layer.indexer_keys)
+            else:
+                with pytest.raises(FormatError, match=f"{wrong} in the file does not fit"):
+                    restore_stock(new, 0, meta, source, seen)
 
     def test_keys_without_values(self, write):
         def change(content, named):
@@ -487,7 +856,10 @@ class TestFrames:
 
         def change(content, named):
             content["layers"][0]["tail"] += 1 << 37
-            content["layers"][0]["seen"] += 1 << 37
+            content["tokens_seen"] += 1 << 37
+            for layer in content["layers"]:
+                layer["seen"] += 1 << 37
+            content["layers"][1]["body"]["dense"] += 1 << 37
             for side in ("keys", "values"):
                 data = frame(bytes(1 << 20))
                 named[f"layers.0.{side}.tail"] = (f"layers.0.{side}.tail:zstd", "U8", [len(data)], data)
@@ -582,6 +954,11 @@ class TestRegistry:
     def test_e8_codecs_come_back_equal(self):
         codec = E8Codec(CodeLayout.flat(24, 2.5), "unbiased", (1.0, 1.25), center=True, seed=7, transform="principal")
         assert registry.make_codec(registry.describe_codec(codec)) == codec
+
+    def test_whole_numbers_may_stand_for_others(self):
+        meta = registry.describe_codec(E8Codec(CodeLayout.flat(16, 2)))
+        codec = registry.make_codec(CodecMeta("e8", meta.options | {"candidates": [1, 2], "axes_save": 1}))
+        assert codec == E8Codec(CodeLayout.flat(16, 2), candidates=(1.0, 2.0), axes_save=1.0)
 
     def test_options_of_later_releases_have_their_defaults(self):
         meta = registry.describe_codec(E8Codec(CodeLayout.flat(16, 2)))

@@ -40,8 +40,8 @@ from nexusquant_cache.reference.rope import RotaryPhase
 from nexusquant_cache.serialization.checks import settings_of
 from nexusquant_cache.serialization.entropy import check_level
 from nexusquant_cache.serialization.fingerprint import TokenIds
-from nexusquant_cache.serialization.reader import read_file
-from nexusquant_cache.serialization.writer import AtRest, Progress, measure, write_file
+from nexusquant_cache.serialization.reader import check_dtype, read_file
+from nexusquant_cache.serialization.writer import AtRest, Progress, check_threads, measure, write_file
 
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
@@ -604,7 +604,8 @@ class NexusQuantCache(DynamicCache):
         before that leaves an older file as it was.  The cache is not changed; it must not be used meanwhile.
 
         Args:
-            path: Where to; an older file is replaced.
+            path: Where to; an older file is replaced, and its permissions are kept.  Of a symbolic link, what it points
+                to is replaced.
             level: Of zstd, 1 (fast) to 22 (small); None stores all tensors as they are, for any reader of safetensors.
             token_ids: The ids of the tokens seen, of which the file keeps a hash, so that `load` can tell prompts
                 apart.
@@ -616,14 +617,17 @@ class NexusQuantCache(DynamicCache):
             What each tensor takes in the file.
 
         Raises:
-            OptionError: If the level is none, or the token ids are not ``[batch, tokens]`` or the metadata no texts.
+            OptionError: If the level or the number of threads is none, the token ids are not ``[batch, tokens]``, or
+                the metadata are no texts or too long.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
-                (`nexusquant_cache.serialization.register_codec`), rotations and layers of other classes.
+                (`nexusquant_cache.serialization.register_codec`), rotations and layers of other classes, layers that
+                have seen different numbers of tokens, or anything else that `load` would refuse.
             CacheStateError: If an earlier forward failed half-way through a compression.
-            NonFiniteError: If an exact token holds NaN or infinity.
-            OSError: If the file cannot be written.
+            NonFiniteError: If an exact token, or a layer of transformers' own, holds NaN or infinity.
+            OSError: If the file cannot be written, or something else than a file has its name.
         """
         check_level(level)
+        check_threads(threads)
         meta, tensors = export_cache(self, token_ids=token_ids, metadata=metadata)
         return write_file(Path(path), meta, tensors, level=level, threads=threads, progress=progress)
 
@@ -651,7 +655,8 @@ class NexusQuantCache(DynamicCache):
             config: The model's config, with which it is checked that the file belongs to the model.  It is needed if
                 the model has layers that are not compressed, or if the prompt was not compressed yet.
             policy: The policy of the cache that was saved, if it was given one and can still evict tokens.
-            dtype: What tokens in full precision are cast to, for a model that runs in another dtype.
+            dtype: What tokens in full precision are cast to, for a model that runs in another dtype: ``torch.float16``,
+                ``bfloat16``, ``float32`` or ``float64``.
             token_ids: The ids of the tokens that the cache is to have seen, as given to `save`.
             offloading: Keep the codes in host memory, as for the constructor.
             threads: Threads to read with; by default as many as there are processors, up to eight.
@@ -660,9 +665,11 @@ class NexusQuantCache(DynamicCache):
         Raises:
             FormatError: If the file is damaged, of another model, of a later version, of another prompt, or anything
                 but a saved cache.
-            OptionError: If the config or the policy is needed and not given.
+            OptionError: If the config or the policy is needed and not given, the dtype is not one for tokens, or the
+                number of threads is none.
             OSError: If the file cannot be read.
         """
+        check_dtype(dtype)
         promise, tensors = read_file(Path(path), threads=threads, progress=progress)
         check_tokens(promise.meta.tokens_hash, token_ids)
         settings = settings_of(promise.meta)

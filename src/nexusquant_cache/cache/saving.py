@@ -1,5 +1,6 @@
 """A whole cache as metadata and tensors, and back; `cache.state` does its parts."""
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,9 +22,13 @@ from nexusquant_cache.cache.state import (
     restore_stock,
     stock_state,
 )
-from nexusquant_cache.errors import CacheStateError, FormatError, OptionError
+from nexusquant_cache.errors import CacheStateError, FormatError, OptionError, UnsupportedError
+from nexusquant_cache.serialization.checks import check_numbers, check_tensors
 from nexusquant_cache.serialization.fingerprint import TokenIds, check_model, describe_model, hash_tokens
-from nexusquant_cache.serialization.schema import CacheMeta, LayerMeta, StockMeta
+from nexusquant_cache.serialization.schema import CacheMeta, LayerMeta, StockMeta, from_json, to_json
+from nexusquant_cache.serialization.streams import DTYPES, Stream, streams_of
+
+_MOST_TEXT = 1 << 20  # bytes of all texts given as metadata: a header that is longer than some MiB is not read
 
 
 def export_cache(
@@ -36,7 +41,7 @@ def export_cache(
 
     Raises:
         CacheStateError: If an earlier forward failed half-way through a compression.
-        OptionError: If the metadata are no texts.
+        OptionError: If the metadata are no texts, or very long ones.
         UnsupportedError: If a file cannot hold a part of the cache.
         NonFiniteError: If an exact token holds NaN or infinity.
     """
@@ -46,6 +51,12 @@ def export_cache(
     texts: list[object] = [text for pair in (metadata or {}).items() for text in pair]
     if not all(isinstance(text, str) for text in texts):
         msg = f"metadata must be texts by name, got {metadata!r}"
+        raise OptionError(msg)
+    size = len(json.dumps(texts))
+    if size > _MOST_TEXT:
+        msg = (
+            f"metadata may be {_MOST_TEXT:,} bytes long in all, got {size:,}: keep a name in it, and the rest elsewhere"
+        )
         raise OptionError(msg)
     lists, tensors = Lists(), Tensors()
     layers: list[LayerMeta | StockMeta] = []
@@ -58,7 +69,7 @@ def export_cache(
     tensors |= found
     phases, found = phases_state(lists)
     tensors |= found
-    return CacheMeta(
+    meta = CacheMeta(
         preset=cache.preset,
         settings=describe_settings(cache.cache_config),
         when=cache.when,
@@ -74,7 +85,32 @@ def export_cache(
         phases=phases,
         codecs=tuple(lists.codecs),
         layers=tuple(layers),
-    ), tensors
+    )
+    _check_readable(meta, tensors)
+    return meta, tensors
+
+
+def _check_readable(meta: CacheMeta, tensors: Tensors) -> None:
+    """Check all that reading will check, while there is still a cache to go on with.
+
+    Raises:
+        UnsupportedError: If a file of this would be refused.
+    """
+    try:
+        read = from_json(to_json(meta))
+        check_numbers(read)
+        for stream in streams_of(read).values():
+            _check_tensor(stream, tensors[stream.name])
+        check_tensors(read, tensors)
+    except (FormatError, ValueError) as error:  # JSON has no infinity
+        msg = f"a file cannot hold this cache: {error}"
+        raise UnsupportedError(msg) from error
+
+
+def _check_tensor(stream: Stream, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != stream.shape or tensor.dtype != DTYPES[stream.dtype][1]:
+        msg = f"{stream.name} is {tensor.dtype} {list(tensor.shape)}, not {stream.dtype} {list(stream.shape)}"
+        raise FormatError(msg)
 
 
 def _statistics(cache: Any) -> dict[str, Any]:  # noqa: ANN401
@@ -124,6 +160,9 @@ def import_cache(
         FormatError: If the layers are of other kinds than those of the cache.
         OptionError: If the policy is another, and may have something to decide.
     """
+    if cache.model_config is not None and len(meta.layers) != len(cache.layers):
+        msg = f"the file holds {len(meta.layers)} layers, the cache of this model has {len(cache.layers)}"
+        raise FormatError(msg)
     source = Source.of(meta, tensors, device, dtype)
     cache.preset, cache.padding = meta.preset, restore_padding(meta.padding, source)
     cache._has_warned, cache._records_from_start = meta.has_warned, meta.records_from_start  # noqa: SLF001
@@ -131,15 +170,12 @@ def import_cache(
     given = tuple(restore_given(layer, index, source) for index, layer in enumerate(meta.layers))
     cache._given_transforms = given if any(x is not None for x in given) else ()  # noqa: SLF001
     layers = [cache.layer_for_file(index) for index in range(len(meta.layers))]
-    if len(layers) != len(cache.layers):
-        msg = f"the file holds {len(layers)} layers, the cache of this model has {len(cache.layers)}"
-        raise FormatError(msg)
     for index, (layer, part) in enumerate(zip(layers, meta.layers, strict=True)):
         if isinstance(layer, NexusQuantLayer) and isinstance(part, LayerMeta):
             layer.restore(part, source)
             _check_policy(cache, layer, meta, part)
         elif isinstance(part, StockMeta) and type(layer).__name__ == part.layer_class:
-            restore_stock(layer, index, part, source)
+            restore_stock(layer, index, part, source, meta.tokens_seen)
         else:
             msg = f"layer {index} of the file is of another kind than {type(layer).__name__}"
             raise FormatError(msg)

@@ -31,6 +31,7 @@ from nexusquant_cache.serialization.schema import (
     PaddingMeta,
     PhaseMeta,
     QueriesMeta,
+    Seed,
     ShapeMeta,
     StockMeta,
     TensorMeta,
@@ -175,11 +176,18 @@ def layer_state(layer: Any, lists: Lists) -> tuple[LayerMeta, Tensors]:  # noqa:
         given=_given_state(layer, name, lists, tensors),
         policy=None if shape is None else lists.policy(layer.policy),
     )
+    _check_finite(tensors)
+    return meta, tensors
+
+
+def _check_finite(tensors: Tensors) -> None:
     for what, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # Two numbers, which NaN would be, in place of a tensor as large as this one.
+        if not all(isfinite(float(x)) for x in tensor.aminmax()):
             msg = f"{what} holds NaN or infinity: a cache that has met with such numbers is of no use, and is not saved"
             raise NonFiniteError(msg)
-    return meta, tensors
 
 
 def restore_layer(layer: Any, meta: LayerMeta, source: Source) -> None:  # noqa: ANN401
@@ -268,7 +276,7 @@ def _transform_state(transform: VectorTransform, name: str, tensors: Tensors) ->
             tensors[f"{name}.{what}"] = tensor
     return TransformMeta(
         rotation="principal" if isinstance(rotation, PrincipalRotation) else "hadamard",
-        seed=seed,
+        seed=Seed(seed),
         rows=transform.reference.shape[0],
         mean=None if transform.mean is None else _NAMES[transform.mean.dtype],
         plans=transform.plans is not None,
@@ -355,6 +363,7 @@ def stock_state(layer: Any, index: int) -> tuple[StockMeta, Tensors]:  # noqa: A
 
     Raises:
         UnsupportedError: If it has attributes that are not known here.
+        NonFiniteError: If it holds NaN or infinity.
     """
     numbers: dict[str, Any] = {}
     found: dict[str, Tensor] = {}
@@ -382,11 +391,19 @@ def stock_state(layer: Any, index: int) -> tuple[StockMeta, Tensors]:  # noqa: A
         raise UnsupportedError(msg)
     tensors = tuple(TensorMeta(name, _NAMES[x.dtype], tuple(x.shape)) for name, x in found.items())
     named = {f"layers.{index}.{name}": x for name, x in found.items()}
+    _check_finite(named)
     return StockMeta(type(layer).__name__, numbers, tensors), named
 
 
-def restore_stock(layer: Any, index: int, meta: StockMeta, source: Source) -> None:  # noqa: ANN401
+def restore_stock(layer: Any, index: int, meta: StockMeta, source: Source, seen: int) -> None:  # noqa: ANN401
     """Put back what `stock_state` returned into a new layer of the same class.
+
+    Args:
+        layer: The new layer.
+        index: Its place in the cache.
+        meta: What the file says of it.
+        source: The tensors.
+        seen: Tokens that the cache has seen.
 
     Raises:
         FormatError: If that does not fit the layer.
@@ -395,7 +412,9 @@ def restore_stock(layer: Any, index: int, meta: StockMeta, source: Source) -> No
     for name, value in meta.numbers.items():
         if name in _STOCK_DEVICES:
             setattr(layer, name, source.device)
-        elif name in _STOCK_DTYPES and isinstance(value, str) and value in DTYPES:
+        elif (
+            name in _STOCK_DTYPES and isinstance(value, str) and value in DTYPES and DTYPES[value][1].is_floating_point
+        ):
             setattr(layer, name, source.cast(DTYPES[value][1]))
         elif name in _STOCK_NUMBERS and _is_like(value, known.get(name)):
             is_table = isinstance(value, dict)
@@ -416,7 +435,7 @@ def restore_stock(layer: Any, index: int, meta: StockMeta, source: Source) -> No
             _wrong_stock(index, layer, tensor.name)
     if isinstance(known.get("_sliding_window_tensor"), Tensor):
         layer._sliding_window_tensor = layer._sliding_window_tensor.to(source.device)  # noqa: SLF001 - it has to follow
-    _check_stock(layer, index)
+    _check_stock(layer, index, seen)
 
 
 def _is_like(value: object, present: object) -> bool:
@@ -430,18 +449,35 @@ def _is_count(value: object) -> bool:
     return value is None or (isinstance(value, int) and 0 <= value < 1 << 48)
 
 
-def _check_stock(layer: Any, index: int) -> None:  # noqa: ANN401
-    """Check that a restored layer has the tensors that it says it has."""
+def _check_stock(layer: Any, index: int, seen: int) -> None:  # noqa: ANN401
+    """Check that a restored layer has the tensors that it says it has, and as many tokens as the cache has seen."""
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     shapes = {None if x is None else x.shape[:-1] for x in (keys, values)}
     if len(shapes) > 1:
         _wrong_stock(index, layer, "keys")
-    if isinstance(layer, CacheLayerMixin) and layer.is_initialized and (keys is None or not hasattr(layer, "device")):
-        _wrong_stock(index, layer, "is_initialized")
+    if isinstance(layer, CacheLayerMixin):
+        if layer.is_initialized != (keys is not None) or (keys is not None and not hasattr(layer, "device")):
+            _wrong_stock(index, layer, "is_initialized")
+        _check_stock_tokens(layer, index, 0 if keys is None or not keys.numel() else seen)
     for name in ("conv_states", "recurrent_states"):
         for state, is_there in _by_state(getattr(layer, f"is_{name}_initialized", {})).items():
             if is_there != (_by_state(getattr(layer, name))[state] is not None):
                 _wrong_stock(index, layer, name)
+
+
+def _check_stock_tokens(layer: Any, index: int, seen: int) -> None:  # noqa: ANN401
+    """Check that a layer counts and holds so many tokens, or of a window the newest of them."""
+    if layer.get_seq_length() != seen:
+        _wrong_stock(index, layer, "cumulative_length" if hasattr(layer, "cumulative_length") else "keys")
+    window = getattr(layer, "sliding_window", None)
+    held = 0 if layer.keys is None or not layer.keys.numel() else layer.keys.shape[-2]
+    # While it records, for a `crop` to come, a layer holds more than its window.
+    most = seen if window is None or layer.record_past else min(seen, max(window - 1, 1))
+    if held > most:
+        _wrong_stock(index, layer, "keys")
+    indexer = getattr(layer, "indexer_keys", None)
+    if indexer is not None and indexer.numel() and indexer.shape[1] != seen:
+        _wrong_stock(index, layer, "indexer_keys")
 
 
 def _by_state(value: Any) -> dict[Any, Any]:  # noqa: ANN401 - a table, or what stands in it where there is one state

@@ -9,11 +9,15 @@ from torch import Tensor
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.presets import CacheConfig
-from nexusquant_cache.serialization.registry import make_codec
+from nexusquant_cache.serialization.fingerprint import check_fingerprint
+from nexusquant_cache.serialization.registry import MOST_CANDIDATES, make_codec
 from nexusquant_cache.serialization.schema import BodyMeta, CacheMeta, LayerMeta, TransformMeta
 
 _MOST_NUMBER = 1 << 48
 _WHENS = ("post_prefill", "during_prefill")
+# Of means, and of what scales are relative to: decoded, the largest code of the largest scale is still finite.
+_MOST_MAGNITUDE = 2.0**96
+_PART = 1 << 20  # bytes of a bitmap counted at once
 
 
 def settings_of(meta: CacheMeta) -> CacheConfig:
@@ -25,6 +29,10 @@ def settings_of(meta: CacheMeta) -> CacheConfig:
     given = {name: tuple(x) if isinstance(x, list) else x for name, x in meta.settings.items()}
     if any(isinstance(x, int) and x > _MOST_NUMBER for x in given.values()):
         _wrong("settings", "has a number beyond all reason")
+    if any(isinstance(x, tuple) and len(x) > MOST_CANDIDATES for x in given.values()):
+        _wrong("settings", f"has more than {MOST_CANDIDATES} scale candidates")
+    if "impl" in given:
+        _wrong("settings", "says which implementation computes, which is the reader's choice")
     try:
         return CacheConfig().override(given)
     except (NexusQuantError, ValueError, TypeError) as error:
@@ -39,6 +47,7 @@ def check_numbers(meta: CacheMeta) -> None:
         FormatError: If a number is out of its range.
     """
     settings_of(meta)
+    check_fingerprint(meta.model)
     if meta.when not in _WHENS:
         msg = f"when must be one of {', '.join(_WHENS)}, the file says {meta.when[:40]!r}"
         raise FormatError(msg)
@@ -51,7 +60,7 @@ def check_numbers(meta: CacheMeta) -> None:
 
 
 def check_tensors(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
-    """Check the values of all tensors of ours.
+    """Check the values of all tensors.
 
     Raises:
         FormatError: If one cannot have come from a cache.
@@ -64,18 +73,21 @@ def check_tensors(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
         _finite(f"phases.{index}", tensors)
     codecs = [make_codec(codec) for codec in meta.codecs]
     for index, layer in enumerate(meta.layers):
+        name = f"layers.{index}"
         if isinstance(layer, LayerMeta):
-            _check_layer(layer, f"layers.{index}", codecs, tensors)
+            _check_layer(layer, name, codecs, tensors)
+        else:
+            for known in layer.tensors:
+                _finite(f"{name}.{known.name}", tensors)
 
 
 def _check_padding(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
-    for name in ("padding.stated", "padding.pads", "padding.run"):
-        if name in tensors:
-            _in_range(name, tensors[name], 0, _MOST_NUMBER)
-    rows = {x.shape.batch for x in meta.layers if isinstance(x, LayerMeta) and x.shape is not None}
-    for count in (meta.padding.pads, None if meta.padding.beginning is None else meta.padding.beginning.rows):
-        if count is not None and rows - {count}:
-            _wrong("padding", "is that of another batch")
+    # Before the first tokens are packed, a mask may state more pads than have been seen.
+    is_packed = any(isinstance(layer, LayerMeta) and layer.body is not None for layer in meta.layers)
+    limits = {"stated": _MOST_NUMBER, "pads": meta.tokens_seen if is_packed else _MOST_NUMBER, "run": meta.tokens_seen}
+    for name, most in limits.items():
+        if f"padding.{name}" in tensors:
+            _in_range(f"padding.{name}", tensors[f"padding.{name}"], 0, most)
     for name in ("padding.first", "padding.after"):
         if name in tensors:
             _finite(name, tensors)
@@ -87,10 +99,12 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
         if what in tensors:
             _finite(what, tensors)
     if f"{name}.sink_place" in tensors:
-        _in_range(f"{name}.sink_place", tensors[f"{name}.sink_place"], 0, layer.seen)
-        assert layer.body is not None, "streams_of allows it nowhere else"
-        last = int(tensors[f"{name}.sink_place"][:, 1].max())
-        if last > layer.body.kept + layer.body.dense:
+        place, body = tensors[f"{name}.sink_place"], layer.body
+        _in_range(f"{name}.sink_place", place, 0, layer.seen)
+        assert body is not None, "streams_of allows it nowhere else"
+        assert layer.sinks is not None
+        last, before = place.amax(0).tolist()
+        if last + layer.sinks > body.start + body.covered + body.dense or before > body.kept + body.dense:
             _wrong(f"{name}.sink_place", "lies behind the packed tokens")
     if layer.body is not None and layer.used is not None:
         _check_bitmap(layer.body, name, tensors)
@@ -105,34 +119,55 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
 
 def _check_bitmap(body: BodyMeta, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Check that every head keeps as many tokens as the metadata says, all of them covered."""
-    if not body.bitmap:
+    if not body.bitmap or not body.covered:
         return
-    shifts = torch.arange(8, dtype=torch.uint8)
-    bits = (tensors[f"{name}.kept"][..., None] >> shifts & 1).flatten(-2)
-    if bool(bits[..., body.covered :].any()) or bool((bits.sum(-1, dtype=torch.int64) != body.kept).any()):
+    bitmap = tensors[f"{name}.kept"].flatten(0, 1)
+    used = (body.covered - 1) % 8 + 1  # bits of the last byte
+    is_right = not bool((bitmap[:, -1].int() >> used).any())
+    # In parts: a bitmap that says little is small in a file, and what is made of it here must not be large.
+    for heads in bitmap.split(max(_PART // bitmap.shape[1], 1)):
+        counts = torch.stack([_count_bits(part).sum(1, dtype=torch.int64) for part in heads.split(_PART, 1)])
+        is_right = is_right and not bool((counts.sum(0) != body.kept).any())
+    if not is_right:
         _wrong(f"{name}.kept", f"does not keep {body.kept} tokens in every head")
 
 
+def _count_bits(x: Tensor) -> Tensor:
+    """Return the number of ones in each byte: of pairs of bits, then of four, then of all."""
+    x = x - (x >> 1 & 0x55)
+    x = (x & 0x33) + (x >> 2 & 0x33)
+    return x + (x >> 4) & 0x0F
+
+
 def _check_transform(name: str, meta: TransformMeta, codec: VectorCodec, tensors: Mapping[str, Tensor]) -> None:
-    _positive(f"{name}.reference", tensors)
-    if meta.mean is not None:
-        _finite(f"{name}.mean", tensors)
+    largest = _positive(f"{name}.reference", tensors)
     if meta.rotation == "principal":
-        _positive(f"{name}.step", tensors)
+        largest *= _positive(f"{name}.step", tensors)
+    if meta.mean is not None:
+        largest = max(largest, *map(abs, _finite(f"{name}.mean", tensors)))
+    if largest > _MOST_MAGNITUDE:
+        _wrong(name, "is of vectors too large to be decoded")
     layouts = getattr(codec, "layouts", None)  # what plans are to a codec of the user's, it alone knows
     if meta.plans and layouts is not None and int(tensors[f"{name}.plans"].max()) >= len(layouts):
         _wrong(f"{name}.plans", "names a plan of bits that the codec does not have")
 
 
-def _finite(name: str, tensors: Mapping[str, Tensor]) -> None:
-    if not bool(torch.isfinite(tensors[name]).all()):
+def _finite(name: str, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return the least and the largest number of a tensor, which NaN would both be."""
+    if not tensors[name].numel():
+        return 0.0, 0.0
+    least, most = (float(x) for x in tensors[name].aminmax())
+    if not isfinite(least) or not isfinite(most):
         _wrong(name, "holds NaN or infinity")
+    return least, most
 
 
-def _positive(name: str, tensors: Mapping[str, Tensor]) -> None:
-    _finite(name, tensors)
-    if not bool((tensors[name] > 0).all()):
+def _positive(name: str, tensors: Mapping[str, Tensor]) -> float:
+    """Return the largest number of a tensor."""
+    least, most = _finite(name, tensors)
+    if least <= 0:
         _wrong(name, "holds a scale that is not positive")
+    return most
 
 
 def _in_range(name: str, tensor: Tensor, least: int, most: int) -> None:

@@ -10,16 +10,17 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any, BinaryIO
 
-from nexusquant_cache.errors import FormatError
+from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.serialization.schema import read_json
 from nexusquant_cache.serialization.streams import DTYPES
 
 FORMAT = "nexusquant-cache"
 VERSION = 1
 ALIGNMENT = 8
+MOST_HEADER = 8 << 20
+"""Bytes of the longest header: far more than a cache needs, and read in a moment."""
 _METADATA = "__metadata__"
 _LENGTH_BYTES = 8
-_MOST_HEADER = 32 << 20
 _MOST_AXES = 8
 _BITS = {name: 8 * dtype.itemsize for name, dtype in DTYPES.values()}
 
@@ -49,6 +50,9 @@ def header_bytes(metadata: Mapping[str, str], entries: list[tuple[str, str, tupl
     Args:
         metadata: Texts.
         entries: Name, dtype, shape and bytes of each tensor.
+
+    Raises:
+        OptionError: If `read_header` would refuse it for its length.
     """
     header: dict[str, Any] = {_METADATA: dict(metadata)}
     start = 0
@@ -57,6 +61,12 @@ def header_bytes(metadata: Mapping[str, str], entries: list[tuple[str, str, tupl
         start += nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNMENT)
+    if len(text) > MOST_HEADER:
+        msg = (
+            f"the header of the file would take {len(text):,} bytes, and none of more than {MOST_HEADER:,} would be "
+            f"read again: the cache has {len(entries):,} tensors, or too much is said about them"
+        )
+        raise OptionError(msg)
     return len(text).to_bytes(_LENGTH_BYTES, "little") + text
 
 
@@ -71,7 +81,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], list[Entry]]:
     """Return the metadata and the tensors of a file; only the header is read.
 
     Raises:
-        FormatError: If the header is longer than the file or 32 MiB, is no safetensors header, or its tensors do not
+        FormatError: If the header is longer than the file or 8 MiB, is no safetensors header, or its tensors do not
             fill the rest of the file exactly, one after the other.
     """
     size = file.seek(0, 2)
@@ -79,7 +89,7 @@ def read_header(file: BinaryIO) -> tuple[dict[str, str], list[Entry]]:
     start = file.read(_LENGTH_BYTES)
     length = int.from_bytes(start, "little")
     begin = _LENGTH_BYTES + length
-    if len(start) < _LENGTH_BYTES or begin > size or length > _MOST_HEADER:
+    if len(start) < _LENGTH_BYTES or begin > size or length > MOST_HEADER:
         msg = "this is no safetensors file, or it has been cut off"
         raise FormatError(msg)
     header = read_json(file.read(length))

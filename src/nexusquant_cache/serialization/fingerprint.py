@@ -15,7 +15,8 @@ from nexusquant_cache.serialization.schema import ModelMeta
 TokenIds: TypeAlias = Int[Tensor, "*shape"] | Sequence[int]
 
 # What decides the keys and values of a model, other than its weights.  A list of what counts, not of what does not:
-# later releases of transformers add fields, which must not make old files unreadable.
+# later releases of transformers add fields, which must not make old files unreadable.  Of these, a file has all that
+# the config has.
 _FIELDS = (
     "model_type",
     "vocab_size",
@@ -41,6 +42,55 @@ _FIELDS = (
     "layer_rope_theta",
     "alibi",
 )
+# These came later than the format: they are compared where both the file and the config have them.
+_LATER_FIELDS = (
+    "intermediate_size",
+    "ffn_dim",
+    "n_inner",
+    "hidden_act",
+    "hidden_activation",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "norm_epsilon",
+    "norm_eps",
+    "attention_bias",
+    "mlp_bias",
+    "use_qk_norm",
+    "clip_qkv",
+    "q_lora_rank",
+    "query_pre_attn_scalar",
+    "attn_logit_softcapping",
+    "attention_chunk_size",
+    "attention_multiplier",
+    "embedding_multiplier",
+    "residual_multiplier",
+    "index_head_dim",
+    "index_n_heads",
+    "index_topk",
+    "moe_intermediate_size",
+    "num_experts",
+    "num_local_experts",
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_conv_kernel_dim",
+    "lru_width",
+    "conv1d_width",
+    "conv_L_cache",
+    "state_size",
+    "conv_kernel",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_d_head",
+    "mamba_n_heads",
+    "mamba_n_groups",
+    "mamba_expand",
+)
 
 
 def describe_model(config: Mapping[str, Any]) -> ModelMeta:
@@ -48,9 +98,20 @@ def describe_model(config: Mapping[str, Any]) -> ModelMeta:
 
     Two models that differ in their weights alone have the same.
     """
-    known = {name: config[name] for name in _FIELDS if config.get(name) is not None}
-    text = json.dumps(known, sort_keys=True, default=str)
-    return ModelMeta(hashlib.sha256(text.encode()).hexdigest(), json.loads(text))
+    known = {name: config[name] for name in (*_FIELDS, *_LATER_FIELDS) if config.get(name) is not None}
+    fields = json.loads(json.dumps(known, sort_keys=True, default=str))
+    return ModelMeta(_hash_fields(fields), fields)
+
+
+def _hash_fields(fields: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def check_fingerprint(meta: ModelMeta | None) -> None:
+    """Raise FormatError if a file's fingerprint is not that of the fields beside it."""
+    if meta is not None and _hash_fields(meta.fields) != meta.fingerprint:
+        msg = "the model's fingerprint in the file is not that of its fields"
+        raise FormatError(msg)
 
 
 def check_model(meta: ModelMeta | None, config: Mapping[str, Any]) -> None:
@@ -58,17 +119,17 @@ def check_model(meta: ModelMeta | None, config: Mapping[str, Any]) -> None:
     if meta is None:
         msg = "the file was saved without a config and does not say of which model: load it without config, too"
         raise FormatError(msg)
-    ours = describe_model(config)
-    if ours.fingerprint == meta.fingerprint:
-        return
-    names = sorted(set(ours.fields) | set(meta.fields))
+    ours, theirs = describe_model(config).fields, meta.fields
+    # Not the fingerprints: those of files that know fewer fields differ.
+    names = (*_FIELDS, *(name for name in _LATER_FIELDS if name in ours and name in theirs))
     wrong = [
-        f"{name} {str(meta.fields.get(name))[:60]} (here {str(ours.fields.get(name))[:60]})"
+        f"{name} {str(theirs.get(name))[:60]} (here {str(ours.get(name))[:60]})"
         for name in names
-        if ours.fields.get(name) != meta.fields.get(name)
+        if ours.get(name) != theirs.get(name)
     ]
-    msg = f"the file belongs to another model: {'; '.join(wrong) or 'its fingerprint differs'}"
-    raise FormatError(msg)
+    if wrong:
+        msg = f"the file belongs to another model: {'; '.join(wrong)}"
+        raise FormatError(msg)
 
 
 def hash_tokens(token_ids: TokenIds) -> str:

@@ -13,6 +13,9 @@ from nexusquant_cache.serialization.schema import CodecMeta
 
 Options = dict[str, Any]
 _MOST_CHANNELS = 2048  # of a head: plans of bits take a time that grows with the square
+MOST_CANDIDATES = 64
+"""Scales to try for each vector: each takes as long as the first."""
+_SEED_BITS = 64  # all that signs depend on
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,9 @@ class _Entry:
 
 
 def _describe_e8(codec: E8Codec) -> Options:
-    # What is not compared does not decide codes (which implementation computes them) and is the reader's choice.
-    given = {field.name: getattr(codec, field.name) for field in fields(codec) if field.compare}
-    del given["layout"]
+    given = {name: getattr(codec, name) for name in _e8_options()}
+    if abs(codec.seed) >> _SEED_BITS:
+        given["seed"] = codec.seed & ((1 << _SEED_BITS) - 1)
     return {
         "head_dim": codec.layout.head_dim,
         "block_bits": list(codec.layout.block_bits),
@@ -33,14 +36,25 @@ def _describe_e8(codec: E8Codec) -> Options:
     }
 
 
+def _e8_options() -> Options:
+    """Return what a file may say of an E8 codec besides its layout, with defaults for what it does not say.
+
+    What is not compared does not decide codes (which implementation computes them) and is the reader's choice.
+    """
+    return {field.name: field.default for field in fields(E8Codec) if field.compare and field.name != "layout"}
+
+
 def _make_e8(options: Options) -> E8Codec:
     given = dict(options)
     head_dim, bits = given.pop("head_dim"), tuple(given.pop("block_bits"))
-    defaults = {field.name: field.default for field in fields(E8Codec) if field.name != "layout"}
+    defaults = _e8_options()
     for name, value in given.items():
         given[name] = _like(defaults[name], value)
     if type(head_dim) is not int or head_dim > _MOST_CHANNELS or not any(bits):
         msg = f"impossible blocks: {str(bits)[:40]} of {str(head_dim)[:20]} channels"
+        raise ValueError(msg)
+    if len(given.get("candidates", ())) > MOST_CANDIDATES:
+        msg = f"more than {MOST_CANDIDATES} scale candidates"
         raise ValueError(msg)
     hadamard_factors(head_dim)
     return E8Codec(CodeLayout(head_dim, bits), **given)
@@ -52,7 +66,7 @@ def _like(default: object, value: Any) -> Any:  # noqa: ANN401 - JSON
         return tuple(_like(default[0], x) for x in value)
     if isinstance(default, float) and type(value) is int:
         return float(value)
-    if type(value) is not type(default) or (isinstance(value, int) and abs(value) >= 1 << 64):
+    if type(value) is not type(default) or (isinstance(value, int) and abs(value) >> _SEED_BITS):
         msg = f"{str(value)[:40]!r} in place of something like {default!r}"
         raise TypeError(msg)
     return value

@@ -9,12 +9,21 @@ import json
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from functools import cache
+from math import isfinite
+from typing import Any, NewType, Union, get_args, get_origin, get_type_hints
 
 from nexusquant_cache.errors import FormatError
 
-T = TypeVar("T")
+Seed = NewType("Seed", int)
+"""Of a Hadamard rotation: signs depend on 64 bits."""
+
 _MOST = 1 << 48  # of any count: products of two stay far from the limits of 128-bit sizes, and no prompt is longer
+_MOST_SEED = 1 << 64
+_MOST_ITEMS = 4096  # of a list: no model has more layers, and no cache more codecs
+# Of what has no class of its own (settings, options, fields of a config): of each list, and of lists in lists.
+_MOST_PLAIN = 1 << 16
+_DEEPEST = 32
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class TransformMeta:
     """
 
     rotation: str
-    seed: int
+    seed: Seed
     rows: int
     mean: str | None
     plans: bool
@@ -207,17 +216,20 @@ def from_json(text: str) -> CacheMeta:
     Raises:
         FormatError: If it says anything that the classes here do not have, or leaves out what they have.
     """
-    return _parse_fields(CacheMeta, read_json(text), "cache")
+    meta: CacheMeta = _parse_fields(CacheMeta, read_json(text), "cache")
+    return meta
 
 
 def read_json(text: str | bytes) -> Any:  # noqa: ANN401 - JSON
-    """Return what strict JSON says: no NaN, no infinity, no name twice.
+    """Return what strict JSON says: in UTF-8, no NaN, no infinity, no name twice.
 
     Raises:
         FormatError: If it is anything else.
     """
     try:
-        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        # json.loads alone would take UTF-16, and texts that no UTF-8 can hold and no hash be made of.
+        text = text.decode() if isinstance(text, bytes) else text.encode().decode()
+        return json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite_number)
     except (ValueError, RecursionError) as error:
         msg = f"the metadata is no JSON: {error}"
         raise FormatError(msg) from error
@@ -229,6 +241,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         msg = "a name comes twice"
         raise ValueError(msg)
     return made
+
+
+def _finite_number(text: str) -> float:
+    number = float(text)
+    if not isfinite(number):
+        msg = f"{text[:20]} is too large a number"
+        raise ValueError(msg)
+    return number
 
 
 def _refuse_constant(name: str) -> None:
@@ -247,10 +267,30 @@ def _parse(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401 - any type
         return _parse_dict(get_args(kind)[1], value, place)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _parse_fields(kind, value, place)
-    if kind is Any or (type(value) is kind and (kind is not int or 0 <= value < _MOST)):
+    if kind is Any:
+        return _parse_plain(value, place, 0)
+    if kind is Seed:
+        is_right = type(value) is int and 0 <= value < _MOST_SEED
+    else:
+        is_right = type(value) is kind and (kind is not int or 0 <= value < _MOST)
+    if is_right:
         return value
     msg = f"{place} in the metadata must be {getattr(kind, '__name__', kind)}, got {str(value)[:40]!r}"
     raise FormatError(msg)
+
+
+def _parse_plain(value: Any, place: str, depth: int) -> Any:  # noqa: ANN401
+    """Return a value that may be any JSON, if it is of a size that can be worked with."""
+    if isinstance(value, (list, dict)):
+        if depth == _DEEPEST or len(value) > _MOST_PLAIN:
+            msg = f"{place} in the metadata holds too much"
+            raise FormatError(msg)
+        for inner in value.values() if isinstance(value, dict) else value:
+            _parse_plain(inner, place, depth + 1)
+    elif isinstance(value, int) and abs(value) >= _MOST_SEED:
+        msg = f"{place} in the metadata has a number beyond all reason"
+        raise FormatError(msg)
+    return value
 
 
 def _parse_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:  # noqa: ANN401
@@ -267,19 +307,26 @@ def _parse_union(kinds: tuple[Any, ...], value: Any, place: str) -> Any:  # noqa
     return _parse(kinds[0], value, place)
 
 
-def _parse_fields(kind: type[T], value: Any, place: str) -> T:  # noqa: ANN401
+def _parse_fields(kind: Any, value: Any, place: str) -> Any:  # noqa: ANN401
     if not isinstance(value, dict) or not _has_fields(kind, value):
-        msg = f"{place} in the metadata must have the fields {', '.join(sorted(get_type_hints(kind)))}"
+        msg = f"{place} in the metadata must have the fields {', '.join(sorted(_hints(kind)))}"
         raise FormatError(msg)
-    hints = get_type_hints(kind)
-    return kind(**{name: _parse(hint, value.get(name), f"{place}.{name}") for name, hint in hints.items()})
+    return kind(**{name: _parse(hint, value.get(name), f"{place}.{name}") for name, hint in _hints(kind).items()})
 
 
 def _has_fields(kind: type, value: Mapping[str, Any]) -> bool:
     """Tell whether an object has all fields of a class that cannot be None, and none that the class has not."""
-    hints = get_type_hints(kind)
-    needed = {name for name, hint in hints.items() if type(None) not in get_args(hint)}
-    return needed <= set(value) <= set(hints)
+    return _needed(kind) <= set(value) <= set(_hints(kind))
+
+
+@cache  # the annotations are texts, and files have thousands of objects
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+@cache
+def _needed(kind: type) -> set[str]:
+    return {name for name, hint in _hints(kind).items() if type(None) not in get_args(hint)}
 
 
 def _parse_tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, ...]:  # noqa: ANN401
@@ -287,6 +334,9 @@ def _parse_tuple(kinds: tuple[Any, ...], value: Any, place: str) -> tuple[Any, .
         kinds = (kinds[0],) * len(value)
     if not isinstance(value, list) or len(value) != len(kinds):
         msg = f"{place} in the metadata must be a list of {len(kinds)}"
+        raise FormatError(msg)
+    if len(value) > _MOST_ITEMS:
+        msg = f"{place} in the metadata has {len(value):,} items, {_MOST_ITEMS:,} are allowed"
         raise FormatError(msg)
     return tuple(_parse(kind, x, f"{place}[{i}]") for i, (kind, x) in enumerate(zip(kinds, value, strict=True)))
 

@@ -17,6 +17,7 @@ from nexusquant_cache.serialization.schema import (
     QueriesMeta,
     ShapeMeta,
     StockMeta,
+    TensorMeta,
     TransformMeta,
 )
 
@@ -39,6 +40,11 @@ _MOST_ROWS = 1 << 20
 _MOST_HEADS = 1 << 16
 _MOST_CHANNELS = 1 << 16
 _MOST_AXES = 8
+_MOST_ELEMENTS = 1 << 48
+_MOST_TENSORS = 1 << 15
+# Of the tensors of transformers' own layers, where it is the same in all: how many axes, and which is the batch.
+_STOCK_AXES = {"keys": (4, 0), "values": (4, 0), "indexer_keys": (3, 0), "indexer_position_ids": (3, 1)}
+_STOCK_STATES = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,10 @@ def streams_of(meta: CacheMeta) -> dict[str, Stream]:
             msg = f"the tensor {stream.name} is announced twice"
             raise FormatError(msg)
         found[stream.name] = stream
+        if len(found) > _MOST_TENSORS:
+            msg = f"more than {_MOST_TENSORS:,} tensors are announced"
+            raise FormatError(msg)
+    _check_together(meta)
     return found
 
 
@@ -120,10 +130,61 @@ def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[Stream]:
 def _stock(layer: StockMeta, name: str) -> Iterator[Stream]:
     for tensor in layer.tensors:
         _among(f"{name}.{tensor.name}", tensor.dtype, tuple(DTYPES))
-        if len(tensor.shape) > _MOST_AXES or not all(0 <= length <= 1 << 40 for length in tensor.shape):
+        # Lengths count that an empty tensor hides: what is computed with them must fit 64 bits.
+        if len(tensor.shape) > _MOST_AXES or prod(max(length, 1) for length in tensor.shape) > _MOST_ELEMENTS:
             msg = f"{name}.{tensor.name} has an impossible shape"
             raise FormatError(msg)
+        if not tensor.name.isascii():
+            msg = f"{name} has a tensor of an impossible name"
+            raise FormatError(msg)
+        _stock_batch(tensor, name)
         yield Stream(f"{name}.{tensor.name}", tensor.dtype, tensor.shape, "exact")
+
+
+def _stock_batch(tensor: TensorMeta, name: str) -> int | None:
+    """Return the rows of a tensor of transformers' own layers, None where there are none.
+
+    Raises:
+        FormatError: If no such layer can hold such a tensor.
+    """
+    kind, axes = tensor.name.partition(".")[0], len(tensor.shape)
+    if kind not in _STOCK_AXES and kind not in _STOCK_STATES:
+        return None  # no layer takes it
+    if kind != "indexer_position_ids":
+        _among(f"{name}.{tensor.name}", tensor.dtype, _FLOATS)
+    if tensor.shape == (0,) and kind in _STOCK_AXES:
+        return None  # before the first update
+    expected, batch = _STOCK_AXES.get(kind, (axes, 0))
+    if axes != expected or axes < 2:  # noqa: PLR2004 - a batch, and what each row has
+        msg = f"{name}.{tensor.name} has {axes} axes, which no layer gives it"
+        raise FormatError(msg)
+    _between(f"{name}.{tensor.name}: the batch", tensor.shape[batch], 1, _MOST_ROWS)
+    return tensor.shape[batch]
+
+
+def _check_together(meta: CacheMeta) -> None:
+    """Check that all parts tell of one batch, and of as many tokens as the file says have been seen."""
+    padding = meta.padding
+    batches: set[int] = set()
+    for index, layer in enumerate(meta.layers):
+        if isinstance(layer, StockMeta):
+            found = (_stock_batch(tensor, f"layers.{index}") for tensor in layer.tensors)
+            batches |= {rows for rows in found if rows is not None}
+        elif layer.shape is not None:
+            batches.add(layer.shape.batch)
+            if layer.seen != meta.tokens_seen:
+                msg = f"layers.{index} has seen {layer.seen} tokens, and the file says {meta.tokens_seen}"
+                raise FormatError(msg)
+    if len(batches) > 1:
+        msg = f"the layers are of batches of {', '.join(map(str, sorted(batches)))} rows"
+        raise FormatError(msg)
+    for rows in (padding.pads, None if padding.beginning is None else padding.beginning.rows):
+        if rows is not None and batches - {rows}:
+            msg = "padding is that of another batch"
+            raise FormatError(msg)
+    if padding.settled_at is not None and padding.settled_at > meta.tokens_seen:
+        msg = "padding was settled by tokens that have not been seen"
+        raise FormatError(msg)
 
 
 @dataclass(frozen=True)
@@ -149,6 +210,9 @@ class _Layer:
             self._wrong("has seen tokens that it does not hold")
         if meta.pending_from is not None and meta.pending_from > meta.seen:
             self._wrong("waits for tokens that it has not seen")
+        # Packed rows with pads have their first tokens in different places.
+        if meta.body is not None and meta.sink_place != (self.file.padding.pads is not None):
+            self._wrong("must say where the first tokens of padded rows are, and of no others")
         yield from self._exact("tail", shape, meta.tail)
         if meta.sinks is not None:
             yield from self._exact("sinks", shape, meta.sinks)
@@ -172,8 +236,8 @@ class _Layer:
             _among(f"{self.name}.dtype", dtype, _FLOATS)
         if self.meta.asked is None or self.meta.used is None or self.meta.observed is None:
             self._wrong("names no codecs")
-        elif not all(index < len(self.codecs) for index in (*self.meta.asked, *self.meta.used)):
-            self._wrong("names a codec that the file does not describe")
+        else:
+            self._check_codecs(shape, self.meta.asked, self.meta.used)
         if self.meta.policy is not None and self.meta.policy >= len(self.file.policies):
             self._wrong("names a policy that the file does not describe")
         if self.meta.phase is not None:
@@ -196,11 +260,12 @@ class _Layer:
             return
         if body.start + body.covered + body.dense + self.meta.tail != self.meta.seen or body.kept > body.covered:
             self._wrong("counts its tokens in two ways")
-        if body.start not in {0, self.meta.sinks} or (not body.bitmap and body.covered):
+        is_elsewhere = body.start not in {0, self.meta.sinks} or (self.meta.sink_place and body.start)
+        if is_elsewhere or (not body.bitmap and body.covered):
             self._wrong("begins its packed tokens in an impossible place")
         tokens, heads = body.kept + body.dense, (shape.batch, shape.heads)
         for (side, dim, _), index, transform in zip(self._sides(shape), used, (body.keys, body.values), strict=True):
-            words = self._codec(index, dim).bytes_per_vector - 1
+            words = self.codecs[index].bytes_per_vector - 1
             yield Stream(f"{self.name}.{side}.words", "uint8", (*heads, tokens, words), f"{side[:-1]} words")
             yield Stream(f"{self.name}.{side}.scales", "uint8", (*heads, tokens), "scales")
             if transform.rows != shape.batch:
@@ -209,12 +274,15 @@ class _Layer:
         if body.bitmap:
             yield Stream(f"{self.name}.kept", "uint8", (*heads, -(-body.covered // 8)), "positions")
 
-    def _codec(self, index: int, dim: int) -> VectorCodec:
-        codec = self.codecs[index]
-        layout = getattr(codec, "layout", None)
-        if layout is not None and getattr(layout, "head_dim", dim) != dim:
-            self._wrong(f"has a codec for vectors of another length than {dim}")
-        return codec
+    def _check_codecs(self, shape: ShapeMeta, *pairs: tuple[int, int]) -> None:
+        """Check that there are these codecs of keys and values, and that they are for vectors of these lengths."""
+        if not all(index < len(self.codecs) for pair in pairs for index in pair):
+            self._wrong("names a codec that the file does not describe")
+        for pair in pairs:
+            for (_, dim, _), index in zip(self._sides(shape), pair, strict=True):
+                layout = getattr(self.codecs[index], "layout", None)
+                if layout is not None and getattr(layout, "head_dim", dim) != dim:
+                    self._wrong(f"has a codec for vectors of another length than {dim}")
 
     def _transform(self, name: str, meta: TransformMeta, heads: int, dim: int) -> Iterator[Stream]:
         _among(f"{name}.rotation", meta.rotation, ("hadamard", "principal"))
@@ -243,22 +311,22 @@ class _Layer:
             yield Stream(f"{self.name}.reconstruction", "float32", size, "exact")
 
     def _queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> Iterator[Stream]:
+        if queries.end > self.meta.seen:
+            self._wrong("has queries of tokens that it has not seen")
         if queries.dtype is None:
+            if queries.heads or queries.tokens:
+                self._wrong("has queries without a dtype")
             return
         _among(f"{self.name}.{name}", queries.dtype, _FLOATS)
         _between(f"{self.name}.{name}.heads", queries.heads, 1, _MOST_HEADS)
-        if queries.heads % shape.heads or queries.end > self.meta.seen or not 1 <= queries.tokens <= queries.end:
+        if queries.heads % shape.heads or not 1 <= queries.tokens <= queries.end:
             self._wrong("has queries that do not fit its keys")
         size = (shape.batch, queries.heads, queries.tokens, shape.key_dim)
         yield Stream(f"{self.name}.{name}", queries.dtype, size, "exact")
 
     def _given(self, shape: ShapeMeta, given: GivenMeta) -> Iterator[Stream]:
-        if not all(index < len(self.codecs) for index in (*given.codecs, *given.asked)):
-            self._wrong("names a codec that the file does not describe")
-        for (side, dim, _), index, transform in zip(
-            self._sides(shape), given.codecs, (given.keys, given.values), strict=True
-        ):
-            self._codec(index, dim)
+        self._check_codecs(shape, given.codecs, given.asked)
+        for (side, dim, _), transform in zip(self._sides(shape), (given.keys, given.values), strict=True):
             if transform.rows not in {1, shape.batch}:
                 self._wrong("was given transforms for another batch")
             yield from self._transform(f"{self.name}.given.{side}", transform, shape.heads, dim)
