@@ -72,6 +72,16 @@ def demo(session: nox.Session) -> None:
 
 
 @nox.session
+def example(session: nox.Session) -> None:
+    """Ten questions about a book, each answered from a prefix store; try `-- --help` or `-- --book FILE`."""
+    install_torch(session)
+    install(session, ".[cli]")
+    install_model(session)
+    store = session.cache_dir / "book_store"  # for the next run
+    session.run("python", "examples/ask_a_book.py", f"--store={store}", *session.posargs)
+
+
+@nox.session
 def tests(session: nox.Session) -> None:
     """Run the tests with branch coverage (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
     install_for_tests(session)
@@ -80,9 +90,9 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(name="property")
 def property_(session: nox.Session) -> None:
-    """Run the property tests with many more random examples."""
+    """Run the property tests with many more random examples, and kill many more users of a prefix store."""
     install_for_tests(session)
-    run_pytest(session, "tests/property", "--hypothesis-profile=thorough")
+    run_pytest(session, "tests/property", "tests/integration/test_store.py", "--hypothesis-profile=thorough")
 
 
 @nox.session
@@ -131,7 +141,17 @@ def bench(session: nox.Session) -> None:
     install_model(session)
     scripts = set(ROOT.glob("benchmarks/[!_]*.py")) - {ROOT / "benchmarks" / "gpu.py"}  # for a machine with a GPU
     for script in sorted(scripts):
-        reads_texts = script.stem in {"quality", "peers", "ablations", "at_rest", "hard_cases", "tiers", "transforms"}
+        reads_texts = script.stem in {
+            "quality",
+            "peers",
+            "ablations",
+            "at_rest",
+            "hard_cases",
+            "tiers",
+            "transforms",
+            "offload",
+            "prefix_store",
+        }
         session.run("python", str(script.relative_to(ROOT)), *(session.posargs if reads_texts else ()))
 
 

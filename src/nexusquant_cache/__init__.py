@@ -40,6 +40,7 @@ from nexusquant_cache.policy import (
     WindowAttentionPolicy,
 )
 from nexusquant_cache.presets import PRESETS, CacheConfig
+from nexusquant_cache.store import PrefixMatch, PrefixStore, StoreEntry
 
 __version__ = "0.1.0"
 
@@ -66,11 +67,14 @@ __all__ = [
     "NonFiniteError",
     "OptionError",
     "PooledPolicy",
+    "PrefixMatch",
+    "PrefixStore",
     "RecentAttentionPolicy",
     "ReconstructionPolicy",
     "ScoreInputs",
     "ShapeError",
     "SharedOverHeads",
+    "StoreEntry",
     "UnsupportedError",
     "ValueAware",
     "WindowAttentionPolicy",

@@ -24,7 +24,7 @@ ORDER: list[set[str]] = [
     {"__init__"},
     {"cli"},
     {"evaluation"},
-    {"attention"},
+    {"attention", "store"},
     {"cache"},
     {"serialization"},
     {"presets"},

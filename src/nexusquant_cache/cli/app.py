@@ -1,6 +1,7 @@
 """The commands: their options, and errors as one line."""
 
 import contextlib
+import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -12,7 +13,7 @@ from rich.console import Console, RenderableType
 
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
-from nexusquant_cache.cli.render_file import converted_renderables, file_renderables
+from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, printable, store_renderables
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
@@ -26,6 +27,7 @@ from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.presets import PRESETS, resolve_preset
 from nexusquant_cache.serialization import convert_file, inspect_file, verify_file
 from nexusquant_cache.serialization.writer import Progress
+from nexusquant_cache.store import PrefixStore
 
 _Part = TypeVar("_Part", str, int, float)
 
@@ -165,30 +167,57 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that NexusQuantCache.save has written.")]
+_Saved = Annotated[
+    Path,
+    typer.Argument(
+        metavar="FILE|FOLDER", help="A file that NexusQuantCache.save has written, or the folder of a PrefixStore."
+    ),
+]
 
 
 @app.command(name="inspect")
-def inspect_command(file: _File) -> None:
-    """Show what a saved cache is: its model, prompt and settings, and what its parts take.
+def inspect_command(path: _Saved) -> None:
+    """Show what a saved cache is: its model, prompt and settings, and what its parts take; or a store's entries.
 
-    Only the beginning of the file is read; 'verify' reads all of it.
+    Only the beginning of a file, and the index of a store, are read; 'verify' reads all.
     """
     with _one_line_errors():
-        summary = inspect_file(file)
-    _show(file_renderables(file, summary))
+        if path.is_dir():
+            shown = list(store_renderables(path, PrefixStore(path, create=False).entries()))
+        else:
+            shown = list(file_renderables(path, inspect_file(path)))
+    _show(shown)
 
 
 @app.command()
-def verify(file: _File) -> None:
-    """Read a saved cache completely and check it; the exit code is 0 if it is sound and 1 if it is not."""
+def verify(path: _Saved) -> None:
+    """Read a saved cache, or a store with all its caches, and check it.
+
+    The exit code is 0 if everything is sound and 1 if it is not.
+    """
     try:
         with _one_line_errors(), _reading("checking") as progress:
-            summary = verify_file(file, progress=progress)
+            sound = _verify_store(path, progress) if path.is_dir() else _verify_file(path, progress)
     except typer.Exit as ended:
         if isinstance(ended.__cause__, FormatError):
             raise typer.Exit(1) from ended
         raise
-    typer.echo(f"{file}: sound, {summary.file_bytes:,} bytes, content sha256 {summary.sha256}")
+    typer.echo(f"{printable(str(path))}: sound, {sound}")
+
+
+def _verify_file(path: Path, progress: Progress) -> str:
+    summary = verify_file(path, progress=progress)
+    return f"{summary.file_bytes:,} bytes, content sha256 {summary.sha256}"
+
+
+def _verify_store(folder: Path, progress: Progress) -> str:
+    store = PrefixStore(folder, create=False)
+    faults = store.verify(progress=progress)
+    for name, fault in faults.items():
+        _say_error(f"{folder / name}: {fault}")
+    if faults:
+        raise typer.Exit(1)
+    return f"{len(store):,} entries, {store.total_bytes:,} bytes"
 
 
 @app.command()
@@ -256,6 +285,8 @@ def _read_texts(paths: list[Path]) -> dict[str, str]:
 
 
 def _show(parts: Iterable[RenderableType]) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # not every terminal has every letter
     console = Console()
     if not console.is_terminal:
         console = Console(width=_PIPE_WIDTH)
@@ -283,5 +314,9 @@ def _one_line_errors() -> Iterator[None]:
     try:
         yield
     except (NexusQuantError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        _say_error(str(error))
         raise typer.Exit(2) from error
+
+
+def _say_error(text: str) -> None:
+    typer.echo(f"error: {printable(' '.join(text.split()))}", err=True)

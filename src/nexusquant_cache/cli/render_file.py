@@ -1,5 +1,6 @@
-"""Saved caches as tables."""
+"""Saved caches, and stores of them, as tables."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,11 +9,17 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nexusquant_cache.cache.state import describe_settings
+from nexusquant_cache.presets import PRESETS
 from nexusquant_cache.serialization import AtRest, FileSummary
 from nexusquant_cache.serialization.checks import settings_of
 from nexusquant_cache.serialization.schema import LayerMeta, StockMeta
+from nexusquant_cache.store import StoreEntry
 
 _NONE = "-"
+_SHORT = 8  # digits of a hash
+_MOST_BYTES = 1 << 63  # more than any machine has
+_TEXTS = {"kind", "codes", "stored as", "batch x heads x dims", "file", "model", "namespace", "settings"}
 
 
 def file_renderables(path: Path, summary: FileSummary) -> Iterator[RenderableType]:
@@ -33,7 +40,7 @@ def file_renderables(path: Path, summary: FileSummary) -> Iterator[RenderableTyp
         ("held", f"{_number(numbers.get('held_bytes'))} bytes in memory, {_factor(summary)}"),
         *((f"({name})", text) for name, text in meta.user.items()),
     ):
-        facts.add_row(name, Text(text))
+        facts.add_row(_plain(name), _plain(text))
     yield facts
     yield _layers(summary)
     yield _streams(summary)
@@ -45,13 +52,26 @@ def _settings(summary: FileSummary) -> str:
     return f"{bits}, {100 * settings.keep_ratio:g} % kept"
 
 
+def printable(text: str) -> str:
+    """Return a text with escapes in place of all that is no visible character: what a file says may be anything.
+
+    Control characters would reach the terminal, and half a surrogate pair could not be written.
+    """
+    return "".join(x if x.isprintable() else x.encode("unicode_escape").decode() for x in text)
+
+
+def _plain(text: str) -> Text:
+    """Return what a cell shows of a text, in which nothing is markup."""
+    return Text(printable(text))
+
+
 def _number(value: object) -> str:
-    return f"{value:,}" if type(value) is int else _NONE
+    return f"{value:,}" if type(value) is int and 0 <= value < _MOST_BYTES else _NONE
 
 
 def _factor(summary: FileSummary) -> str:
     dense = summary.meta.statistics.get("dense_bytes")
-    if type(dense) is not int or not summary.file_bytes:
+    if type(dense) is not int or not 0 <= dense < _MOST_BYTES or not summary.file_bytes:
         return _NONE
     return f"{dense:,} as a plain 16-bit cache, {dense / summary.file_bytes:.1f}x the file"
 
@@ -64,7 +84,7 @@ def _layers(summary: FileSummary) -> Table:
     for index, row in enumerate(rows):
         if index + 1 < len(rows) and rows[index + 1] == row:
             continue
-        table.add_row(str(index) if index == start else f"{start}-{index}", *row)
+        table.add_row(str(index) if index == start else f"{start}-{index}", *map(_plain, row))
         start = index + 1
     return table
 
@@ -95,9 +115,40 @@ def _streams(summary: FileSummary) -> Table:
     table = _table(("part", "packed bytes", "at rest", "ratio", "stored as"))
     for row in summary.streams:
         ratio = f"{row.stored_bytes / row.packed_bytes:.3f}" if row.packed_bytes else _NONE
-        table.add_row(row.kind, f"{row.packed_bytes:,}", f"{row.stored_bytes:,}", ratio, ", ".join(row.codes))
+        table.add_row(row.kind, f"{row.packed_bytes:,}", f"{row.stored_bytes:,}", ratio, _plain(", ".join(row.codes)))
     table.add_row("header", _NONE, f"{summary.header_bytes:,}", _NONE, "JSON")
     return table
+
+
+def store_renderables(folder: Path, entries: tuple[StoreEntry, ...]) -> Iterator[RenderableType]:
+    """Yield what the index of a store says.
+
+    Args:
+        folder: The folder of the store.
+        entries: Its entries; that which was used longest ago comes first.
+    """
+    name = folder.absolute().name
+    yield _plain(f"{name}: {len(entries):,} entries, {sum(entry.nbytes for entry in entries):,} bytes")
+    table = _table(("last used", "file", "tokens", "bytes", "model", "namespace", "settings"))
+    for place, entry in enumerate(reversed(entries), 1):
+        table.add_row(
+            f"{place:,}",
+            _plain(f"{entry.file[:_SHORT]}..."),
+            f"{entry.tokens:,}",
+            f"{entry.nbytes:,}",
+            _plain(entry.model[:_SHORT] or _NONE),
+            _plain(entry.namespace or _NONE),
+            _plain(_settings_in_short(entry)),
+        )
+    yield table
+
+
+def _settings_in_short(entry: StoreEntry) -> str:
+    settings = json.loads(entry.settings)
+    preset = next((name for name, known in PRESETS.items() if describe_settings(known) == settings), "custom")
+    bits = f"{settings['key_bits']:g} / {settings['value_bits']:g} bits"
+    kept = f"{100 * settings['keep_ratio']:.3g} % kept"
+    return ", ".join(part for part in (preset, bits, kept, entry.policy) if part)
 
 
 def converted_renderables(before: int, report: AtRest) -> Iterator[RenderableType]:
@@ -112,6 +163,6 @@ def converted_renderables(before: int, report: AtRest) -> Iterator[RenderableTyp
 def _table(columns: tuple[str, ...]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
-        is_text = index == 0 or name in {"kind", "codes", "stored as", "batch x heads x dims"}
+        is_text = index == 0 or name in _TEXTS
         table.add_column(name, justify="left" if is_text else "right", overflow="fold")
     return table
