@@ -241,7 +241,7 @@ def freeze(name: str, config: Any, states: States, tokens: int) -> dict[str, Any
 def main() -> None:
     """Count everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, nargs=1, default=[], help="UTF-8 text; Python's help topics by default")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 text; Python's help topics by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="tokens generated after it (%(default)s)")
     parser.add_argument("--presets", nargs="+", choices=PRESETS, default=list(PRESETS))

@@ -489,6 +489,85 @@ def indices_table(content: dict[str, Any]) -> str:
     return markdown(("indices", "relative squared error", *names), rows)
 
 
+def prefix_store_table(content: dict[str, Any]) -> str:
+    """Return the times of a text in a prefix store, in seconds, and its bytes."""
+    columns = {
+        "read": "read the text",
+        "put": "put",
+        "find": "find",
+        "load": "load",
+        "first_token_without": "first token without",
+        "first_token": "first token with",
+    }
+    head = ("preset", "MB stored", "of the plain cache", *columns.values())
+    rows = (
+        (
+            f"`{row['preset']}`",
+            f"{row['stored_bytes'] / 1e6:.1f}",
+            f"1/{row['dense_bytes'] / row['stored_bytes']:.1f}",
+            *(f"{x:.3f}" if x < 1 else f"{x:.1f}" for x in (row["seconds"][name] for name in columns)),
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
+def prefix_store_finding_table(content: dict[str, Any]) -> str:
+    """Return the time to find a prefix, in milliseconds, by the number of entries."""
+    head = ("entries", "the longest matches", "only the shortest matches")
+    rows = (
+        (f"{row['entries']:,}", *(f"{1000 * row['seconds'][name]:.1f}" for name in ("first", "last")))
+        for row in content["finding"]
+    )
+    return markdown(head, rows)
+
+
+def offload_table(content: dict[str, Any]) -> str:
+    """Return the bytes that cross the bus for each generated token, and those that stay on the device."""
+    plain = content["rows"][0]
+    head = ("cache", "MB in all", "MB fetched", "MB sent", "of the plain cache's", "MB on the device", "MB sent once")
+    rows = (
+        (
+            "transformers, offloaded" if row is plain else f"`{row['cache']}`",
+            f"{row['stored'] / 1e6:.2f}",
+            f"{row['per_token']['fetched'] / 1e6:.3f}",
+            f"{row['per_token']['sent'] / 1e6:.3f}",
+            "1" if row is plain else f"1/{_moved(plain) / _moved(row):.0f}",
+            f"{row['on_device'] / 1e6:.2f}",
+            f"{row['prompt']['sent'] / 1e6:.1f}",
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
+def _moved(row: dict[str, Any]) -> float:
+    return float(row["per_token"]["fetched"] + row["per_token"]["sent"])
+
+
+def offload_host_table(content: dict[str, Any]) -> str:
+    """Return what a cache takes in host memory, compressed and not, and the time to compress and decompress it."""
+    head = ("preset", "level", "MB", "of the packed form", "s to send", "s to fetch")
+    rows = []
+    for row in content["rows"]:
+        packed = row["host"]["packed"] if "host" in row else 0
+        if packed:
+            rows.append((f"`{row['cache']}`", "none", f"{packed / 1e6:.2f}", "1.000", "", ""))
+        rows += (
+            (
+                f"`{row['cache']}`",
+                level.removeprefix("zstd "),
+                f"{held['held'] / 1e6:.2f}",
+                f"{held['held'] / packed:.3f}",
+                f"{held['s_to_offload']:.2f}",
+                f"{held['s_to_prefetch']:.2f}",
+            )
+            for level, held in row.get("host", {}).items()
+            if level != "packed"
+        )
+    return markdown(head, rows)
+
+
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
@@ -511,6 +590,10 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "at_rest_layers": (at_rest_layers_table, "at_rest"),
     "at_rest_files": (at_rest_files_table, "at_rest"),
     "indices": (indices_table, "at_rest"),
+    "offload": (offload_table, "offload"),
+    "offload_host": (offload_host_table, "offload"),
+    "prefix_store": (prefix_store_table, "prefix_store"),
+    "prefix_store_finding": (prefix_store_finding_table, "prefix_store"),
 }
 
 

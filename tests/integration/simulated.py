@@ -88,6 +88,8 @@ class SimulatedDevices(TorchFunctionMode):
             result = func(args[0].as_subclass(Tensor))
             return Placed.of(result, args[0].device) if isinstance(result, Tensor) else result
         kwargs = dict(kwargs or {})
+        if func is Tensor.to and len(args) > 1 and isinstance(args[1], Tensor):  # as another one is
+            args = (args[0], args[1].device, args[1].dtype)
         given = list(tensors_in([args, kwargs]))
         places = {x.device for x in given if x.device != CPU or x.ndim > 0}
         place = next(iter(places), CPU)

@@ -114,6 +114,15 @@ class TestOffloading:
             assert buffer.tokens == buffer.view().shape[2]
         assert torch.equal(buffer.stored()[:, :, :5], data)
 
+    @pytest.mark.parametrize("dropped", [None, torch.tensor([[1, 0]])])
+    def test_a_cut_buffer_has_no_copy_of_what_it_was(self, dropped):
+        data = torch.arange(24, dtype=torch.uint8).view(1, 2, 12)
+        for cut in (lambda buffer: buffer.crop(7, dropped), lambda buffer: buffer.map(lambda x: x.flip(1))):
+            buffer = TokenBuffer.of(data)
+            buffer.fetched = buffer.data.clone()
+            cut(buffer)
+            assert torch.equal(buffer.view(), buffer.stored())
+
     def test_on_the_cpu_nothing_is_copied(self, model):
         cache = balanced(model, offloading=True)
         generate(model, prompt(60), cache, 4)
