@@ -297,21 +297,20 @@ class PrefixStore:
         preset: str | CacheConfig | None = None,
     ) -> int:
         """Remove the entries of exactly these tokens; return how many there were.  Arguments as in `longest_prefix`."""
-        key = {**self._key(config, policy, preset), **_describe_ids(_checked_ids(token_ids))}
+        return self._remove(_SAME, {**self._key(config, policy, preset), **_describe_ids(_checked_ids(token_ids))})
+
+    def clear(self) -> None:
+        """Remove every entry, of all models and namespaces."""
+        self._remove("SELECT file FROM entries", {})
+
+    def _remove(self, which: str, key: Mapping[str, Any]) -> int:
+        """Delete the rows that a query names, then their files; return how many there were."""
         with self._index.transaction(write=True) as db:
-            gone = [file for (file,) in db.execute(_SAME, key)]
+            gone = [file for (file,) in db.execute(which, key)]
             db.executemany(_DELETE, [(file,) for file in gone])
         for file in gone:
             _discard(self.folder / file)
         return len(gone)
-
-    def clear(self) -> None:
-        """Remove every entry, of all models and namespaces."""
-        with self._index.transaction(write=True) as db:
-            gone = [file for (file,) in db.execute("SELECT file FROM entries")]
-            db.execute("DELETE FROM entries")
-        for file in gone:
-            _discard(self.folder / file)
 
     # Reading
 
