@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nexusquant_cache import CacheConfig, EvictionPolicy
-    from nexusquant_cache.cache.layer import Side
-    from nexusquant_cache.layout import CodeLayout
+    from nexusquant_cache.codec.layout import CodeLayout
+    from nexusquant_cache.layer.layer import Side
 
 UNCHECKED = 1e9
 """The `CacheConfig.most_code_error` of a cache that never spends more bits than it was given."""

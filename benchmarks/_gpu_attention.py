@@ -24,12 +24,12 @@ from _gpu_tokens import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from nexusquant_cache.attention import fused as attention
-from nexusquant_cache.cache.held import CodedSide
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.kernels.operands import Softmax
-from nexusquant_cache.layout import CodeLayout
+from nexusquant_cache.codec.held import CodedSide
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.triton import attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from _gpu_record import Budget, Record
     from torch import Tensor
 
-    from nexusquant_cache.cache.held import HeldTokens, Side
+    from nexusquant_cache.codec.held import HeldTokens, Side
     from nexusquant_cache.codec.transform import VectorTransform
 
 _SPARE = 1 << 30  # bytes left free
@@ -155,7 +155,7 @@ def _time_codes(shape: Shape, preset: str, keys: Keys, device: torch.device) -> 
 
     The first includes positions of kept tokens, sinks and tail, and the joining of both.
     """
-    from nexusquant_cache.kernels.attention import attend_packed  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton.attend import attend_packed  # noqa: PLC0415 - imports triton
 
     held = [random_held(shape, keys, preset, _MODEL_DTYPE, device)]
     nbytes = packed_bytes(held[0])
@@ -216,7 +216,7 @@ def _time_encoding(
     codec: E8Codec, transform: VectorTransform, size: tuple[int, ...], device: torch.device
 ) -> dict[str, Any]:
     """Return the time of the kernel, and of the codec, which makes the kernel's tables each time."""
-    from nexusquant_cache.kernels import encode as kernel  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton import encode as kernel  # noqa: PLC0415 - imports triton
 
     batch, heads, tokens, head_dim = size
     nbytes = batch * heads * tokens * (2 * head_dim + codec.bytes_per_vector)

@@ -28,18 +28,18 @@ from _gpu_tokens import (
     turned,
 )
 
-from nexusquant_cache.attention import fused as attention
-from nexusquant_cache.cache.held import CodedSide
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.kernels.operands import Softmax, side_plan
-from nexusquant_cache.layout import COMPANDER, CodeLayout, block_code
-from nexusquant_cache.reference.blocks import decode_blocks
-from nexusquant_cache.reference.packing import pack
+from nexusquant_cache.codec.blocks import decode_blocks
+from nexusquant_cache.codec.held import CodedSide
+from nexusquant_cache.codec.layout import COMPANDER, CodeLayout, block_code
+from nexusquant_cache.codec.operands import Softmax, side_plan
+from nexusquant_cache.codec.packing import pack
+from nexusquant_cache.codec.triton import attention
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nexusquant_cache.cache.held import HeldTokens
+    from nexusquant_cache.codec.held import HeldTokens
 
 # Operands are rounded to float16 and outputs to the dtype: a few roundings of each.
 _ATTENTION = {torch.float16: 4e-3, torch.bfloat16: 8e-3}
@@ -286,7 +286,7 @@ def _apart(side: CodedSide) -> CodedSide:
 
 def _decode(check: Check, device: torch.device) -> Iterator[Finding]:
     """Compare decoded keys, with their phase, and decoded values."""
-    from nexusquant_cache.kernels import dense  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton import decode as dense  # noqa: PLC0415 - imports triton
 
     held = random_held(check.shape, check.keys, check.preset, torch.float16, device)
     if check.far_apart:

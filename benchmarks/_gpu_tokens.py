@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.cache.held import CodedSide, HeldTokens, Side
-from nexusquant_cache.cache.tokens import PositionMap
-from nexusquant_cache.codec import fused
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.kernels.operands import PackedOperand, Places, RopeOperand
-from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.codec.held import CodedSide, HeldTokens, Side
+from nexusquant_cache.codec.operands import PackedOperand, Places, RopeOperand
+from nexusquant_cache.codec.positions import PositionMap
+from nexusquant_cache.codec.rope import RotaryPhase
+from nexusquant_cache.codec.triton import coding as fused
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, UInt8
@@ -145,7 +145,7 @@ def rope_of(held: HeldTokens) -> tuple[RopeOperand | None, Places | None]:
     """Return the phase and the places as kernels read them."""
     if held.phase is None:
         return None, None
-    from nexusquant_cache.kernels.positions import kept_positions  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton.positions import kept_positions  # noqa: PLC0415 - imports triton
 
     where, device = held.positions, held.tail[0].device
     assert where is not None

@@ -4,7 +4,7 @@ python benchmarks/at_rest.py --text frankenstein.txt
 
 A prompt, in bfloat16, is compressed with each preset.  For each kind of tensor in the file, all layers together:
 
-- ``codes``: bytes in each code that a file may use (`nexusquant_cache.serialization.entropy`), at each level of zstd;
+- ``codes``: bytes in each code that a file may use (`nexusquant_cache.files.packing`), at each level of zstd;
 - ``ideal``: the length that an adaptive arithmetic coder would reach with a model of the stream.  Each context counts
   the symbols that it has met (Krichevsky & Trofimov 1981, with 1/16 in place of 1/2 for bytes): nothing is known in
   advance.  For words the symbols are bytes, or the fields of the block codes with counts of their own for each rate of
@@ -31,11 +31,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import zstandard
 from _common import RESULTS, read_texts, shown_steps
+from lattice import nearest_point
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
-from nexusquant_cache.cache.saving import export_cache
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout, block_code
+from nexusquant_cache.codec.packing import unpack
 from nexusquant_cache.codec.transform import HadamardRotation
 from nexusquant_cache.evaluation import (
     Candidate,
@@ -51,11 +53,9 @@ from nexusquant_cache.evaluation import (
     write_json,
 )
 from nexusquant_cache.evaluation.steps import Step
-from nexusquant_cache.lattice import nearest_point
-from nexusquant_cache.layout import BLOCK, MAX_BITS, CodeLayout, block_code
-from nexusquant_cache.reference.packing import unpack
-from nexusquant_cache.serialization.entropy import CODES, arrange, pieces
-from nexusquant_cache.serialization.streams import Stream, streams_of
+from nexusquant_cache.files.contents import Stream, streams_of
+from nexusquant_cache.files.packing import CODES, arrange, pieces
+from nexusquant_cache.files.saving import export_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -25,8 +25,8 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.utils import logging as transformers_logging
 
 from nexusquant_cache import NexusQuantCache, UnsupportedError
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.evaluation import environment, write_json
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

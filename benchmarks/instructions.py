@@ -29,13 +29,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
+from nexusquant_cache.codec.triton import attend as attention
+from nexusquant_cache.codec.triton import decode as dense
+from nexusquant_cache.codec.triton import encode
 from nexusquant_cache.evaluation import environment, read_json, write_json
-from nexusquant_cache.kernels import attention, dense, encode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from nexusquant_cache.kernels.operands import CompileCase
+    from nexusquant_cache.codec.triton.compile_case import CompileCase
 
 RESULT = RESULTS / "instructions.json"
 CAPABILITIES = (80, 90)

@@ -35,8 +35,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from nexusquant_cache import PRESETS, NexusQuantCache
-from nexusquant_cache.cache.host import HOST
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.cache.report import storage_bytes
 from nexusquant_cache.evaluation import (
     describe,
@@ -48,6 +46,8 @@ from nexusquant_cache.evaluation import (
     write_json,
 )
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.layer.host import HOST
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 sys.path.insert(0, str(ROOT / "tests"))
 from integration.simulated import Placed, SimulatedDevices

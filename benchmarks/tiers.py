@@ -32,8 +32,8 @@ from transformers import Cache
 from nexusquant_cache import PRESETS
 from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.evaluation import Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
-from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import DEFAULT_POLICY, ScoreInputs
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from nexusquant_cache.reference.rope import RotaryPhase
+    from nexusquant_cache.codec.rope import RotaryPhase
 
 SINKS, RECENT = 4, 64
 BUDGETS = ("high", "balanced", "max")

@@ -27,6 +27,7 @@ from _common import RESULTS, python_sources, read_texts, shown_steps
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec, TransformRule
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.evaluation import (
     Candidate,
     Continuation,
@@ -43,7 +44,6 @@ from nexusquant_cache.evaluation import (
     write_json,
 )
 from nexusquant_cache.evaluation.steps import Step
-from nexusquant_cache.layout import CodeLayout
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -51,8 +51,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
     from torch import Tensor
 
-    from nexusquant_cache.cache.tokens import LayerTransforms
     from nexusquant_cache.evaluation.steps import Report
+    from nexusquant_cache.layer.tokens import LayerTransforms
 
 SINKS = 4
 FIT, LIKE, UNLIKE = "first text", "like it", "code"

@@ -17,9 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config
 
 from nexusquant_cache import FormatError, NexusQuantCache
-from nexusquant_cache.serialization.entropy import arrange
-from nexusquant_cache.serialization.schema import from_json
-from nexusquant_cache.serialization.streams import DTYPES, Stream, streams_of
+from nexusquant_cache.files.contents import DTYPES, Stream, streams_of
+from nexusquant_cache.files.packing import arrange
+from nexusquant_cache.files.schema import from_json
 
 Entry = tuple[str, str, list[int], bytes]  # name, dtype, shape, bytes
 

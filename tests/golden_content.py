@@ -9,8 +9,8 @@ from files import CONFIGS
 from torch import Tensor
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.cache.layer import NexusQuantLayer
-from nexusquant_cache.serialization import verify_file
+from nexusquant_cache.files import verify_file
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 
 def load_golden(path: Path) -> NexusQuantCache:

@@ -68,7 +68,7 @@ def code_fields(code: int, bits: int) -> list[int]:
 
 
 def decode_code(code: int, bits: int) -> list[float]:
-    """Decode one block code by the text of `nexusquant_cache.layout`, in Python integers and floats."""
+    """Decode one block code by the text of `nexusquant_cache.codec.layout`, in Python integers and floats."""
     fields = code_fields(code, bits)
     s = sum(field.bit_count() if bits == 1 else (field & 3).bit_count() for field in fields) % 2
     return [(-1) ** (field + s) * magnitude(field, bits) for field in fields]
@@ -107,7 +107,7 @@ def least_squared_distance(x: Tensor, bits: int) -> Tensor:
 
 
 def pack_row(codes: list[int], block_bits: tuple[int, ...]) -> bytes:
-    """Pack the codes of one vector by the text of `nexusquant_cache.layout`."""
+    """Pack the codes of one vector by the text of `nexusquant_cache.codec.layout`."""
     words, tail = b"", b""
     for code, bits in zip(codes, block_bits, strict=True):
         whole = bits // 2

@@ -4,7 +4,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nexusquant_cache.layout import BLOCK, MAX_BITS, CodeLayout
+from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout
 
 # Zeros of both signs, exact ties of one coset (quarters), of rounding (halves), subnormal numbers.
 SPECIAL_COORDINATES = [0.0, -0.0, 0.25, -0.25, 0.5, -0.5, 0.75, 1.0, -1.0, 1.5, 2**-149, -(2**-149), 1e-40, 2**-126]

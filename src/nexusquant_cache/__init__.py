@@ -10,7 +10,6 @@ from nexusquant_cache import attention as attention
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.cache.dropin import compressed_generation
 from nexusquant_cache.cache.report import LayerReport, MemoryReport
-from nexusquant_cache.cache.tokens import LayerTransforms
 from nexusquant_cache.errors import (
     CacheStateError,
     DtypeError,
@@ -21,6 +20,7 @@ from nexusquant_cache.errors import (
     ShapeError,
     UnsupportedError,
 )
+from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import (
     DEFAULT_POLICY,
     Combined,
@@ -40,7 +40,7 @@ from nexusquant_cache.policy import (
     WindowAttentionPolicy,
 )
 from nexusquant_cache.presets import PRESETS, CacheConfig
-from nexusquant_cache.store import PrefixMatch, PrefixStore, StoreEntry
+from nexusquant_cache.store.store import PrefixMatch, PrefixStore, StoreEntry
 
 __version__ = "0.1.0"
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
 from nexusquant_cache.codec.e8 import GainRule, TransformRule
+from nexusquant_cache.codec.impl import Impl
+from nexusquant_cache.codec.layout import MAX_BITS, Bits
 from nexusquant_cache.errors import OptionError, suggest
-from nexusquant_cache.kernels.support import Impl
-from nexusquant_cache.layout import MAX_BITS, Bits
 
 _LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "protect_boundary": 0}
 _CHOICES = {"key_gain": GainRule, "value_gain": GainRule, "transform": TransformRule, "impl": Impl}

@@ -7,7 +7,7 @@ from pathlib import Path
 from files import MAKERS, file_bytes
 from golden_content import content_of, load_golden
 
-from nexusquant_cache.serialization.container import VERSION
+from nexusquant_cache.files.container import VERSION
 
 FOLDER = Path(__file__).parent / f"version-{VERSION}"
 

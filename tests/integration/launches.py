@@ -15,11 +15,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
-from nexusquant_cache.attention import fused
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.codec import e8
-from nexusquant_cache.kernels import attention, dense, support
-from nexusquant_cache.kernels.operands import Softmax
+from nexusquant_cache.codec import impl as support
+from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.triton import attend as attention
+from nexusquant_cache.codec.triton import attention as fused
+from nexusquant_cache.codec.triton import decode as dense
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 
 class Driver:

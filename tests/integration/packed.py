@@ -7,9 +7,9 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.kernels.operands import PackedOperand, Places, RopeOperand
-from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.operands import PackedOperand, Places, RopeOperand
+from nexusquant_cache.codec.rope import RotaryPhase
 
 ROOM = 3  # tokens behind the stored ones
 

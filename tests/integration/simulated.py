@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 
 import nexusquant_cache
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 CPU = torch.device("cpu")
 

@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from nexusquant_cache import NexusQuantCache, store
-from nexusquant_cache.serialization import writer
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.files import writer
+from nexusquant_cache.store import store
 
 LENGTHS = range(40, 64, 2)  # prefixes of one text: the longest that is stored is the one to be found
 _SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}

@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nexusquant_cache import EvictionPolicy, LeveragePolicy, NexusQuantCache, ScoreInputs, attention
-from nexusquant_cache.attention import implementation
-from nexusquant_cache.attention.codes import attend
-from nexusquant_cache.cache.held import HeldStates, HeldTokens
-from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.held import HeldTokens
+from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.kernels.operands import Softmax
+from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.states import HeldStates
 
 # Layers of ours whose keys change between cache and attention, or families without any layer of ours.
 NOT_READ = {"mistral", "falcon_h1", "deepseek_v2", "deepseek_v3"}

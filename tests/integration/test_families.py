@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from nexusquant_cache import EvictionPolicy, NexusQuantCache, UnsupportedError
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.policy import ScoreInputs
 
 # Their attention adds a bias that grows with the distance, which transformers computes from the number of kept tokens.

@@ -30,7 +30,7 @@ from transformers import (
 )
 
 from nexusquant_cache import CacheStateError, NexusQuantCache
-from nexusquant_cache.cache.layer import NexusQuantLayer
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},

@@ -9,7 +9,7 @@ import torch
 from golden_content import content_of, load_golden
 from integration.tiny import logits, prompt, tiny_llama
 
-from nexusquant_cache.serialization.container import VERSION
+from nexusquant_cache.files.container import VERSION
 
 FOLDER = Path(__file__).parents[1] / "golden"
 FILES = sorted(FOLDER.glob("version-*/*.safetensors"))

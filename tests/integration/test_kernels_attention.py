@@ -9,11 +9,12 @@ from integration.packed import codec_of, correlated, packed_side, phase_of, side
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from nexusquant_cache.cache.tokens import PositionMap
+from nexusquant_cache.codec.operands import ExactTokens, PackedOperand, Softmax
+from nexusquant_cache.codec.positions import PositionMap
+from nexusquant_cache.codec.triton import attend as kernel
+from nexusquant_cache.codec.triton import positions as positions_kernel
+from nexusquant_cache.codec.triton.compile_case import CompileCase
 from nexusquant_cache.errors import ShapeError, UnsupportedError
-from nexusquant_cache.kernels import attention as kernel
-from nexusquant_cache.kernels import positions as positions_kernel
-from nexusquant_cache.kernels.operands import CompileCase, ExactTokens, PackedOperand, Softmax
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

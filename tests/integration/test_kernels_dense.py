@@ -9,9 +9,9 @@ from integration.packed import codec_of, packed_side, phase_of
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
+from nexusquant_cache.codec.operands import PackedOperand
+from nexusquant_cache.codec.triton import decode as kernel
 from nexusquant_cache.errors import ShapeError, UnsupportedError
-from nexusquant_cache.kernels import dense as kernel
-from nexusquant_cache.kernels.operands import PackedOperand
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

@@ -9,10 +9,10 @@ pytest.importorskip("triton", reason="triton is for Linux")
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import DISTORTION, CodeLayout
+from nexusquant_cache.codec.operands import PackedOperand, side_plan
+from nexusquant_cache.codec.triton import encode as kernel
 from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.kernels import encode as kernel
-from nexusquant_cache.kernels.operands import PackedOperand, side_plan
-from nexusquant_cache.layout import DISTORTION, CodeLayout
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

@@ -27,12 +27,12 @@ from nexusquant_cache import (
     attention,
     compressed_generation,
 )
-from nexusquant_cache.cache import host
-from nexusquant_cache.cache import layer as layer_module
-from nexusquant_cache.cache import tokens as tokens_module
-from nexusquant_cache.cache.host import FrozenTensor, to_device
 from nexusquant_cache.cache.report import storage_bytes
-from nexusquant_cache.cache.tokens import TokenBuffer
+from nexusquant_cache.layer import host
+from nexusquant_cache.layer import layer as layer_module
+from nexusquant_cache.layer import tokens as tokens_module
+from nexusquant_cache.layer.host import FrozenTensor, to_device
+from nexusquant_cache.layer.tokens import TokenBuffer
 
 
 @pytest.fixture(scope="module")

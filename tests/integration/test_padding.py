@@ -28,7 +28,7 @@ from nexusquant_cache import (
     ShapeError,
     UnsupportedError,
 )
-from nexusquant_cache.cache.padding import BatchPadding, leading_pads
+from nexusquant_cache.layer.padding import BatchPadding, leading_pads
 
 TOKENS = 60
 SINKS, RESIDUAL = SMALL["sink_tokens"], SMALL["residual_length"]

@@ -51,15 +51,11 @@ from nexusquant_cache import (
     OptionError,
     UnsupportedError,
     WindowAttentionPolicy,
-    store,
 )
-from nexusquant_cache.cache.layer import NexusQuantLayer
-from nexusquant_cache.cache.state import Lists
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import Rotation
-from nexusquant_cache.reference.rope import RotaryPhase
-from nexusquant_cache.serialization import (
+from nexusquant_cache.files import (
     container,
-    entropy,
     hash_tokens,
     inspect_file,
     reader,
@@ -67,7 +63,11 @@ from nexusquant_cache.serialization import (
     verify_file,
     writer,
 )
-from nexusquant_cache.serialization.streams import Stream
+from nexusquant_cache.files import packing as entropy
+from nexusquant_cache.files.contents import Stream
+from nexusquant_cache.files.state import Lists
+from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.store import store
 
 register_codec(
     "tests.lossless", LosslessCodec, lambda codec: {"head_dim": codec.head_dim}, lambda x: LosslessCodec(**x)

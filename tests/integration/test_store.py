@@ -32,9 +32,11 @@ from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, logit
 from transformers import MistralConfig
 from unit.evaluation_tiny import PROSE, tiny
 
-from nexusquant_cache import FormatError, KeyNormPolicy, NexusQuantCache, OptionError, store
-from nexusquant_cache.serialization import convert_file, registry
-from nexusquant_cache.store import PrefixStore, StoreEntry
+from nexusquant_cache import FormatError, KeyNormPolicy, NexusQuantCache, OptionError
+from nexusquant_cache.codec import registry
+from nexusquant_cache.files import convert_file
+from nexusquant_cache.store import store
+from nexusquant_cache.store.store import PrefixStore, StoreEntry
 
 OTHER = {"hidden_size": 32, "num_attention_heads": 2}  # another model
 CHANCE = random.SystemRandom()  # when to kill: no run is like the other anyway

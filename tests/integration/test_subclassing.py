@@ -12,7 +12,7 @@ from transformers import LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, CacheConfig, EvictionPolicy, NexusQuantCache
 from nexusquant_cache.codec.base import VectorCodec
-from nexusquant_cache.layout import CodeLayout
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.policy import ScoreInputs
 
 

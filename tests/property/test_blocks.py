@@ -4,15 +4,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from lattice import is_member, mirror
 from torch import Tensor
 
 import oracles
 import strategies
-from nexusquant_cache.lattice import is_member, mirror
-from nexusquant_cache.layout import BLOCK, CodeLayout, block_code
-from nexusquant_cache.reference.blocks import decode_blocks, level_indices, nearest, nearest_codes
-from nexusquant_cache.reference.packing import pack
-from nexusquant_cache.reference.tables import covered_stages, decode_heads, decode_rows
+from nexusquant_cache.codec.blocks import decode_blocks, level_indices, nearest, nearest_codes
+from nexusquant_cache.codec.layout import BLOCK, CodeLayout, block_code
+from nexusquant_cache.codec.packing import pack
+from nexusquant_cache.codec.tables import covered_stages, decode_heads, decode_rows
 
 BITS = (1, 2, 3, 4)
 EPS = torch.finfo(torch.float32).eps

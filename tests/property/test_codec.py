@@ -14,12 +14,12 @@ import strategies
 from nexusquant_cache.codec import e8
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec, _ScaleSearch
+from nexusquant_cache.codec.layout import BLOCK, CodeLayout
+from nexusquant_cache.codec.packing import pack
 from nexusquant_cache.codec.scale import STEPS_PER_OCTAVE
+from nexusquant_cache.codec.tables import decode_rows
 from nexusquant_cache.codec.transform import HadamardRotation, Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.layout import BLOCK, CodeLayout
-from nexusquant_cache.reference.packing import pack
-from nexusquant_cache.reference.tables import decode_rows
 
 BITS = (1, 2, 3, 4)
 GAINS = ("least_squares", "norm", "unbiased")

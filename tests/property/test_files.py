@@ -30,10 +30,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nexusquant_cache import FormatError, NexusQuantCache, OptionError
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.errors import NexusQuantError
-from nexusquant_cache.serialization.entropy import CODES
-from nexusquant_cache.serialization.reader import read_file
+from nexusquant_cache.files.packing import CODES
+from nexusquant_cache.files.reader import read_file
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 IS_THOROUGH = settings().max_examples >= 1000
 EXAMPLES = 10_000 if IS_THOROUGH else 100

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import strategies
-from nexusquant_cache.codec.transform import HadamardRotation
-from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.reference.hadamard import (
+from nexusquant_cache.codec.hadamard import (
     apply_hadamard,
     apply_hadamard_rows,
     hadamard_factors,
@@ -17,6 +15,8 @@ from nexusquant_cache.reference.hadamard import (
     hadamard_stages,
     random_signs,
 )
+from nexusquant_cache.codec.transform import HadamardRotation
+from nexusquant_cache.errors import ShapeError
 
 EPS = torch.finfo(torch.float32).eps
 CPU = torch.device("cpu")

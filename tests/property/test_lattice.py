@@ -6,11 +6,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from lattice import COVERING_RADIUS, SECOND_MOMENT, is_member, mirror, nearest_point
 from torch import Tensor
 
 import oracles
 import strategies
-from nexusquant_cache.lattice import COVERING_RADIUS, SECOND_MOMENT, is_member, mirror, nearest_point
 
 # Distances of float32 vectors up to 64: eight squares below 1, rounded a few times each.
 ROUNDING = 8 * torch.finfo(torch.float32).eps

@@ -20,8 +20,8 @@ from integration.tiny import reachable_bytes
 from torch import Tensor
 
 from nexusquant_cache import EvictionPolicy, NexusQuantCache, ScoreInputs
-from nexusquant_cache.cache.observations import QUERY_WINDOW
 from nexusquant_cache.errors import ShapeError
+from nexusquant_cache.layer.observations import QUERY_WINDOW
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 8
 SETTINGS: dict[str, Any] = {

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import oracles
 import strategies
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.packing import pack, unpack
 from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.reference.packing import pack, unpack
 
 
 @given(strategies.bit_plans(), strategies.ragged_rows(), st.data())

@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.codec.blocks import decode_blocks
 from nexusquant_cache.codec.e8 import E8Codec, _ScaleSearch
+from nexusquant_cache.codec.layout import BLOCK, DISTORTION, CodeLayout, sloped_layouts
+from nexusquant_cache.codec.packing import pack, unpack
 from nexusquant_cache.codec.scale import decode_scales
+from nexusquant_cache.codec.tables import decode_rows
 from nexusquant_cache.codec.transform import PrincipalRotation
 from nexusquant_cache.errors import OptionError
-from nexusquant_cache.layout import BLOCK, DISTORTION, CodeLayout, sloped_layouts
-from nexusquant_cache.reference.blocks import decode_blocks
-from nexusquant_cache.reference.packing import pack, unpack
-from nexusquant_cache.reference.tables import decode_rows
 
 HEAD_DIMS = (8, 40, 64, 80, 96, 128, 256)
 OCTAVES = (0.0, 3.0, 9.0)  # by which the variance of the heads falls over the channels

@@ -24,11 +24,11 @@ from transformers import (
 from transformers.models.llama import modeling_llama
 
 from nexusquant_cache import KeyNormPolicy, NexusQuantCache, WindowAttentionPolicy, attention
-from nexusquant_cache.attention import implementation
+from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.attention.reconstruction import greatest_attention
-from nexusquant_cache.cache.layer import NexusQuantLayer
-from nexusquant_cache.cache.observations import note_keys, take_layer_of
 from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.observations import note_keys, take_layer_of
 
 NOTHING_REGISTERED = """
 import nexusquant_cache, nexusquant_cache.attention

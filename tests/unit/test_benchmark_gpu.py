@@ -15,9 +15,9 @@ import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from nexusquant_cache.attention.codes import attend
-from nexusquant_cache.cache.held import CodedSide
-from nexusquant_cache.kernels.operands import Softmax
+from nexusquant_cache.codec.held import CodedSide
+from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.torch.attend import attend
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PARTS = ("numerics", "attention", "encode", "end_to_end", "capacity")

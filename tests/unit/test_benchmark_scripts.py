@@ -11,6 +11,8 @@ from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.evaluation import (
     Candidate,
     Continuation,
@@ -20,9 +22,7 @@ from nexusquant_cache.evaluation import (
     nexusquant_candidate,
     run_plain,
 )
-from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.policy import ScoreInputs
-from nexusquant_cache.reference.rope import RotaryPhase
 
 UNCHECKED = 1e9
 

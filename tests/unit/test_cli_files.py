@@ -8,11 +8,12 @@ from files import MAKERS, file_bytes, forged
 from integration.tiny import random_states, tiny_config
 from typer.testing import CliRunner
 
-from nexusquant_cache import KeyNormPolicy, NexusQuantCache, PrefixStore, store
+from nexusquant_cache import KeyNormPolicy, NexusQuantCache, PrefixStore
 from nexusquant_cache.cli import app as app_module
 from nexusquant_cache.cli.app import app
-from nexusquant_cache.serialization import inspect_file
-from nexusquant_cache.serialization.schema import StockMeta
+from nexusquant_cache.files import inspect_file
+from nexusquant_cache.files.schema import StockMeta
+from nexusquant_cache.store import store
 
 
 def run(*arguments):

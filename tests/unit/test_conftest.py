@@ -7,8 +7,7 @@ import socket
 import pytest
 import torch
 from jaxtyping import TypeCheckError
-
-from nexusquant_cache.lattice import nearest_point
+from lattice import nearest_point
 
 
 def test_fresh_memory_is_poisoned():

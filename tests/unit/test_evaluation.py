@@ -9,7 +9,7 @@ from transformers import DynamicCache, MistralConfig
 from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
-from nexusquant_cache.attention import implementation
+from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.evaluation import (
     PLAIN_CANDIDATE,
     Candidate,

@@ -5,15 +5,15 @@ import os
 import pytest
 import torch
 
+from nexusquant_cache.codec.blocks import decode_blocks
+from nexusquant_cache.codec.layout import COMPANDER, CodeLayout, block_code
+from nexusquant_cache.codec.operands import PackedOperand, side_plan
+from nexusquant_cache.codec.packing import pack
 from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.kernels.operands import PackedOperand, side_plan
-from nexusquant_cache.layout import COMPANDER, CodeLayout, block_code
-from nexusquant_cache.reference.blocks import decode_blocks
-from nexusquant_cache.reference.packing import pack
 
 triton = pytest.importorskip("triton", reason="triton is for Linux")
 tl = pytest.importorskip("triton.language")
-codes = pytest.importorskip("nexusquant_cache.kernels.codes")
+codes = pytest.importorskip("nexusquant_cache.codec.triton.codes")
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

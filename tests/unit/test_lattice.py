@@ -1,12 +1,12 @@
-"""Hand-computed examples and the messages of `nexusquant_cache.lattice`."""
+"""Hand-computed examples and the messages of `lattice`."""
 
 import pytest
 import torch
+from lattice import SECOND_MOMENT, is_member, mirror, nearest_point
 from torch import Tensor
 
 import oracles
 from nexusquant_cache.errors import DtypeError, ShapeError
-from nexusquant_cache.lattice import SECOND_MOMENT, is_member, mirror, nearest_point
 
 
 def eight(*values: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Hand-computed examples and the messages of `nexusquant_cache.layout`."""
+"""Hand-computed examples and the messages of `nexusquant_cache.codec.layout`."""
 
 import itertools
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import oracles
-from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.layout import (
+from nexusquant_cache.codec.blocks import nearest
+from nexusquant_cache.codec.layout import (
     BLOCK,
     DISTORTION,
     BlockCode,
@@ -17,7 +17,7 @@ from nexusquant_cache.layout import (
     sloped_layouts,
     whole_bits,
 )
-from nexusquant_cache.reference.blocks import nearest
+from nexusquant_cache.errors import OptionError, ShapeError
 
 BITS = (1, 2, 3, 4)
 

@@ -27,11 +27,11 @@ from nexusquant_cache import (
     ValueAware,
     WindowAttentionPolicy,
 )
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, NonFiniteError, OptionError, ShapeError
 from nexusquant_cache.policy.base import _note_stand_ins
 from nexusquant_cache.policy.combined import _ranks
 from nexusquant_cache.policy.queries import _mean_turn
-from nexusquant_cache.reference.rope import RotaryPhase
 
 POLICIES: dict[str, EvictionPolicy] = {
     "key_key": KeyKeyPolicy(),

@@ -5,8 +5,8 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.errors import NexusQuantError, OptionError, suggest
-from nexusquant_cache.layout import CodeLayout
 from nexusquant_cache.presets import PRESETS, CacheConfig, resolve_preset
 
 PROMISED = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}  # compression factors

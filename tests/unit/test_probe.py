@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nexusquant_cache.cache.probe import attention_error, stand_in_queries
+from nexusquant_cache.layer.probe import attention_error, stand_in_queries
 
 
 def pair(keys: list[list[float]], values: list[list[float]]) -> tuple[Tensor, Tensor]:

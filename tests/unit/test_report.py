@@ -12,9 +12,9 @@ from nexusquant_cache import EvictionPolicy, LayerReport, MemoryReport, NexusQua
 from nexusquant_cache.cache.report import storage_bytes, tensors_of
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import Rotation
-from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.reference.rope import RotaryPhase
 
 
 @dataclass

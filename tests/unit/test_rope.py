@@ -1,4 +1,4 @@
-"""`nexusquant_cache.reference.rope`: the laws of the rotation, its tables, and what it refuses."""
+"""`nexusquant_cache.codec.rope`: the laws of the rotation, its tables, and what it refuses."""
 
 import copy
 import pickle
@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import DtypeError, ShapeError
-from nexusquant_cache.reference.rope import RotaryPhase
 
 EPS = torch.finfo(torch.float32).eps
 # A phase is the product of two rounded rows (3 roundings of cos and sin), then two products and a sum.

@@ -29,24 +29,24 @@ from integration.tiny import SMALL, LosslessCodec, logits, prompt, random_states
 from transformers.cache_utils import DynamicIndexedLayer
 
 from nexusquant_cache import CacheConfig, FormatError, NexusQuantCache, NonFiniteError, OptionError, UnsupportedError
-from nexusquant_cache.cache.state import Source, restore_stock, stock_state
+from nexusquant_cache.codec import registry
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.layout import CodeLayout
-from nexusquant_cache.serialization import (
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.files import (
     checks,
     convert_file,
-    entropy,
     inspect_file,
     register_codec,
-    registry,
     schema,
-    streams,
     verify_file,
 )
-from nexusquant_cache.serialization.container import header_bytes, read_header
-from nexusquant_cache.serialization.reader import read_file
-from nexusquant_cache.serialization.schema import BodyMeta, CodecMeta, Seed, TransformMeta, from_json, to_json
-from nexusquant_cache.serialization.streams import Stream, streams_of
+from nexusquant_cache.files import contents as streams
+from nexusquant_cache.files import packing as entropy
+from nexusquant_cache.files.container import header_bytes, read_header
+from nexusquant_cache.files.contents import Stream, streams_of
+from nexusquant_cache.files.reader import read_file
+from nexusquant_cache.files.schema import BodyMeta, CodecMeta, Seed, TransformMeta, from_json, to_json
+from nexusquant_cache.files.state import Source, restore_stock, stock_state
 
 
 @pytest.fixture

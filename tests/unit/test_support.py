@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.codec import fused
+from nexusquant_cache.codec import impl as support
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+from nexusquant_cache.codec.triton import coding as fused
 from nexusquant_cache.errors import OptionError, UnsupportedError
-from nexusquant_cache.kernels import support
-from nexusquant_cache.layout import CodeLayout
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 

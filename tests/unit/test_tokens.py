@@ -6,10 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nexusquant_cache.cache.tokens import PackedSide, PackedTokens, PositionMap, TokenBuffer
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.layout import CodeLayout
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.positions import PositionMap
+from nexusquant_cache.layer.tokens import PackedSide, PackedTokens, TokenBuffer
 
 CPU = torch.device("cpu")
 

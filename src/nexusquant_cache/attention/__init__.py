@@ -13,8 +13,8 @@ Nothing is registered when this package is imported: `enable` does it, through t
 `AttentionMaskInterface`.
 """
 
+from nexusquant_cache.attention.enable import disable, enable
 from nexusquant_cache.attention.reconstruction import reconstruct
 from nexusquant_cache.attention.recording import record_queries
-from nexusquant_cache.attention.selection import disable, enable
 
 __all__ = ["disable", "enable", "reconstruct", "record_queries"]

@@ -10,12 +10,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
-from nexusquant_cache.attention.implementation import Listener
+from nexusquant_cache.attention.enable import attention_modules
+from nexusquant_cache.attention.function import Listener
 from nexusquant_cache.attention.recording import listening
-from nexusquant_cache.attention.selection import attention_modules
 from nexusquant_cache.cache.cache import NexusQuantCache
-from nexusquant_cache.cache.layer import NexusQuantLayer
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.layer import NexusQuantLayer
 
 _BLOCK = 1 << 25  # logits computed at once, over all heads: 128 MiB in float32
 

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nexusquant_cache.attention.implementation import LISTENERS, Listener
-from nexusquant_cache.attention.selection import attention_modules, disable, enable, is_enabled
+from nexusquant_cache.attention.enable import attention_modules, disable, enable, is_enabled
+from nexusquant_cache.attention.function import LISTENERS, Listener
 from nexusquant_cache.errors import OptionError
 
 

@@ -21,27 +21,27 @@ from transformers.cache_utils import (
     LinearAttentionCacheLayerMixin,
 )
 
-from nexusquant_cache.cache.held import Side
-from nexusquant_cache.cache.host import HOST, to_device, to_host
-from nexusquant_cache.cache.layer import NexusQuantLayer, When
-from nexusquant_cache.cache.padding import BatchPadding, leading_pads
 from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
-from nexusquant_cache.cache.saving import check_config, check_tokens, export_cache, import_cache
-from nexusquant_cache.cache.tokens import LayerTransforms
-from nexusquant_cache.cache.uncompiled import uncompiled
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.held import Side
+from nexusquant_cache.codec.layout import MAX_BITS, CodeLayout
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
-from nexusquant_cache.layout import MAX_BITS, CodeLayout
+from nexusquant_cache.files.checks import settings_of
+from nexusquant_cache.files.fingerprint import TokenIds
+from nexusquant_cache.files.packing import check_level
+from nexusquant_cache.files.reader import check_dtype, read_file
+from nexusquant_cache.files.saving import check_config, check_tokens, export_cache, import_cache
+from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
+from nexusquant_cache.layer.host import HOST, to_device, to_host
+from nexusquant_cache.layer.layer import NexusQuantLayer, When
+from nexusquant_cache.layer.padding import BatchPadding, leading_pads
+from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
-from nexusquant_cache.reference.rope import RotaryPhase
-from nexusquant_cache.serialization.checks import settings_of
-from nexusquant_cache.serialization.entropy import check_level
-from nexusquant_cache.serialization.fingerprint import TokenIds
-from nexusquant_cache.serialization.reader import check_dtype, read_file
-from nexusquant_cache.serialization.writer import AtRest, Progress, check_threads, measure, write_file
+from nexusquant_cache.uncompiled import uncompiled
 
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
@@ -620,7 +620,7 @@ class NexusQuantCache(DynamicCache):
             OptionError: If the level or the number of threads is none, the token ids are not ``[batch, tokens]``, or
                 the metadata are no texts or too long.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
-                (`nexusquant_cache.serialization.register_codec`), rotations and layers of other classes, layers that
+                (`nexusquant_cache.files.register_codec`), rotations and layers of other classes, layers that
                 have seen different numbers of tokens, or anything else that `load` would refuse.
             CacheStateError: If an earlier forward failed half-way through a compression.
             NonFiniteError: If an exact token, or a layer of transformers' own, holds NaN or infinity.

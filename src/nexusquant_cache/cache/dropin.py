@@ -11,9 +11,9 @@ from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, StaticCache
 
 from nexusquant_cache.cache.cache import NexusQuantCache
-from nexusquant_cache.cache.layer import When
-from nexusquant_cache.cache.padding import is_left_padding
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
+from nexusquant_cache.layer.layer import When
+from nexusquant_cache.layer.padding import is_left_padding
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
 

@@ -6,7 +6,7 @@ from types import ModuleType
 
 import torch
 
-from nexusquant_cache.serialization.writer import AtRest
+from nexusquant_cache.files.writer import AtRest
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from nexusquant_cache.reference.rope import RotaryPhase
+from nexusquant_cache.codec.rope import RotaryPhase
 
 # Channels (2 i, 2 i + 1) form a pair.  Models with latent attention are not listed: what they cache as
 # keys is not rotated at all.

@@ -24,10 +24,10 @@ from nexusquant_cache.evaluation.presets import preset_candidates
 from nexusquant_cache.evaluation.report import check_plots, write_report
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
+from nexusquant_cache.files import convert_file, inspect_file, verify_file
+from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.presets import PRESETS, resolve_preset
-from nexusquant_cache.serialization import convert_file, inspect_file, verify_file
-from nexusquant_cache.serialization.writer import Progress
-from nexusquant_cache.store import PrefixStore
+from nexusquant_cache.store.store import PrefixStore
 
 _Part = TypeVar("_Part", str, int, float)
 

@@ -9,12 +9,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from nexusquant_cache.cache.state import describe_settings
+from nexusquant_cache.files import AtRest, FileSummary
+from nexusquant_cache.files.checks import settings_of
+from nexusquant_cache.files.schema import LayerMeta, StockMeta
+from nexusquant_cache.files.state import describe_settings
 from nexusquant_cache.presets import PRESETS
-from nexusquant_cache.serialization import AtRest, FileSummary
-from nexusquant_cache.serialization.checks import settings_of
-from nexusquant_cache.serialization.schema import LayerMeta, StockMeta
-from nexusquant_cache.store import StoreEntry
+from nexusquant_cache.store.store import StoreEntry
 
 _NONE = "-"
 _SHORT = 8  # digits of a hash

@@ -9,16 +9,16 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from nexusquant_cache.codec import fused
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.blocks import codes_of, nearest
+from nexusquant_cache.codec.impl import Impl, are_wanted, distance, is_right, refuse
+from nexusquant_cache.codec.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
+from nexusquant_cache.codec.packing import pack
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
+from nexusquant_cache.codec.tables import covered_stages, decode_heads
 from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
+from nexusquant_cache.codec.triton import coding as fused
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
-from nexusquant_cache.kernels.support import Impl, are_wanted, distance, is_right, refuse
-from nexusquant_cache.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
-from nexusquant_cache.reference.blocks import codes_of, nearest
-from nexusquant_cache.reference.packing import pack
-from nexusquant_cache.reference.tables import covered_stages, decode_heads
 
 GainRule = Literal["least_squares", "norm", "unbiased"]
 TransformRule = Literal["auto", "principal", "hadamard"]

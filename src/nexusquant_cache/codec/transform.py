@@ -9,15 +9,15 @@ import torch
 from jaxtyping import Float, Int8, UInt8
 from torch import Tensor
 
-from nexusquant_cache.kernels.operands import SidePlan, side_plan
-from nexusquant_cache.layout import BLOCK, CodeLayout
-from nexusquant_cache.reference.hadamard import (
+from nexusquant_cache.codec.hadamard import (
     apply_hadamard,
     apply_hadamard_rows,
     hadamard_factors,
     hadamard_matrix,
     random_signs,
 )
+from nexusquant_cache.codec.layout import BLOCK, CodeLayout
+from nexusquant_cache.codec.operands import SidePlan, side_plan
 
 _INT8_MAX = 127
 _LEAST_DEVIATION = 1 / _INT8_MAX  # of a channel, relative to the largest: rounding of the axes spills over that much

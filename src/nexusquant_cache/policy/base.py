@@ -12,8 +12,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, NonFiniteError, OptionError, ShapeError, suggest
-from nexusquant_cache.reference.rope import RotaryPhase
 
 _LOGGER = logging.getLogger(__name__)
 

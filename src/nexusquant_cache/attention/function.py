@@ -1,0 +1,231 @@
+"""The attention function: that of another implementation, and a look at the queries.
+
+For each stock implementation there is one of ours, named after it: ``nexusquant_sdpa``, ``nexusquant_eager``.  The name
+in the model's config so says all there is to know, also in a copy of the model and for transformers' own tests for
+"flash" in a name.
+"""
+
+import inspect
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nexusquant_cache.codec.held import HeldTokens
+from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.torch.attend import attend, can_read
+from nexusquant_cache.codec.triton import attention as fused
+from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.layer.observations import take_layer_of
+from nexusquant_cache.states import HeldStates
+from nexusquant_cache.uncompiled import uncompiled
+
+PREFIX = "nexusquant_"
+_EAGER = "eager_attention_forward"  # each file of transformers that has attention has its own, so named
+# These take no account of the name in the config.
+_NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
+# Some layers of these compute the last queries only.  Where sdpa does without a mask, that would not be causal, which
+# they avoid under the name "sdpa".
+_CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
+
+MOST_QUERIES = 16
+"""With more queries at once decoded tokens pay for themselves."""
+_UNDERSTOOD = frozenset(
+    {"dropout", "is_causal", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
+)
+_AXES = 4  # batch, heads, queries, tokens
+
+Attention = Callable[..., Any]
+
+
+class Listener(ABC):
+    """Sees what some attention modules, each with the index of its cache layer, compute from."""
+
+    def __init__(self, modules: dict[nn.Module, int]) -> None:
+        self.modules = modules
+
+    @abstractmethod
+    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+        """Take note of one attention of one of the modules."""
+
+
+class _Listeners(threading.local):
+    """Who listens to the forwards of this thread."""
+
+    def __init__(self) -> None:
+        self.all: list[Listener] = []
+
+
+LISTENERS = _Listeners()
+_found: dict[tuple[type, str], Attention] = {}
+
+
+def name_for(stock: str) -> str:
+    """Return the name of our implementation on top of a stock one."""
+    return PREFIX + stock
+
+
+def stock_of(name: str | None) -> str | None:
+    """Return the stock implementation under one of ours; None if this is the name of another one."""
+    return name.removeprefix(PREFIX) if name is not None and name.startswith(PREFIX) else None
+
+
+def register(stock: str) -> str:
+    """Register our implementation on top of a stock one, and its mask; return its name."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - heavy; a model has it
+
+    name = name_for(stock)
+    AttentionInterface.register(name, _attention_on(stock))
+    masks = AttentionMaskInterface()
+    if stock in masks:  # without one transformers makes no mask
+        AttentionMaskInterface.register(name, masks[stock])
+    return name
+
+
+def _attention_on(stock: str) -> Attention:
+    def attention(
+        module: Any,  # noqa: ANN401 - an attention module of transformers
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Any = None,  # noqa: ANN401 - of a type for each implementation
+        **kwargs: Any,  # noqa: ANN401 - passed on
+    ) -> Any:  # noqa: ANN401
+        show_queries(module, query, key, kwargs.get("scaling"))
+        held = held_tokens(key, value)
+        if held is not None:
+            read = read_codes(stock, query, held, attention_mask, kwargs)
+            if read is not None:
+                return read
+        compute = _found.get((type(module), stock)) or find_stock(type(module), stock)
+        if stock == "sdpa" and attention_mask is None and module.config.model_type in _CUTS_QUERIES:
+            attention_mask = _causal_mask(query, key)
+        named = module if stock in _NAMELESS else _Renamed(module, stock)
+        return compute(named, query, key, value, attention_mask, **kwargs)
+
+    return attention
+
+
+def _causal_mask(query: Tensor, key: Tensor) -> Tensor | None:
+    """Return the mask of the last queries of a prompt; None for all or one of them, where sdpa needs none."""
+    queries, tokens = query.shape[2], key.shape[2]
+    if queries in {1, tokens}:
+        return None
+    return torch.ones(queries, tokens, dtype=torch.bool, device=query.device).tril(tokens - queries)
+
+
+class _Renamed:
+    """A module whose config names the stock implementation, for kernels that are found by that name."""
+
+    def __init__(self, module: Any, stock: str) -> None:  # noqa: ANN401 - a module or its config
+        self._module, self._attn_implementation = module, stock
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401
+        found = getattr(self._module, name)
+        return _Renamed(found, self._attn_implementation) if name == "config" else found
+
+
+def held_tokens(keys: object, values: object) -> HeldTokens | None:
+    """Return what keys and values stand for, if both are those of one layer at one moment and not yet decoded."""
+    if isinstance(keys, HeldStates) and isinstance(values, HeldStates) and keys.held is values.held:
+        return keys.held
+    return None
+
+
+@uncompiled
+def read_codes(
+    stock: str, query: Tensor, held: HeldTokens, mask: object, options: dict[str, Any]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Return what the stock implementation would, read from the codes; None if it has to compute it.
+
+    That is for many queries at once, where decoding pays, and for whatever is not understood here.
+
+    Raises:
+        UnsupportedError: If dropout is asked for.
+    """
+    if options.get("dropout"):
+        msg = f"a compressed cache is read without dropout, got dropout={options['dropout']}: call model.eval()"
+        raise UnsupportedError(msg)
+    if query.shape[2] > MOST_QUERIES:
+        return None
+    unknown = {name for name, given in options.items() if given is not None} - _UNDERSTOOD
+    if unknown or not can_read(held) or not _is_understood(mask, query.shape[2], held.tokens):
+        return None
+    scaling = options.get("scaling")
+    bounded = stock != "sdpa"  # which passes over softcap and sinks
+    softmax = Softmax(
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        softcap=options.get("softcap") if bounded else None,
+        sinks=options.get("s_aux") if bounded else None,
+    )
+    visible = mask if isinstance(mask, Tensor) else None
+    # Eager attention tells its weights, and numbers may be added to the logits: both are for plain torch.
+    if stock != "eager" and (visible is None or visible.dtype == torch.bool) and fused.can_attend(held):
+        read = fused.attend(query, held, visible, softmax)
+        if read is not None and fused.is_right(held, read, lambda: attend(query, held, visible, softmax)[0]):
+            return read.transpose(1, 2).contiguous(), None
+    out, weights = attend(query, held, visible, softmax)
+    return out.to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype) if stock == "eager" else None
+
+
+def _is_understood(mask: object, queries: int, tokens: int) -> bool:
+    """Tell whether this is a mask of logits, or none where all tokens may be seen."""
+    if mask is None:
+        return queries == 1
+    return isinstance(mask, Tensor) and mask.ndim == _AXES and mask.shape[-1] == tokens
+
+
+@uncompiled
+def show_queries(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
+    """Hand the queries to the cache layer that these keys come from, and to whoever listens."""
+    layer = take_layer_of(keys)
+    if layer is not None:
+        layer.codes_are_read = True
+        if not layer.wants_queries:
+            layer = None
+    listeners = [each for each in LISTENERS.all if module in each.modules]
+    if layer is None and not listeners:
+        return
+    scaled = _scaled(queries.detach(), scaling)
+    if layer is not None:
+        layer.observe_queries(scaled)
+    for listener in listeners:
+        listener.hear(listener.modules[module], scaled, keys)
+
+
+def _scaled(queries: Tensor, scaling: float | None) -> Tensor:
+    """Return queries whose logits are those of the model when they are divided by ``head_dim ** 0.5``."""
+    factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
+    return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
+
+
+def has_interface(attention: type) -> bool:
+    """Tell whether a class of modules finds its attention function by name."""
+    return "ALL_ATTENTION_FUNCTIONS" in _forward_of(attention).__code__.co_names
+
+
+def find_stock(attention: type, stock: str) -> Attention:
+    """Return the function that a class of attention modules would call under a stock implementation.
+
+    It is looked up as transformers does it: in the interface of the file that the class is from, with the function of
+    that file as the eager one.
+
+    Raises:
+        UnsupportedError: If there is none.
+    """
+    forward = _forward_of(attention)
+    eager = next((name for name in forward.__code__.co_names if name.endswith(_EAGER)), _EAGER)
+    interface = forward.__globals__["ALL_ATTENTION_FUNCTIONS"]
+    found: Attention | None = interface.get(stock, forward.__globals__.get(eager) if stock == "eager" else None)
+    if found is None:
+        msg = f"{attention.__name__} has no attention function for {stock!r}"
+        raise UnsupportedError(msg)
+    _found[attention, stock] = found
+    return found
+
+
+def _forward_of(attention: Any) -> Any:  # noqa: ANN401 - a class of modules, a function
+    return inspect.unwrap(attention.forward)

@@ -1,0 +1,99 @@
+"""The original positions of kept tokens, at a bit per token."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+@dataclass
+class PositionMap:
+    """Which of the tokens seen since ``start`` are kept, at one bit per token and head where any are evicted.
+
+    Attributes:
+        start: Position of the first token covered.
+        covered: Tokens seen that ``bitmap`` covers.
+        bitmap: Bit ``i % 8`` of byte ``i // 8`` says whether token ``start + i`` is kept; None while all are.
+        kept: Tokens kept among the covered ones, equal in all heads.
+        dense: Tokens after the covered ones, all kept.
+    """
+
+    start: int
+    covered: int = 0
+    kept: int = 0
+    dense: int = 0
+    bitmap: Tensor | None = field(default=None)
+
+    @property
+    def tokens(self) -> int:
+        """Number of kept tokens."""
+        return self.kept + self.dense
+
+    @property
+    def end(self) -> int:
+        """Position behind the last token."""
+        return self.start + self.covered + self.dense
+
+    def append_all(self, tokens: int) -> None:
+        """Add tokens that are all kept."""
+        self.dense += tokens
+
+    def append(self, keep: Bool[Tensor, "b h n"]) -> None:
+        """Add tokens of which these are kept, the same number in every head."""
+        earlier = keep.new_ones(*keep.shape[:2], self.dense)
+        self.dense = 0
+        self._set(torch.cat([self._bits(keep), earlier, keep], -1))
+
+    def kept_before(self, end: int) -> Int[Tensor, "b h"] | int:
+        """Return how many kept tokens stand before position ``end``, as one number where all heads agree."""
+        behind = end - self.start - self.covered
+        if behind >= 0:
+            return self.kept + min(behind, self.dense)
+        if self.bitmap is None:
+            return 0
+        return self._bits(self.bitmap)[..., : max(end - self.start, 0)].sum(-1)
+
+    def crop(self, end: int, tokens: int) -> None:
+        """Forget positions from ``end`` on, and in each head the first ones before it, so that ``tokens`` are left."""
+        behind = end - self.start - self.covered
+        if behind >= 0 and self.kept + behind == tokens:
+            self.dense = behind
+            return
+        assert self.bitmap is not None, "positions that are all kept are only ever cut behind their start"
+        bits = self._bits(self.bitmap)[..., : max(end - self.start, 0)]
+        bits = torch.cat([bits, bits.new_ones(*bits.shape[:2], max(behind, 0))], -1)
+        surplus = bits.sum(-1, keepdim=True) - tokens
+        self.dense = 0
+        self._set(bits & (bits.cumsum(-1) > surplus))
+
+    def _set(self, bits: Bool[Tensor, "b h covered"]) -> None:
+        """Cover these tokens and no others."""
+        self.covered = bits.shape[-1]
+        self.kept = int(bits[0, 0].sum())
+        padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(*bits.shape[:2], -1, 8)
+        weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+        self.bitmap = (padded * weights).sum(-1, dtype=torch.uint8)
+
+    def _bits(self, like: Tensor) -> Bool[Tensor, "b h covered"]:
+        if self.bitmap is None:
+            return like.new_ones(*like.shape[:2], self.covered, dtype=torch.bool)
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
+        bits = (self.bitmap[..., None] >> shifts & 1).flatten(-2)
+        return bits[..., : self.covered].bool()
+
+    def positions(self, device: torch.device) -> Int[Tensor, "*heads tokens"]:
+        """Return the kept positions, ascending: ``[tokens]`` if all are kept, else ``[b, h, tokens]``."""
+        end = self.start + self.covered
+        if self.bitmap is None:
+            return torch.arange(self.start, end + self.dense, device=device)
+        bits = self._bits(self.bitmap)
+        kept = bits.nonzero()[:, -1].view(*bits.shape[:2], self.kept) + self.start
+        dense = torch.arange(end, end + self.dense, device=device).expand(*bits.shape[:2], -1)
+        return torch.cat([kept, dense], -1)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to the bitmap, whose first axis is the batch."""
+        if self.bitmap is not None:
+            self.bitmap = function(self.bitmap)

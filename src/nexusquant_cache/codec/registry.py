@@ -1,0 +1,139 @@
+"""Codecs that a file can name."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.hadamard import hadamard_factors
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.errors import FormatError, NexusQuantError, OptionError, UnsupportedError
+from nexusquant_cache.files.schema import CodecMeta
+
+Options = dict[str, Any]
+_MOST_CHANNELS = 2048  # of a head: plans of bits take a time that grows with the square
+MOST_CANDIDATES = 64
+"""Scales to try for each vector: each takes as long as the first."""
+_SEED_BITS = 64  # all that signs depend on
+
+
+@dataclass(frozen=True)
+class _Entry:
+    codec_class: type[VectorCodec]
+    describe: Callable[[Any], Options]
+    make: Callable[[Options], VectorCodec]
+
+
+def _describe_e8(codec: E8Codec) -> Options:
+    given = {name: getattr(codec, name) for name in _e8_options()}
+    if abs(codec.seed) >> _SEED_BITS:
+        given["seed"] = codec.seed & ((1 << _SEED_BITS) - 1)
+    return {
+        "head_dim": codec.layout.head_dim,
+        "block_bits": list(codec.layout.block_bits),
+        **{name: list(value) if isinstance(value, tuple) else value for name, value in given.items()},
+    }
+
+
+def _e8_options() -> Options:
+    """Return what a file may say of an E8 codec besides its layout, with defaults for what it does not say.
+
+    What is not compared does not decide codes (which implementation computes them) and is the reader's choice.
+    """
+    return {field.name: field.default for field in fields(E8Codec) if field.compare and field.name != "layout"}
+
+
+def _make_e8(options: Options) -> E8Codec:
+    given = dict(options)
+    head_dim, bits = given.pop("head_dim"), tuple(given.pop("block_bits"))
+    defaults = _e8_options()
+    for name, value in given.items():
+        given[name] = _like(defaults[name], value)
+    if type(head_dim) is not int or head_dim > _MOST_CHANNELS or not any(bits):
+        msg = f"impossible blocks: {str(bits)[:40]} of {str(head_dim)[:20]} channels"
+        raise ValueError(msg)
+    if len(given.get("candidates", ())) > MOST_CANDIDATES:
+        msg = f"more than {MOST_CANDIDATES} scale candidates"
+        raise ValueError(msg)
+    hadamard_factors(head_dim)
+    return E8Codec(CodeLayout(head_dim, bits), **given)
+
+
+def _like(default: object, value: Any) -> Any:  # noqa: ANN401 - JSON
+    """Return a value of JSON as an option of the kind that its default is."""
+    if isinstance(default, tuple) and isinstance(value, list):
+        return tuple(_like(default[0], x) for x in value)
+    if isinstance(default, float) and type(value) is int:
+        return float(value)
+    if type(value) is not type(default) or (isinstance(value, int) and abs(value) >> _SEED_BITS):
+        msg = f"{str(value)[:40]!r} in place of something like {default!r}"
+        raise TypeError(msg)
+    return value
+
+
+_CODECS: dict[str, _Entry] = {"e8": _Entry(E8Codec, _describe_e8, _make_e8)}
+
+
+def register_codec(
+    name: str,
+    codec_class: type[VectorCodec],
+    describe: Callable[[Any], Options],
+    make: Callable[[Options], VectorCodec],
+) -> None:
+    """Let caches with a codec of your own be saved and loaded; call it wherever either is done.
+
+    The codec's transforms must have one of the package's rotations, and its words must be one row of
+    ``bytes_per_vector - 1`` bytes per vector.
+
+    Args:
+        name: What files call the codec; choose one that nobody else will, such as ``"yourname.codec"``.
+        codec_class: The class; subclasses need names of their own.
+        describe: Returns what `make` needs, as values that JSON knows.
+        make: Makes an equal codec again.  It is given what a file says: check it, and raise ValueError if it is wrong.
+
+    Raises:
+        OptionError: If the name is taken by another class.
+    """
+    known = _CODECS.get(name)
+    if known is not None and known.codec_class is not codec_class:
+        msg = f"the codec name {name!r} is taken by {known.codec_class.__name__}; choose another"
+        raise OptionError(msg)
+    _CODECS[name] = _Entry(codec_class, describe, make)
+
+
+def describe_codec(codec: VectorCodec) -> CodecMeta:
+    """Return what a file says about a codec.
+
+    Raises:
+        UnsupportedError: If its class is not registered.
+    """
+    for name, entry in _CODECS.items():
+        if type(codec) is entry.codec_class:
+            return CodecMeta(name, entry.describe(codec))
+    msg = (
+        f"a file cannot name the codec class {type(codec).__name__}: register it first, with "
+        "nexusquant_cache.files.register_codec"
+    )
+    raise UnsupportedError(msg)
+
+
+def make_codec(meta: CodecMeta) -> VectorCodec:
+    """Return the codec that a file describes.
+
+    Raises:
+        FormatError: If it is not registered here, or the description makes no codec.
+    """
+    entry = _CODECS.get(meta.name)
+    if entry is None:
+        msg = f"the file needs the codec {meta.name[:60]!r}, not registered here (see nexusquant_cache.register_codec)"
+        raise FormatError(msg)
+    try:
+        codec = entry.make(dict(meta.options))
+    except (NexusQuantError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        msg = f"the file describes no codec {meta.name!r}: {error}"
+        raise FormatError(msg) from error
+    if type(codec) is not entry.codec_class or not 1 <= codec.bytes_per_vector <= 1 << 20:
+        msg = f"the file describes no codec {meta.name!r}"
+        raise FormatError(msg)
+    return codec

@@ -1,0 +1,1 @@
+"""The codec in plain torch: what every other implementation is compared with."""

@@ -1,0 +1,344 @@
+"""Which tensors a file must hold, as its metadata says: their names, dtypes and shapes, and limits on them."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import torch
+
+from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.codec.registry import make_codec
+from nexusquant_cache.errors import FormatError
+from nexusquant_cache.files.schema import (
+    CacheMeta,
+    GivenMeta,
+    LayerMeta,
+    QueriesMeta,
+    ShapeMeta,
+    StockMeta,
+    TensorMeta,
+    TransformMeta,
+)
+
+DTYPES: dict[str, tuple[str, torch.dtype]] = {
+    "float64": ("F64", torch.float64),
+    "float32": ("F32", torch.float32),
+    "float16": ("F16", torch.float16),
+    "bfloat16": ("BF16", torch.bfloat16),
+    "int64": ("I64", torch.int64),
+    "int32": ("I32", torch.int32),
+    "int16": ("I16", torch.int16),
+    "int8": ("I8", torch.int8),
+    "uint8": ("U8", torch.uint8),
+    "bool": ("BOOL", torch.bool),
+}
+"""Every dtype that a file may hold: torch's name of it, that of safetensors, and the dtype."""
+
+_FLOATS = ("float64", "float32", "float16", "bfloat16")
+_MOST_ROWS = 1 << 20
+_MOST_HEADS = 1 << 16
+_MOST_CHANNELS = 1 << 16
+_MOST_AXES = 8
+_MOST_ELEMENTS = 1 << 48
+_MOST_TENSORS = 1 << 15
+# Of the tensors of transformers' own layers, where it is the same in all: how many axes, and which is the batch.
+_STOCK_AXES = {"keys": (4, 0), "values": (4, 0), "indexer_keys": (3, 0), "indexer_position_ids": (3, 1)}
+_STOCK_STATES = ("conv_states", "recurrent_states")
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One tensor of a file.
+
+    Attributes:
+        name: Its name, without the code that it is stored in.
+        dtype: Torch's name of its dtype.
+        shape: Its shape.
+        kind: What it is, for reports and for the choice of a code: ``"key words"``, ``"value words"``, ``"scales"``,
+            ``"positions"``, ``"exact"``, ``"transforms"`` or ``"other"``.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    kind: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element."""
+        return DTYPES[self.dtype][1].itemsize
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return prod(self.shape) * self.itemsize
+
+    @property
+    def rows(self) -> tuple[int, int, int]:
+        """The tensor as ``[groups, items, bytes]``: heads of all rows of the batch, tokens, and what each token has.
+
+        Tensors with less than three axes are one group of elements.
+        """
+        if len(self.shape) < 3:  # noqa: PLR2004 - batch, heads, tokens
+            return 1, prod(self.shape), self.itemsize
+        return self.shape[0] * self.shape[1], self.shape[2], prod(self.shape[3:]) * self.itemsize
+
+
+def streams_of(meta: CacheMeta) -> dict[str, Stream]:
+    """Return the tensors that the metadata promises, by name.
+
+    Raises:
+        FormatError: If the metadata contradicts itself.
+    """
+    codecs = [make_codec(codec) for codec in meta.codecs]
+    found: dict[str, Stream] = {}
+    for stream in _all(meta, codecs):
+        if stream.name in found:
+            msg = f"the tensor {stream.name} is announced twice"
+            raise FormatError(msg)
+        found[stream.name] = stream
+        if len(found) > _MOST_TENSORS:
+            msg = f"more than {_MOST_TENSORS:,} tensors are announced"
+            raise FormatError(msg)
+    _check_together(meta)
+    return found
+
+
+def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[Stream]:
+    padding = meta.padding
+    for name, rows in (("stated", padding.stated), ("pads", padding.pads)):
+        if rows is not None:
+            _between(f"padding.{name}", rows, 1, _MOST_ROWS)
+            yield Stream(f"padding.{name}", "int64", (rows,), "other")
+    if padding.beginning is not None:
+        rows, channels = padding.beginning.rows, padding.beginning.channels
+        _between("padding.beginning.rows", rows, 1, _MOST_ROWS)
+        _between("padding.beginning.channels", channels, 1, _MOST_HEADS * _MOST_CHANNELS)
+        yield Stream("padding.first", "float32", (rows, channels), "other")
+        yield Stream("padding.after", "float32", (rows, channels), "other")
+        yield Stream("padding.run", "int64", (rows,), "other")
+        yield Stream("padding.open", "bool", (rows,), "other")
+    for index, phase in enumerate(meta.phases):
+        _between("pairs", phase.pairs, 1, _MOST_CHANNELS)
+        yield Stream(f"phases.{index}", "float32", (phase.pairs,), "other")
+    for index, layer in enumerate(meta.layers):
+        name = f"layers.{index}"
+        yield from _stock(layer, name) if isinstance(layer, StockMeta) else _Layer(layer, name, codecs, meta).streams()
+
+
+def _stock(layer: StockMeta, name: str) -> Iterator[Stream]:
+    for tensor in layer.tensors:
+        _among(f"{name}.{tensor.name}", tensor.dtype, tuple(DTYPES))
+        # Lengths count that an empty tensor hides: what is computed with them must fit 64 bits.
+        if len(tensor.shape) > _MOST_AXES or prod(max(length, 1) for length in tensor.shape) > _MOST_ELEMENTS:
+            msg = f"{name}.{tensor.name} has an impossible shape"
+            raise FormatError(msg)
+        if not tensor.name.isascii():
+            msg = f"{name} has a tensor of an impossible name"
+            raise FormatError(msg)
+        _stock_batch(tensor, name)
+        yield Stream(f"{name}.{tensor.name}", tensor.dtype, tensor.shape, "exact")
+
+
+def _stock_batch(tensor: TensorMeta, name: str) -> int | None:
+    """Return the rows of a tensor of transformers' own layers, None where there are none.
+
+    Raises:
+        FormatError: If no such layer can hold such a tensor.
+    """
+    kind, axes = tensor.name.partition(".")[0], len(tensor.shape)
+    if kind not in _STOCK_AXES and kind not in _STOCK_STATES:
+        return None  # no layer takes it
+    if kind != "indexer_position_ids":
+        _among(f"{name}.{tensor.name}", tensor.dtype, _FLOATS)
+    if tensor.shape == (0,) and kind in _STOCK_AXES:
+        return None  # before the first update
+    expected, batch = _STOCK_AXES.get(kind, (axes, 0))
+    if axes != expected or axes < 2:  # noqa: PLR2004 - a batch, and what each row has
+        msg = f"{name}.{tensor.name} has {axes} axes, which no layer gives it"
+        raise FormatError(msg)
+    _between(f"{name}.{tensor.name}: the batch", tensor.shape[batch], 1, _MOST_ROWS)
+    return tensor.shape[batch]
+
+
+def _check_together(meta: CacheMeta) -> None:
+    """Check that all parts tell of one batch, and of as many tokens as the file says have been seen."""
+    padding = meta.padding
+    batches: set[int] = set()
+    for index, layer in enumerate(meta.layers):
+        if isinstance(layer, StockMeta):
+            found = (_stock_batch(tensor, f"layers.{index}") for tensor in layer.tensors)
+            batches |= {rows for rows in found if rows is not None}
+        elif layer.shape is not None:
+            batches.add(layer.shape.batch)
+            if layer.seen != meta.tokens_seen:
+                msg = f"layers.{index} has seen {layer.seen} tokens, and the file says {meta.tokens_seen}"
+                raise FormatError(msg)
+    if len(batches) > 1:
+        msg = f"the layers are of batches of {', '.join(map(str, sorted(batches)))} rows"
+        raise FormatError(msg)
+    for rows in (padding.pads, None if padding.beginning is None else padding.beginning.rows):
+        if rows is not None and batches - {rows}:
+            msg = "padding is that of another batch"
+            raise FormatError(msg)
+    if padding.settled_at is not None and padding.settled_at > meta.tokens_seen:
+        msg = "padding was settled by tokens that have not been seen"
+        raise FormatError(msg)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The promises of a compressed layer."""
+
+    meta: LayerMeta
+    name: str
+    codecs: list[VectorCodec]
+    file: CacheMeta
+
+    def streams(self) -> Iterator[Stream]:
+        meta, shape = self.meta, self.meta.shape
+        if shape is None:
+            parts = (meta.sinks, meta.asked, meta.used, meta.phase, meta.body, meta.observed, meta.given, meta.policy)
+            if any(part is not None for part in parts) or meta.seen or meta.tail or meta.sink_place:
+                self._wrong("holds something before its first update")
+            return
+        self._check_shape(shape)
+        if (meta.body is None) != (meta.sinks is None) or (meta.sink_place and meta.body is None):
+            self._wrong("must have sinks when tokens are packed, and only then")
+        if meta.body is None and (meta.tail != meta.seen or meta.phase is not None):
+            self._wrong("has seen tokens that it does not hold")
+        if meta.pending_from is not None and meta.pending_from > meta.seen:
+            self._wrong("waits for tokens that it has not seen")
+        # Packed rows with pads have their first tokens in different places.
+        if meta.body is not None and meta.sink_place != (self.file.padding.pads is not None):
+            self._wrong("must say where the first tokens of padded rows are, and of no others")
+        yield from self._exact("tail", shape, meta.tail)
+        if meta.sinks is not None:
+            yield from self._exact("sinks", shape, meta.sinks)
+        if meta.sink_place:
+            yield Stream(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
+        yield from self._body(shape)
+        yield from self._observed(shape)
+        if meta.given is not None:
+            yield from self._given(shape, meta.given)
+
+    def _wrong(self, what: str) -> None:
+        msg = f"{self.name} {what}"
+        raise FormatError(msg)
+
+    def _check_shape(self, shape: ShapeMeta) -> None:
+        _between(f"{self.name}.batch", shape.batch, 1, _MOST_ROWS)
+        _between(f"{self.name}.heads", shape.heads, 1, _MOST_HEADS)
+        for dim in (shape.key_dim, shape.value_dim):
+            _between(f"{self.name}.head_dim", dim, 1, _MOST_CHANNELS)
+        for dtype in (shape.key_dtype, shape.value_dtype):
+            _among(f"{self.name}.dtype", dtype, _FLOATS)
+        if self.meta.asked is None or self.meta.used is None or self.meta.observed is None:
+            self._wrong("names no codecs")
+        else:
+            self._check_codecs(shape, self.meta.asked, self.meta.used)
+        if self.meta.policy is not None and self.meta.policy >= len(self.file.policies):
+            self._wrong("names a policy that the file does not describe")
+        if self.meta.phase is not None:
+            if self.meta.phase >= len(self.file.phases):
+                self._wrong("names a rotary phase that the file does not hold")
+            elif 2 * self.file.phases[self.meta.phase].pairs > shape.key_dim:
+                self._wrong("has a rotary phase with more channels than its keys")
+
+    def _exact(self, what: str, shape: ShapeMeta, tokens: int) -> Iterator[Stream]:
+        for side, dim, dtype in self._sides(shape):
+            yield Stream(f"{self.name}.{side}.{what}", dtype, (shape.batch, shape.heads, tokens, dim), "exact")
+
+    @staticmethod
+    def _sides(shape: ShapeMeta) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+        return ("keys", shape.key_dim, shape.key_dtype), ("values", shape.value_dim, shape.value_dtype)
+
+    def _body(self, shape: ShapeMeta) -> Iterator[Stream]:
+        body, used = self.meta.body, self.meta.used
+        if body is None or used is None or self.meta.sinks is None:
+            return
+        if body.start + body.covered + body.dense + self.meta.tail != self.meta.seen or body.kept > body.covered:
+            self._wrong("counts its tokens in two ways")
+        is_elsewhere = body.start not in {0, self.meta.sinks} or (self.meta.sink_place and body.start)
+        if is_elsewhere or (not body.bitmap and body.covered):
+            self._wrong("begins its packed tokens in an impossible place")
+        tokens, heads = body.kept + body.dense, (shape.batch, shape.heads)
+        for (side, dim, _), index, transform in zip(self._sides(shape), used, (body.keys, body.values), strict=True):
+            words = self.codecs[index].bytes_per_vector - 1
+            yield Stream(f"{self.name}.{side}.words", "uint8", (*heads, tokens, words), f"{side[:-1]} words")
+            yield Stream(f"{self.name}.{side}.scales", "uint8", (*heads, tokens), "scales")
+            if transform.rows != shape.batch:
+                self._wrong("has transforms for another batch")
+            yield from self._transform(f"{self.name}.{side}", transform, shape.heads, dim)
+        if body.bitmap:
+            yield Stream(f"{self.name}.kept", "uint8", (*heads, -(-body.covered // 8)), "positions")
+
+    def _check_codecs(self, shape: ShapeMeta, *pairs: tuple[int, int]) -> None:
+        """Check that there are these codecs of keys and values, and that they are for vectors of these lengths."""
+        if not all(index < len(self.codecs) for pair in pairs for index in pair):
+            self._wrong("names a codec that the file does not describe")
+        for pair in pairs:
+            for (_, dim, _), index in zip(self._sides(shape), pair, strict=True):
+                layout = getattr(self.codecs[index], "layout", None)
+                if layout is not None and getattr(layout, "head_dim", dim) != dim:
+                    self._wrong(f"has a codec for vectors of another length than {dim}")
+
+    def _transform(self, name: str, meta: TransformMeta, heads: int, dim: int) -> Iterator[Stream]:
+        _among(f"{name}.rotation", meta.rotation, ("hadamard", "principal"))
+        _between(f"{name}.rows", meta.rows, 1, _MOST_ROWS)
+        lead = (meta.rows, heads)
+        if meta.rotation == "principal":
+            yield Stream(f"{name}.basis", "int8", (*lead, dim, dim), "transforms")
+            yield Stream(f"{name}.step", "float32", (*lead, dim, 1), "transforms")
+        if meta.mean is not None:
+            _among(f"{name}.mean", meta.mean, _FLOATS)
+            yield Stream(f"{name}.mean", meta.mean, (*lead, 1, dim), "transforms")
+        yield Stream(f"{name}.reference", "float32", (*lead, 1), "transforms")
+        if meta.plans:
+            yield Stream(f"{name}.plans", "uint8", lead, "transforms")
+
+    def _observed(self, shape: ShapeMeta) -> Iterator[Stream]:
+        observed = self.meta.observed
+        assert observed is not None
+        for name, queries in (("queries", observed.now), ("queries_before", observed.before)):
+            if queries is not None:
+                yield from self._queries(name, queries, shape)
+        if observed.reconstruction is not None:
+            if observed.reconstruction > self.meta.seen:
+                self._wrong("knows of attention to tokens that it has not seen")
+            size = (shape.batch, shape.heads, observed.reconstruction)
+            yield Stream(f"{self.name}.reconstruction", "float32", size, "exact")
+
+    def _queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> Iterator[Stream]:
+        if queries.end > self.meta.seen:
+            self._wrong("has queries of tokens that it has not seen")
+        if queries.dtype is None:
+            if queries.heads or queries.tokens:
+                self._wrong("has queries without a dtype")
+            return
+        _among(f"{self.name}.{name}", queries.dtype, _FLOATS)
+        _between(f"{self.name}.{name}.heads", queries.heads, 1, _MOST_HEADS)
+        if queries.heads % shape.heads or not 1 <= queries.tokens <= queries.end:
+            self._wrong("has queries that do not fit its keys")
+        size = (shape.batch, queries.heads, queries.tokens, shape.key_dim)
+        yield Stream(f"{self.name}.{name}", queries.dtype, size, "exact")
+
+    def _given(self, shape: ShapeMeta, given: GivenMeta) -> Iterator[Stream]:
+        self._check_codecs(shape, given.codecs, given.asked)
+        for (side, dim, _), transform in zip(self._sides(shape), (given.keys, given.values), strict=True):
+            if transform.rows not in {1, shape.batch}:
+                self._wrong("was given transforms for another batch")
+            yield from self._transform(f"{self.name}.given.{side}", transform, shape.heads, dim)
+
+
+def _between(what: str, value: int, least: int, most: int) -> None:
+    if not least <= value <= most:
+        msg = f"{what} must be from {least} to {most}, the file says {value}"
+        raise FormatError(msg)
+
+
+def _among(what: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        msg = f"{what} must be one of {', '.join(allowed)}, the file says {value[:40]!r}"
+        raise FormatError(msg)
