@@ -1,11 +1,9 @@
 """`NexusQuantCache`: a transformers cache that keeps packed E8 codes in place of keys and values."""
 
-import copy
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -13,15 +11,10 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    LinearAttentionCacheLayerMixin,
-)
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from nexusquant_cache.cache.report import DENSE_BYTES_PER_CHANNEL, LayerReport, MemoryReport, storage_bytes
+from nexusquant_cache.cache.forward import Forward
+from nexusquant_cache.cache.report import MemoryReport, layer_report, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
@@ -35,9 +28,10 @@ from nexusquant_cache.files.packing import check_level
 from nexusquant_cache.files.reader import check_dtype, read_file
 from nexusquant_cache.files.saving import check_config, check_tokens, export_cache, import_cache
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
-from nexusquant_cache.layer.host import HOST, to_device, to_host
-from nexusquant_cache.layer.layer import NexusQuantLayer, When
+from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.padding import BatchPadding, leading_pads
+from nexusquant_cache.layer.parts import CompressedPart, Part, compressed, part_of
+from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
@@ -111,29 +105,29 @@ class NexusQuantCache(DynamicCache):
             msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
             raise OptionError(msg)
         self.policy = policy
-        self._given_transforms = _checked_transforms(transforms)
-        self.when: When = when
         self.model_config = None if config is None else config.get_text_config(decoder=True)
-        self.padding = BatchPadding(None if attention_mask is None else leading_pads(attention_mask))
-        self._forget()
+        self.shared = Shared(
+            settings=self.cache_config,
+            when=when,
+            offloading=offloading,
+            padding=BatchPadding(None if attention_mask is None else leading_pads(attention_mask)),
+            make_policy=self.make_policy,
+            make_codec=self.make_codec,
+            make_phase=self.make_phase,
+            given_transforms=_checked_transforms(transforms),
+        )
+        self._forward = Forward(self.shared, self.model_config)
+        self._parts: list[Part] = []
+        # Whether past recording was asked for before there were layers to tell.
+        self._records_from_start = False
         # Cache's constructor in place of DynamicCache's, which would make layers of its own.  Nor is it told of
         # offloading: its own way would send every layer out and in whole, at each step, and needs CUDA.
         Cache.__init__(self, layers=[])
         self.offloading, self.only_non_sliding = offloading, offload_only_non_sliding
         self.layers = self._make_layers()
-        if self.layers and self._given_transforms and len(self._given_transforms) != len(self.layers):
-            msg = f"transforms are for {len(self._given_transforms)} layers, this model has {len(self.layers)}"
+        if self.layers and self.shared.given_transforms and len(self.shared.given_transforms) != len(self.layers):
+            msg = f"transforms are for {len(self.shared.given_transforms)} layers, this model has {len(self.layers)}"
             raise OptionError(msg)
-
-    def _forget(self) -> None:
-        """Start a new prompt, as far as the cache itself remembers anything."""
-        self._padding_before = copy.copy(self.padding)
-        self._phases: list[RotaryPhase] = []
-        self._peak_bytes = 0
-        self._has_warned = False
-        self._is_broken = False
-        # Whether past recording was asked for before there were layers to tell.
-        self._records_from_start = False
 
     def _make_layers(self) -> list[Any]:
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
@@ -151,9 +145,27 @@ class NexusQuantCache(DynamicCache):
             raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
         return [
-            NexusQuantLayer(self, index) if type(layer) is DynamicLayer else layer
+            NexusQuantLayer(self.shared, index) if type(layer) is DynamicLayer else layer
             for index, layer in enumerate(DynamicCache(config=self.model_config).layers)
         ]
+
+    def parts(self) -> list[Part]:
+        """Return the layers behind one face."""
+        known = self._parts
+        if len(known) != len(self.layers) or any(a.layer is not b for a, b in zip(known, self.layers, strict=True)):
+            self._parts = [part_of(layer, index) for index, layer in enumerate(self.layers)]
+        return self._parts
+
+    def _ours(self) -> Iterator[CompressedPart]:
+        return compressed(self.parts())
+
+    def reach_layer(self, layer_idx: int) -> None:
+        """Make the layers up to this one, if there is no config to say how many there are."""
+        while self.model_config is None and len(self.layers) <= layer_idx:
+            layer = NexusQuantLayer(self.shared, len(self.layers))
+            if self._records_from_start:
+                layer.activate_past_recording()
+            self.layers.append(layer)
 
     # What a subclass may override
 
@@ -200,10 +212,10 @@ class NexusQuantCache(DynamicCache):
         phase = rotary_phase(self.model_config, layer_idx, seen_tokens)
         if phase is None:
             return None
-        for known in self._phases:
+        for known in self.shared.phases:
             if known.matches(phase):
                 return known
-        self._phases.append(phase)
+        self.shared.phases.append(phase)
         return phase
 
     # The interface of transformers
@@ -236,61 +248,17 @@ class NexusQuantCache(DynamicCache):
             CacheStateError: If an earlier forward failed when part of the layers had already been compressed, which
                 only ``when="during_prefill"`` can bring about.
         """
-        if self._is_broken:
-            msg = "an earlier forward failed half-way through a compression: call cache.reset() or use a new cache"
-            raise CacheStateError(msg)
-        while self.model_config is None and len(self.layers) <= layer_idx:
-            self._add_layer()
+        self.reach_layer(layer_idx)
+        given = (key_states, value_states)
         layer: Any = self.layers[layer_idx]
-        is_ours = isinstance(layer, NexusQuantLayer)
-        before = layer.seen if is_ours else 0
-        try:
-            if layer_idx == self._first_attention_layer():
-                self._observe(layer, key_states, value_states)
-            if is_ours:
-                self._before_update(layer, key_states)
-            held = self._update_layer(layer_idx, key_states, value_states, *args, **kwargs)
-        except Exception:
-            if is_ours:
-                self._roll_back(before)
-            raise
-        if self.when == "during_prefill" and key_states.shape[-2] > 1:
-            self._note_peak()
-        return held
+        return self._forward.update(
+            self.parts(), layer_idx, given, lambda: layer.update(*given, *args, **kwargs), is_away=self._is_away
+        )
 
-    def _update_layer(
-        self,
-        layer_idx: int,
-        key_states: Tensor,
-        value_states: Tensor,
-        *args: Any,  # noqa: ANN401 - passed on to layers of transformers
-        **kwargs: Any,  # noqa: ANN401
-    ) -> tuple[Tensor, Tensor]:
-        """Update a layer when it is on its device, with the next one on the way there."""
-        layer: Any = self.layers[layer_idx]
-        if not isinstance(layer, NexusQuantLayer) and _may_leave(layer):
-            _fetch_stock(layer)  # also without offloading: `offload` may have been called
-        if not self.offloading:
-            return super().update(key_states, value_states, layer_idx, *args, **kwargs)
-        try:
-            self._prefetch_after(layer_idx)
-            held: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
-        finally:
-            if self._is_offloading(layer):
-                _release(layer)
-        return held
-
-    def _prefetch_after(self, layer_idx: int) -> None:
-        """Start to fetch the next layer of ours, after the last one the first."""
-        order = (*self.layers[layer_idx + 1 :], *self.layers[:layer_idx])
-        following = next((layer for layer in order if isinstance(layer, NexusQuantLayer)), None)
-        if following is not None:
-            following.prefetch_beside()
-
-    def _is_offloading(self, layer: object) -> bool:
+    def _is_away(self, part: Part) -> bool:
         """Tell whether a layer is kept in host memory between its updates."""
-        is_spared = self.only_non_sliding and getattr(layer, "is_sliding", False)
-        return self.offloading and _may_leave(layer) and not is_spared
+        is_spared = self.only_non_sliding and getattr(part.layer, "is_sliding", False)
+        return self.offloading and part.may_leave and not is_spared
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
@@ -305,111 +273,19 @@ class NexusQuantCache(DynamicCache):
         Raises:
             ShapeError: If they do not fit the keys of the layer.
         """
-        layer = self.layers[layer_idx]
-        if isinstance(layer, NexusQuantLayer):
-            layer.observe_queries(queries)
-
-    def _add_layer(self) -> None:
-        layer = NexusQuantLayer(self, len(self.layers))
-        if self._records_from_start:
-            layer.activate_past_recording()
-        self.layers.append(layer)
+        self.parts()[layer_idx].observe(queries)
 
     def activate_past_recording(self) -> None:
         """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
-        for layer in self._compressed_layers():
-            layer.compress_early()  # the last one may still wait, and would now wait longer than the others
+        for part in self._ours():
+            part.compress_early()  # the last one may still wait, and would now wait longer than the others
         self._records_from_start = not self.layers
         super().activate_past_recording()  # type: ignore[no-untyped-call]
-
-    def _compressed_layers(self) -> Iterator[NexusQuantLayer]:
-        return (layer for layer in self.layers if isinstance(layer, NexusQuantLayer))
-
-    def _first_attention_layer(self) -> int:
-        return next((index for index, layer in enumerate(self.layers) if isinstance(layer, CacheLayerMixin)), 0)
-
-    def _observe(self, layer: Any, key_states: Tensor, value_states: Tensor) -> None:  # noqa: ANN401 - any attention layer
-        """Look at what a forward brings before any layer has changed."""
-        self._padding_before = copy.copy(self.padding)
-        if key_states.ndim != 4 or key_states.shape[:3] != value_states.shape[:3] or key_states.shape[2] == 0:  # noqa: PLR2004
-            return  # the layer will refuse it
-        if not key_states.is_floating_point() or not value_states.is_floating_point():
-            return
-        seen = layer.get_seq_length()
-        if self.padding.settled_at is None:
-            self.padding.observe(key_states, value_states, seen, self._position_shows())
-        elif key_states.shape[2] > 1 and self.padding.is_settled(seen) and self._position_shows_in_turns():
-            evicted = max((each.seen - each.kept for each in self._compressed_layers()), default=0)
-            self.padding.observe_turn(key_states, value_states, evicted)
-
-    def _position_shows(self) -> bool:
-        """Tell whether equal tokens at different positions differ at the first attention layer.
-
-        Without a config they are taken to, as in all rotary models.
-        """
-        if self.model_config is None or getattr(self.model_config, "kv_lora_rank", None):
-            return True
-        return rotary_phase(self.model_config, self._first_attention_layer(), 0) is not None
-
-    def _position_shows_in_turns(self) -> bool:
-        """Tell the same of tokens inside a text, where images may stand: like patches side by side look alike."""
-        parameters = getattr(self.model_config, "rope_parameters", None) or {}
-        return parameters.get("mrope_section") is None and self._position_shows()
-
-    def _before_update(self, layer: NexusQuantLayer, key_states: Tensor) -> None:
-        """Make what has to happen outside a layer before it takes new tokens."""
-        tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
-        if self.when == "during_prefill" and tokens > 1:
-            # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
-            for other in self._compressed_layers():
-                if other is not layer:
-                    other.compress_early()
-        if layer.pending and layer.is_due(tokens) and layer is next(self._compressed_layers()):
-            self._note_peak()
 
     @property
     def transforms(self) -> tuple[LayerTransforms | None, ...]:
         """What each layer has fitted to the prompt, for ``transforms=`` of another cache; None where nothing was."""
-        return tuple(layer.transforms if isinstance(layer, NexusQuantLayer) else None for layer in self.layers)
-
-    def given_transforms(self, layer_idx: int) -> LayerTransforms | None:
-        """Return the transforms that a layer shall use in place of fitting its own, if there are any."""
-        return self._given_transforms[layer_idx] if layer_idx < len(self._given_transforms) else None
-
-    def warn_code_error(self, layer_idx: int, error: float) -> None:
-        """Say that coding a layer changes what attention reads beyond what is allowed."""
-        warnings.warn(
-            f"coding the prompt moves the attention output of layer {layer_idx} by {100 * error:.0f} % of its length, "
-            f"also at the most bits its codec has; {100 * self.cache_config.most_code_error:.0f} % are allowed "
-            "(most_code_error). Check the answers against a plain cache, or leave this model uncompressed.",
-            stacklevel=2,
-        )
-
-    def warn_kept_whole(self) -> None:
-        """Say, once for each prompt, that tokens are kept since it is not known which of them are padding."""
-        if self._has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
-            return
-        self._has_warned = True
-        warnings.warn(
-            "it cannot be told which tokens of this batch are padding, so all of them are kept and only quantized. "
-            "Give the cache the mask: NexusQuantCache(..., attention_mask=inputs['attention_mask']).",
-            stacklevel=2,
-        )
-
-    def _roll_back(self, seen: int) -> None:
-        """Take the tokens of an unfinished forward out of the layers that already have them."""
-        self.padding = self._padding_before
-        for layer in self._compressed_layers():
-            count = layer.seen - seen
-            if seen == 0:
-                is_recording = layer.record_past
-                layer.reset()
-                if is_recording:
-                    layer.activate_past_recording()
-            elif count > layer.tail_tokens:
-                self._is_broken = True  # compressed early, together with tokens that were there before
-            else:
-                layer.take_back(count)
+        return tuple(part.transforms for part in self.parts())
 
     def set_attention_mask(self, attention_mask: Shaped[Tensor, "rows n"]) -> None:
         """State the padding of the batch; the same as the constructor's ``attention_mask``.
@@ -420,14 +296,15 @@ class NexusQuantCache(DynamicCache):
             CacheStateError: If tokens have been compressed already and the mask says otherwise than was known.
         """
         pads = leading_pads(attention_mask)
-        first = next((layer for layer in self._compressed_layers() if layer.is_initialized), None)
-        if first is None or first.tail is None:
-            self.padding.take_stated(pads, None)
+        states = [part.state for part in self._ours()]
+        tails = [state.tail for state in states if state.tail is not None]
+        if not tails:
+            self.shared.padding.take_stated(pads, None)
             return
         new = BatchPadding()
-        new.take_stated(pads, first.tail[0].shape[0])
-        if any(layer.body is not None for layer in self._compressed_layers()):
-            known = self.padding.pads
+        new.take_stated(pads, tails[0][0].shape[0])
+        if any(state.body is not None for state in states):
+            known = self.shared.padding.pads
             # None stands for no padding in both.
             if (None if known is None else known.tolist()) != (None if new.pads is None else new.pads.tolist()):
                 msg = (
@@ -436,12 +313,12 @@ class NexusQuantCache(DynamicCache):
                 )
                 raise CacheStateError(msg)
             return
-        self.padding = new
+        self.shared.padding = new
 
     @property
     def may_evict(self) -> bool:
         """Whether the padding of the batch is known, so that tokens may be evicted."""
-        return self.padding.certain
+        return self.shared.padding.certain
 
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
@@ -449,9 +326,9 @@ class NexusQuantCache(DynamicCache):
         The exact copies of all evicted and coded tokens are freed.  Without new prompt tokens since the last
         compression, or with too few, this does nothing.
         """
-        self._note_peak()
-        for layer in self._compressed_layers():
-            layer.compress()
+        self._forward.note_peak(self.parts())
+        for part in self._ours():
+            part.compress()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
@@ -469,24 +346,24 @@ class NexusQuantCache(DynamicCache):
             RuntimeError: From transformers' own layers, if they cannot go back so far.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
-        ours = list(self._compressed_layers())
+        ours = list(self._ours())
         count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
-        for layer in ours:
-            layer.check_crop(count)
-        others: list[Any] = [layer for layer in self.layers if not isinstance(layer, NexusQuantLayer)]
+        for part in ours:
+            part.check_crop(count)
         is_empty = bool(ours) and ours[0].seen == 0
+        others = [part.layer for part in self.parts() if part.state is None]
         for other in () if is_empty else others:  # transformers' own may refuse, so they come first
             other.crop(-count)  # also by 0, which lets them drop what they had recorded
-        if len({layer.pending for layer in ours}) > 1:
-            for layer in ours:
-                layer.compress_early()  # the last one still waits: all alike, before tokens go
-        counts = [kept for layer in ours if (kept := layer.kept_before(count)) is not None]
+        if len({part.is_pending for part in ours}) > 1:
+            for part in ours:
+                part.compress_early()  # the last one still waits: all alike, before tokens go
+        counts = [kept for part in ours if (kept := part.kept_before(count)) is not None]
         least = min((int(kept.min()) for kept in counts), default=None)
         most = max((int(kept.max()) for kept in counts), default=None)
         if ours and count > 0:
-            self.padding.crop(ours[0].seen - count)
-        for layer in ours:
-            layer.crop(tokens_to_remove, least)
+            self.shared.padding.crop(ours[0].seen - count)
+        for part in ours:
+            part.layer.crop(tokens_to_remove, least)
         if least != most:
             warnings.warn(
                 "the prompt was cut where tokens had been evicted: to leave equally many, heads keep their newest "
@@ -496,34 +373,32 @@ class NexusQuantCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of the batch in another order, as beam search does."""
-        self._map_padding(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.shared.padding.map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.get_seq_length())
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any index will do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self._map_padding(lambda x: x.repeat_interleave(repeats, dim=0))
+        self.shared.padding.map(lambda x: x.repeat_interleave(repeats, dim=0), self.get_seq_length())
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
-        self._map_padding(lambda x: x[indices.to(x.device), ...])
+        self.shared.padding.map(lambda x: x[indices.to(x.device), ...], self.get_seq_length())
         super().batch_select_indices(indices)
-
-    def _map_padding(self, function: Callable[[Tensor], Tensor]) -> None:
-        if self.get_seq_length() > 0:
-            self.padding.map(function)
 
     def reset(self) -> None:
         """Forget everything seen, the attention mask too, so that the cache can serve another prompt."""
         # transformers' own layers are made anew: those of 5.17 keep zeros where tokens were.
         fresh = self._make_layers() or self.layers
-        self.layers = [
-            old if isinstance(old, NexusQuantLayer) else new for old, new in zip(self.layers, fresh, strict=True)
-        ]
-        for layer in self._compressed_layers():
-            layer.reset()
-        self.padding = BatchPadding()
-        self._forget()
+        for part in self.parts():
+            if part.state is None:
+                self.layers[part.index] = fresh[part.index]
+            else:
+                part.layer.reset()
+        self.shared.padding = BatchPadding()
+        self.shared.phases, self.shared.has_warned = [], False
+        self._forward = Forward(self.shared, self.model_config)
+        self._records_from_start = False
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
         """Yield decoded keys, decoded values and the sliding window of each layer."""
@@ -536,9 +411,7 @@ class NexusQuantCache(DynamicCache):
 
     # Host memory
 
-    def offload(
-        self, layer_idx: int | None = None, only_non_sliding: bool = False, *, level: int | None = None
-    ) -> None:
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Send the cache, or one layer, to host memory, packed as it is; the device has nothing of it then.
 
         Each layer comes back by itself at its next update, or when something else needs it on the device; `prefetch`
@@ -547,22 +420,9 @@ class NexusQuantCache(DynamicCache):
         Args:
             layer_idx: The layer; all by default.
             only_non_sliding: Leave sliding-window layers on the device.
-            level: Also compress tokens and codes, as in a file, with this level of zstd, 1 (fast) to 22 (small).
-
-        Raises:
-            OptionError: If there is no such level.
         """
-        check_level(level)
-        leaving = self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding)
-        ours = [layer for layer in leaving if isinstance(layer, NexusQuantLayer)]
-        for layer in leaving:
-            if not isinstance(layer, NexusQuantLayer):
-                _send_stock(layer)
-            elif level is None or layer.frozen is None:
-                layer.offload()
-        if level is not None:
-            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                list(pool.map(lambda layer: layer.freeze(level), ours))
+        for part in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+            part.offload()
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Bring the cache back to the device, or one layer.
@@ -574,17 +434,13 @@ class NexusQuantCache(DynamicCache):
                 memory.
             only_non_sliding: Leave sliding-window layers where they are.
         """
-        for layer in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
-            if not isinstance(layer, NexusQuantLayer):
-                _fetch_stock(layer)
-            elif layer_idx is None:
-                layer.unpark()
-            else:
-                layer.prefetch()
+        for part in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+            part.prefetch(whole=layer_idx is not None)
 
-    def _which_may_leave(self, layer_idx: int | None, *, only_non_sliding: bool) -> list[Any]:
-        chosen: list[Any] = self.layers if layer_idx is None else [self.layers[layer_idx]]
-        return [layer for layer in chosen if _may_leave(layer) and not (only_non_sliding and layer.is_sliding)]
+    def _which_may_leave(self, layer_idx: int | None, *, only_non_sliding: bool) -> list[Part]:
+        parts = self.parts()
+        chosen = parts if layer_idx is None else [parts[layer_idx]]
+        return [part for part in chosen if part.may_leave and not (only_non_sliding and part.layer.is_sliding)]
 
     # At rest
 
@@ -675,32 +531,12 @@ class NexusQuantCache(DynamicCache):
         settings = settings_of(promise.meta)
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
-        cache = cls(settings, config=config, policy=policy, when=when)
-        cache.offloading |= offloading
+        cache = cls(settings, config=config, policy=policy, when=when, offloading=offloading)
         home = torch.empty(0, device=device or "cpu").device  # "cuda" gets an index
         import_cache(cache, promise.meta, tensors, home, dtype)
         return cache
 
-    def layer_for_file(self, index: int) -> object:
-        """Return the empty layer that takes the place ``index`` of a file, made now if there is no config."""
-        while self.model_config is None and len(self.layers) <= index:
-            self._add_layer()
-        return self.layers[index]
-
     # Accounting
-
-    def _shared(self) -> list[object]:
-        return [
-            self.padding,
-            self._padding_before,
-            *self._phases,
-            *(layer.phase for layer in self._compressed_layers()),
-        ]
-
-    def _note_peak(self) -> None:
-        self._peak_bytes = max(
-            self._peak_bytes, storage_bytes(*(_content(layer) for layer in self.layers), self._shared())
-        )
 
     def memory_report(self, *, at_rest: bool = False) -> MemoryReport:
         """Return the bytes held, layer by layer, against a plain 16-bit cache; ``print`` shows a table.
@@ -711,11 +547,12 @@ class NexusQuantCache(DynamicCache):
         Raises:
             UnsupportedError: If that is wanted, and something in the cache cannot be saved.
         """
-        self._note_peak()
+        parts = self.parts()
+        self._forward.note_peak(parts)
         return MemoryReport(
-            layers=tuple(_layer_report(index, layer) for index, layer in enumerate(self.layers)),
-            shared_bytes=storage_bytes(self._shared()),
-            peak_bytes=self._peak_bytes,
+            layers=tuple(layer_report(part) for part in parts),
+            shared_bytes=storage_bytes(self._forward.shared_content(parts)),
+            peak_bytes=self._forward.peak_bytes,
             preset=self.preset,
             at_rest=measure(*export_cache(self)) if at_rest else None,
         )
@@ -733,78 +570,3 @@ def _checked_transforms(transforms: object) -> tuple[LayerTransforms | None, ...
         msg = f"transforms must be the transforms of another cache, cache.transforms; got {type(transforms).__name__}"
         raise OptionError(msg)
     return tuple(transforms)
-
-
-def _may_leave(layer: object) -> bool:
-    """Tell whether a layer may be in host memory between its updates.
-
-    Others of transformers have states that are used without an update, and would not come back in time.
-    """
-    if isinstance(layer, NexusQuantLayer):
-        return True
-    waits = isinstance(layer, LinearAttentionCacheLayerMixin) or hasattr(layer, "update_indexer")
-    return isinstance(layer, DynamicLayer) and not waits
-
-
-def _release(layer: Any) -> None:  # noqa: ANN401 - any layer that may leave
-    """Keep in host memory what an offloading cache keeps there."""
-    if isinstance(layer, NexusQuantLayer):
-        layer.release()
-    else:
-        _send_stock(layer)
-
-
-def _send_stock(layer: DynamicLayer) -> None:
-    """Move a layer of transformers to host memory, where it is complete when this returns."""
-    if layer.is_initialized and layer.keys is not None and layer.values is not None:
-        layer.keys, layer.values = to_host(layer.keys), to_host(layer.values)
-
-
-def _fetch_stock(layer: DynamicLayer) -> None:
-    """Move a layer of transformers back to its device."""
-    if layer.is_initialized and layer.keys is not None and layer.values is not None:
-        layer.keys, layer.values = to_device(layer.keys, layer.device), to_device(layer.values, layer.device)
-
-
-def _content(layer: object) -> object:
-    """Return what a layer stores, without its owner and the tables it shares with other layers."""
-    if isinstance(layer, NexusQuantLayer):
-        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed, layer.frozen
-    return vars(layer)
-
-
-def _layer_report(index: int, layer: object) -> LayerReport:
-    if not isinstance(layer, NexusQuantLayer):
-        held = storage_bytes(_content(layer))
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        dense = sum(x.numel() * DENSE_BYTES_PER_CHANNEL for x in (keys, values) if x is not None)
-        kept = 0 if keys is None or keys.ndim < 3 else keys.shape[-2]  # noqa: PLR2004 - no token axis
-        seen = getattr(layer, "get_seq_length", lambda: 0)()
-        host = 0 if getattr(layer, "device", HOST) == HOST else storage_bytes(keys, values, only=HOST)
-        return LayerReport(index, type(layer).__name__, seen, kept, held, 0, 0, dense or held, host_bytes=host)
-    if layer.tail is None:
-        return LayerReport(index, "compressed", 0, 0, 0, 0, 0, 0)
-    keys, values = layer.tail
-    channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    body, (frozen_exact, frozen_codes) = layer.body, layer.frozen or ((), ())
-    exact = layer.sinks, layer.tail, layer.observed, frozen_exact
-    codes = () if body is None else body.buffers, frozen_codes
-    other = () if body is None else (body.keys.transform, body.values.transform, body.positions, layer.sink_place)
-    host = storage_bytes(frozen_exact, frozen_codes)
-    if layer.device != HOST:
-        # Without what is always there: plans and the places of sinks.
-        reference = () if body is None else (body.keys.transform.reference,)
-        host = storage_bytes(exact, codes, only=HOST)
-        host += storage_bytes(other) if storage_bytes(reference, only=HOST) else 0
-    return LayerReport(
-        layer_idx=index,
-        kind="compressed",
-        seen_tokens=layer.seen,
-        kept_tokens=layer.kept,
-        exact_bytes=storage_bytes(exact),
-        code_bytes=storage_bytes(codes),
-        other_bytes=storage_bytes(other),
-        dense_bytes=layer.seen * channels * DENSE_BYTES_PER_CHANNEL,
-        code_error=layer.code_error,
-        host_bytes=host,
-    )

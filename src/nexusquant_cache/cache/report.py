@@ -7,6 +7,9 @@ from types import ModuleType
 import torch
 
 from nexusquant_cache.files.writer import AtRest
+from nexusquant_cache.layer.host import HOST
+from nexusquant_cache.layer.parts import Part
+from nexusquant_cache.layer.state import LayerState
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
@@ -176,6 +179,53 @@ class MemoryReport:
             else:
                 groups.append((layer.layer_idx, layer.layer_idx, layer))
         return groups
+
+
+def content(part: Part) -> list[object]:
+    """Return what holds the tensors of a layer, without what it shares with other layers."""
+    if part.state is not None:
+        return list(part.state.holders("exact", "codes", "scales", "positions", "transform"))
+    return [vars(part.layer)]
+
+
+def layer_report(part: Part) -> LayerReport:
+    """Return the row of a layer."""
+    if part.state is not None:
+        return _compressed_report(part.state)
+    layer = part.layer
+    held = storage_bytes(content(part))
+    keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+    dense = sum(x.numel() * DENSE_BYTES_PER_CHANNEL for x in (keys, values) if x is not None)
+    kept = 0 if keys is None or keys.ndim < 3 else keys.shape[-2]  # noqa: PLR2004 - no token axis
+    host = 0 if getattr(layer, "device", HOST) == HOST else storage_bytes(keys, values, only=HOST)
+    return LayerReport(part.index, type(layer).__name__, part.seen, kept, held, 0, 0, dense or held, host_bytes=host)
+
+
+def _compressed_report(state: LayerState) -> LayerReport:
+    if state.tail is None:
+        return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
+    keys, values = state.tail
+    channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
+    exact, codes = list(state.holders("exact")), list(state.holders("codes", "scales"))
+    other = list(state.holders("positions", "transform"))
+    host = 0
+    if state.device != HOST:
+        # Without what is always there: plans and the places of sinks.
+        reference = () if state.body is None else (state.body.keys.transform.reference,)
+        host = storage_bytes(exact, codes, only=HOST)
+        host += storage_bytes(other) if storage_bytes(reference, only=HOST) else 0
+    return LayerReport(
+        layer_idx=state.layer_idx,
+        kind="compressed",
+        seen_tokens=state.seen,
+        kept_tokens=state.kept,
+        exact_bytes=storage_bytes(exact),
+        code_bytes=storage_bytes(codes),
+        other_bytes=storage_bytes(other),
+        dense_bytes=state.seen * channels * DENSE_BYTES_PER_CHANNEL,
+        code_error=state.code_error,
+        host_bytes=host,
+    )
 
 
 def _same(a: LayerReport, b: LayerReport) -> bool:

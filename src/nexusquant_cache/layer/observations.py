@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -25,42 +25,22 @@ QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
 
 
-@runtime_checkable
-class QueryObserver(Protocol):
-    """A layer that can be shown queries.
-
-    Attributes:
-        codes_are_read: Set when attention of ours has seen the layer's keys.
-    """
-
-    codes_are_read: bool
-
-    @property
-    def wants_queries(self) -> bool:
-        """Whether it has any use for queries now."""
-        ...
-
-    def observe_queries(self, queries: Float[Tensor, "b q w d"]) -> None:
-        """Take the queries of the newest tokens."""
-        ...
-
-
 class _Note(threading.local):
     """What the last update in this thread has returned."""
 
     keys: "weakref.ref[Tensor] | None" = None
-    layer: "weakref.ref[QueryObserver] | None" = None
+    layer: "weakref.ref[Any] | None" = None  # a NexusQuantLayer, whose module imports this one
 
 
 _NOTE = _Note()
 
 
-def note_keys(layer: QueryObserver, keys: Tensor) -> None:
+def note_keys(layer: Any, keys: Tensor) -> None:  # noqa: ANN401 - as above
     """Remember, until the next note in this thread, that a layer has returned these keys."""
     _NOTE.keys, _NOTE.layer = weakref.ref(keys), weakref.ref(layer)
 
 
-def take_layer_of(keys: Tensor) -> QueryObserver | None:
+def take_layer_of(keys: Tensor) -> Any:  # noqa: ANN401 - as above
     """Return the layer that has just returned this very tensor, once; None if there is none."""
     if _NOTE.keys is None or _NOTE.keys() is not keys:
         return None
@@ -128,6 +108,12 @@ class Observations:
         if self.reconstruction is None:
             return None
         return F.pad(self.reconstruction, (0, tokens - self.reconstruction.shape[2]), value=1.0)
+
+
+def scaled(queries: Float[Tensor, "b q w d"], scaling: float | None) -> Float[Tensor, "b q w d"]:
+    """Return queries whose logits are those of the model when they are divided by ``head_dim ** 0.5``."""
+    factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
+    return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
 
 
 def _own(x: Tensor) -> Tensor:

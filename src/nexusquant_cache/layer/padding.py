@@ -242,8 +242,10 @@ class BatchPadding:
         elif self.beginning is not None:
             self.beginning = self.beginning.cropped(seen)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to every tensor of the batch; all have the batch as first axis."""
+    def map(self, function: Callable[[Tensor], Tensor], seen: int) -> None:
+        """Apply ``function`` to every tensor of the batch, if there is one; all have the batch as first axis."""
+        if not seen:
+            return
         self.pads = None if self.pads is None else function(self.pads)
         self.stated = None if self.stated is None else function(self.stated)
         self.beginning = None if self.beginning is None else self.beginning.map(function)

@@ -1,0 +1,160 @@
+"""What happens around the update of a layer: what has to come before it, and how an error is undone."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import PretrainedConfig
+from transformers.cache_utils import CacheLayerMixin
+
+from nexusquant_cache.cache.report import content, storage_bytes
+from nexusquant_cache.cache.rotary import rotary_phase
+from nexusquant_cache.errors import CacheStateError
+from nexusquant_cache.layer.padding import BatchPadding
+from nexusquant_cache.layer.parts import CompressedPart, Part, compressed
+from nexusquant_cache.layer.shared import Shared
+
+_AXES = 4  # batch, kv_heads, tokens, head_dim
+
+
+class Forward:
+    """Updates the layers of a cache, one by one, so that an error leaves the cache as it was before the forward.
+
+    Attributes:
+        padding_before: What was known about pads before this forward.
+        is_broken: Whether an error could not be undone.
+        peak_bytes: The most that was held at once.
+    """
+
+    def __init__(self, shared: Shared, config: PretrainedConfig | None) -> None:
+        """Start with an empty cache."""
+        self.shared, self.config = shared, config
+        self.padding_before: BatchPadding = copy.copy(shared.padding)
+        self.is_broken = False
+        self.peak_bytes = 0
+
+    def check(self) -> None:
+        """Refuse to go on with a cache that is in two states.
+
+        Raises:
+            CacheStateError: If an earlier forward failed when part of the layers had already been compressed.
+        """
+        if self.is_broken:
+            msg = "an earlier forward failed half-way through a compression: call cache.reset() or use a new cache"
+            raise CacheStateError(msg)
+
+    def update(
+        self,
+        parts: list[Part],
+        index: int,
+        states: tuple[Tensor, Tensor],
+        store: Callable[[], tuple[Tensor, Tensor]],
+        *,
+        is_away: Callable[[Part], bool],
+    ) -> tuple[Tensor, Tensor]:
+        """Do what an update of a layer asks for, and the update itself.
+
+        Args:
+            parts: All layers.
+            index: The one to update.
+            states: What it is given.
+            store: The update.
+            is_away: Tells whether a layer is kept in host memory between its updates.
+        """
+        self.check()
+        part, key_states = parts[index], states[0]
+        before = part.seen
+        try:
+            if index == _first_attention_layer(parts):
+                self._watch_padding(parts, index, *states)
+            if isinstance(part, CompressedPart):
+                self._make_way(parts, part, key_states)
+            part.fetch()
+            held = self._store(parts, index, store, leaves=is_away(part))
+        except Exception:
+            if part.state is not None:
+                self._roll_back(parts, before)
+            raise
+        if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
+            self.note_peak(parts)
+        return held
+
+    def _store(
+        self, parts: list[Part], index: int, store: Callable[[], tuple[Tensor, Tensor]], *, leaves: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Update a layer with the next one on its way to the device, and send it away again."""
+        if not self.shared.offloading:
+            return store()
+        try:
+            following = next(compressed([*parts[index + 1 :], *parts[:index]]), None)  # after the last one the first
+            if following is not None:
+                following.fetch_beside()
+            return store()
+        finally:
+            if leaves:
+                parts[index].release()
+
+    def _make_way(self, parts: list[Part], part: CompressedPart, key_states: Tensor) -> None:
+        """Make what has to happen outside a layer before it takes new tokens."""
+        tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
+        ours = list(compressed(parts))
+        if self.shared.when == "during_prefill" and tokens > 1:
+            # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
+            for other in ours:
+                if other is not part:
+                    other.compress_early()
+        if part.is_pending and part is ours[0] and part.is_due(tokens):
+            self.note_peak(parts)
+
+    def _roll_back(self, parts: list[Part], seen: int) -> None:
+        """Take the tokens of an unfinished forward out of the layers that already have them."""
+        self.shared.padding = self.padding_before
+        for part in compressed(parts):
+            self.is_broken |= not part.take_back(seen)
+
+    def note_peak(self, parts: list[Part]) -> None:
+        """Take note of what is held now."""
+        held = storage_bytes([content(part) for part in parts], *self.shared_content(parts))
+        self.peak_bytes = max(self.peak_bytes, held)
+
+    def shared_content(self, parts: list[Part]) -> list[object]:
+        """Return what holds the tensors that layers share."""
+        phases = [part.state.phase for part in parts if part.state is not None]
+        return [self.shared.padding, self.padding_before, *self.shared.phases, *phases]
+
+    # Padding, as far as keys show it
+
+    def _watch_padding(self, parts: list[Part], index: int, key_states: Tensor, value_states: Tensor) -> None:
+        """Look at what a forward brings before any layer has changed."""
+        padding = self.shared.padding
+        self.padding_before = copy.copy(padding)
+        if key_states.ndim != _AXES or key_states.shape[:3] != value_states.shape[:3] or key_states.shape[2] == 0:
+            return  # the layer will refuse it
+        if not key_states.is_floating_point() or not value_states.is_floating_point():
+            return
+        seen = parts[index].seen
+        if padding.settled_at is None:
+            padding.observe(key_states, value_states, seen, self._position_shows(index))
+        elif key_states.shape[2] > 1 and padding.is_settled(seen) and self._position_shows_in_turns(index):
+            states = [part.state for part in parts if part.state is not None]
+            evicted = max((state.seen - state.kept for state in states), default=0)
+            padding.observe_turn(key_states, value_states, evicted)
+
+    def _position_shows(self, index: int) -> bool:
+        """Tell whether equal tokens at different positions differ at the first attention layer.
+
+        Without a config they are taken to, as in all rotary models.
+        """
+        if self.config is None or getattr(self.config, "kv_lora_rank", None):
+            return True
+        return rotary_phase(self.config, index, 0) is not None
+
+    def _position_shows_in_turns(self, index: int) -> bool:
+        """Tell the same of tokens inside a text, where images may stand: like patches side by side look alike."""
+        parameters: Any = getattr(self.config, "rope_parameters", None) or {}
+        return parameters.get("mrope_section") is None and self._position_shows(index)
+
+
+def _first_attention_layer(parts: list[Part]) -> int:
+    return next((part.index for part in parts if isinstance(part.layer, CacheLayerMixin)), 0)

@@ -1,0 +1,237 @@
+"""One face for all layers of a cache: ours, and those of transformers' own classes."""
+
+from abc import ABC
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
+
+from nexusquant_cache.layer.compress import fitted_transforms
+from nexusquant_cache.layer.crop import check_crop, kept_before, remove
+from nexusquant_cache.layer.host import to_device, to_host
+from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.schedule import is_due, is_due_early, is_pending
+from nexusquant_cache.layer.state import LayerState, own
+from nexusquant_cache.layer.tokens import LayerTransforms
+
+
+class Part(ABC):
+    """A layer as its cache sees it.  What is here is what most of transformers' layers do: nothing.
+
+    Attributes:
+        layer: The layer.
+        index: Its place in the cache.
+    """
+
+    layer: Any
+    index: int
+
+    @property
+    def state(self) -> LayerState | None:
+        """What a compressed layer holds; None for others."""
+        return None
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return 0
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether the layer may be in host memory between its updates."""
+        return False
+
+    @property
+    def transforms(self) -> LayerTransforms | None:
+        """What was fitted to the prompt."""
+        return None
+
+    def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
+        """See the queries of the tokens that came last."""
+        del queries
+
+    def fetch(self) -> None:
+        """Have on the device what the next update needs."""
+
+    def fetch_beside(self) -> None:
+        """Start to `fetch` beside the computation."""
+
+    def release(self) -> None:
+        """Keep in host memory what an offloading cache keeps there."""
+
+    def offload(self) -> None:
+        """Send everything to host memory."""
+
+    def prefetch(self, *, whole: bool) -> None:
+        """Undo `offload`; if not ``whole``, an offloading cache keeps in host memory what it always does."""
+        del whole
+
+
+class StockPart(Part):
+    """A layer of transformers' own classes."""
+
+    def __init__(self, layer: Any, index: int) -> None:  # noqa: ANN401 - any class of transformers
+        self.layer, self.index = layer, index
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return int(getattr(self.layer, "get_seq_length", lambda: 0)())
+
+    @property
+    def may_leave(self) -> bool:
+        """Whether every use of the layer's states is an update: others would not come back in time."""
+        waits = isinstance(self.layer, LinearAttentionCacheLayerMixin) or hasattr(self.layer, "update_indexer")
+        return isinstance(self.layer, DynamicLayer) and not waits
+
+    def fetch(self) -> None:
+        """Move the layer back to its device."""
+        self._move(lambda x: to_device(x, self.layer.device))
+
+    def release(self) -> None:
+        """Move the layer to host memory, where it is complete when this returns."""
+        self._move(to_host)
+
+    def _move(self, function: Callable[[Tensor], Tensor]) -> None:
+        layer = self.layer
+        if self.may_leave and layer.is_initialized and layer.keys is not None and layer.values is not None:
+            layer.keys, layer.values = function(layer.keys), function(layer.values)
+
+    def offload(self) -> None:
+        """Do the same."""
+        self.release()
+
+    def prefetch(self, *, whole: bool) -> None:
+        """Move the layer back to its device."""
+        del whole
+        self.fetch()
+
+
+class CompressedPart(Part):
+    """A layer of ours."""
+
+    layer: NexusQuantLayer
+
+    def __init__(self, layer: NexusQuantLayer, index: int) -> None:
+        self.layer, self.index = layer, index
+
+    @property
+    def state(self) -> LayerState:
+        """What the layer holds."""
+        return self.layer.state
+
+    @property
+    def seen(self) -> int:
+        """Tokens seen."""
+        return self.layer.state.seen
+
+    @property
+    def may_leave(self) -> bool:
+        """Yes: it comes back by itself."""
+        return True
+
+    @property
+    def transforms(self) -> LayerTransforms | None:
+        """What was fitted to the prompt; None before the first compression."""
+        self.layer.residency.arrive()
+        return fitted_transforms(self.layer.state)
+
+    def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
+        """Keep the queries until the compression, if the policy wants them."""
+        self.layer.observe(queries)
+
+    def fetch_beside(self) -> None:
+        """Start to fetch the codes."""
+        self.layer.residency.fetch_beside()
+
+    def release(self) -> None:
+        """Keep the codes, and a prompt that waits, in host memory."""
+        self.layer.residency.release()
+
+    def offload(self) -> None:
+        """Send everything to host memory."""
+        self.layer.residency.offload()
+
+    def prefetch(self, *, whole: bool) -> None:
+        """Bring back everything, or all but codes and a waiting prompt if the cache is offloading."""
+        if whole:
+            self.layer.residency.fetch()
+        else:
+            self.layer.residency.unpark()
+
+    # What only layers of ours do
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a prompt, or a later turn, waits for its compression."""
+        return is_pending(self.layer.state)
+
+    def is_due(self, query_length: int) -> bool:
+        """Tell whether an update of so many tokens begins with a compression."""
+        return is_due(self.layer.state, self.layer.shared, query_length)
+
+    def compress(self) -> None:
+        """Compress now what the next generation step would compress."""
+        if self.is_pending:
+            self.layer.compress()
+
+    def compress_early(self) -> None:
+        """Compress during the prefill, if that is wanted and enough tokens are there; otherwise leave them waiting."""
+        turn = self.layer.state.turn
+        is_candidate = turn.record_past and not turn.expects_prompt  # and may still be taken back
+        if is_due_early(self.layer.state, self.layer.shared) and not is_candidate:
+            self.layer.compress()
+
+    def check_crop(self, count: int) -> None:
+        """Raise UnsupportedError if the newest ``count`` tokens cannot be removed."""
+        check_crop(self.layer.state, count)
+
+    def kept_before(self, count: int) -> Tensor | None:
+        """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
+        self.layer.residency.arrive()
+        return kept_before(self.layer.state, count)
+
+    def take_back(self, seen: int) -> bool:
+        """Undo the last update, back to so many tokens seen; without tokens, forget shapes as well.
+
+        A compression that the update caused stays: it would have come with the next one.
+
+        Returns:
+            Whether that was possible: not where tokens of before were compressed together with those of the update.
+        """
+        state = self.layer.state
+        count = state.seen - seen
+        if seen == 0:
+            is_recording = state.turn.record_past
+            self.layer.reset()
+            if is_recording:
+                self.layer.activate_past_recording()
+        elif count > state.tail_tokens:
+            return False
+        elif count > 0:
+            self.layer.residency.arrive()
+            remove(state, count)
+            state.turn.take_back_update()
+        return True
+
+    def observe_reconstruction(self, attention: Float[Tensor, "b h n"]) -> None:
+        """Keep, until the compression, the greatest attention that was paid to each token in a second reading.
+
+        Tokens that come later count as fully attended.
+        """
+        assert self.is_pending
+        assert self.layer.state.body is None
+        self.layer.residency.arrive()
+        self.layer.state.observed.reconstruction = own(attention)
+
+
+def part_of(layer: Any, index: int) -> Part:  # noqa: ANN401 - any layer of a cache
+    """Return the face of a layer; the one place that asks of which kind it is."""
+    return CompressedPart(layer, index) if isinstance(layer, NexusQuantLayer) else StockPart(layer, index)
+
+
+def compressed(parts: list[Part]) -> Iterator[CompressedPart]:
+    """Yield the parts that are layers of ours."""
+    return (part for part in parts if isinstance(part, CompressedPart))

@@ -1,0 +1,74 @@
+"""What the layers of a cache share."""
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.codec.held import Side
+from nexusquant_cache.codec.rope import RotaryPhase
+from nexusquant_cache.layer.padding import BatchPadding
+from nexusquant_cache.layer.tokens import LayerTransforms
+from nexusquant_cache.policy import EvictionPolicy
+from nexusquant_cache.presets import CacheConfig
+
+When = Literal["post_prefill", "during_prefill"]
+
+
+@dataclass(eq=False)
+class Shared:
+    """What the layers of a cache share.
+
+    Attributes:
+        settings: How the cache spends its bytes.
+        when: When it compresses.
+        offloading: Whether codes, and a prompt that waits, stay in host memory.
+        padding: What is known about pads.
+        make_policy: Returns the policy of a layer.
+        make_codec: Returns the codec of a side, for vectors of this length, in a layer.
+        make_phase: Returns the rotary phase to take off a layer's keys when so many tokens have been seen, or None.
+        given_transforms: Of each layer, what it shall use in place of fitting its own; may be empty.
+        phases: The rotary phases that layers have been given, each once.
+        has_warned: Whether it was said that tokens are kept for want of knowledge about the padding.
+    """
+
+    settings: CacheConfig
+    when: When
+    offloading: bool
+    padding: BatchPadding
+    make_policy: Callable[[int], EvictionPolicy]
+    make_codec: Callable[[Side, int, int], VectorCodec]
+    make_phase: Callable[[int, int], RotaryPhase | None]
+    given_transforms: tuple[LayerTransforms | None, ...] = ()
+    phases: list[RotaryPhase] = field(default_factory=list)
+    has_warned: bool = False
+
+    @property
+    def evicts(self) -> bool:
+        """Whether a compression drops tokens where it may."""
+        return self.settings.keep_ratio < 1
+
+    def given_to(self, layer_idx: int) -> LayerTransforms | None:
+        """Return the transforms that a layer shall use in place of fitting its own, if there are any."""
+        return self.given_transforms[layer_idx] if layer_idx < len(self.given_transforms) else None
+
+    def warn_code_error(self, layer_idx: int, error: float) -> None:
+        """Say that coding a layer changes what attention reads beyond what is allowed."""
+        warnings.warn(
+            f"coding the prompt moves the attention output of layer {layer_idx} by {100 * error:.0f} % of its length, "
+            f"also at the most bits its codec has; {100 * self.settings.most_code_error:.0f} % are allowed "
+            "(most_code_error). Check the answers against a plain cache, or leave this model uncompressed.",
+            stacklevel=2,
+        )
+
+    def warn_kept_whole(self) -> None:
+        """Say, once for each prompt, that tokens are kept since it is not known which of them are padding."""
+        if self.has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
+            return
+        self.has_warned = True
+        warnings.warn(
+            "it cannot be told which tokens of this batch are padding, so all of them are kept and only quantized. "
+            "Give the cache the mask: NexusQuantCache(..., attention_mask=inputs['attention_mask']).",
+            stacklevel=2,
+        )

@@ -1,0 +1,382 @@
+"""What a compressed layer holds: every tensor declared once, and the one walk over them.
+
+Moving rows of a batch, cutting tokens off, copies, the memory report, host memory and files all go by `TENSORS`.  A new
+tensor is a line there and a field of `LayerState`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import isfinite
+from typing import Any, Literal, TypeAlias
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.codec.held import Side
+from nexusquant_cache.codec.rope import RotaryPhase
+from nexusquant_cache.layer.observations import Observations
+from nexusquant_cache.layer.tokens import PackedTokens, TokenBuffer
+from nexusquant_cache.policy import EvictionPolicy
+
+Kind = Literal["exact", "codes", "scales", "positions", "transform"]
+"""What a tensor is: tokens or queries in full precision, packed codes, their scales, which tokens are kept, or what all
+tokens of a side share."""
+
+Facts: TypeAlias = Mapping[str, Any]
+"""Lengths of axes, dtypes and counts of a layer, by name; None for what it has not."""
+
+Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
+Pair: TypeAlias = tuple[Tensor, Tensor]
+Check: TypeAlias = Callable[[Tensor, Facts], str | None]
+
+SIDES: tuple[Side, Side] = ("keys", "values")
+_PART = 1 << 20  # bytes of a bitmap that are counted at once
+
+
+# What the values of a tensor must satisfy; each check returns what is wrong.
+
+
+def _finite(x: Tensor, facts: Facts) -> str | None:
+    del facts
+    if not x.numel() or all(isfinite(float(bound)) for bound in x.aminmax()):  # NaN would be both bounds
+        return None
+    return "holds NaN or infinity"
+
+
+def _positive(x: Tensor, facts: Facts) -> str | None:
+    wrong = _finite(x, facts)
+    return wrong or ("holds a scale that is not positive" if x.numel() and float(x.min()) <= 0 else None)
+
+
+def _bitmap(x: Tensor, facts: Facts) -> str | None:
+    """Every head keeps as many tokens as the layer says, all of them covered."""
+    if not facts["covered"]:
+        return None
+    heads = x.flatten(0, 1)
+    used = (facts["covered"] - 1) % 8 + 1  # bits of the last byte
+    is_right = not bool((heads[:, -1].int() >> used).any())
+    # In parts: a bitmap that says little is small in a file, and what is made of it here must not be large.
+    for some in heads.split(max(_PART // heads.shape[1], 1)):
+        counts = torch.stack([_count_bits(part).sum(1, dtype=torch.int64) for part in some.split(_PART, 1)])
+        is_right = is_right and not bool((counts.sum(0) != facts["kept"]).any())
+    return None if is_right else f"does not keep {facts['kept']} tokens in every head"
+
+
+def _count_bits(x: Tensor) -> Tensor:
+    """Return the number of ones in each byte: of pairs of bits, then of four, then of all."""
+    x = x - (x >> 1 & 0x55)
+    x = (x & 0x33) + (x >> 2 & 0x33)
+    return x + (x >> 4) & 0x0F
+
+
+def _places(x: Tensor, facts: Facts) -> str | None:
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= facts["seen"]:
+        return f"must hold numbers from 0 to {facts['seen']}"
+    last, before = x.amax(0).tolist()
+    lies_behind = last + facts["sinks"] > facts["packed_end"] or before > facts["packed"]
+    return "lies behind the packed tokens" if lies_behind else None
+
+
+def _plans(x: Tensor, facts: Facts, layouts: str) -> str | None:
+    known = facts[layouts]  # None: what plans are to a codec of the user's, it alone knows
+    is_wrong = known is not None and bool(x.numel()) and int(x.max()) >= known
+    return "names a plan of bits that the codec does not have" if is_wrong else None
+
+
+def _key_plans(x: Tensor, facts: Facts) -> str | None:
+    return _plans(x, facts, "key_layouts")
+
+
+def _value_plans(x: Tensor, facts: Facts) -> str | None:
+    return _plans(x, facts, "value_layouts")
+
+
+@dataclass(frozen=True)
+class Declared:
+    """One tensor of a layer.
+
+    Attributes:
+        name: What files call it.
+        path: Where a `LayerState` has it: attributes, and places in tuples.
+        axes: Names of its axes in the layer's facts, or lengths.
+        dtype: Torch's name of its dtype, or the name of a fact that is one.  The layer has no such tensor where one of
+            these facts is None.
+        kind: What it is.
+        check: What its values must satisfy.
+        stays: Whether it is on the CPU wherever the layer is.
+    """
+
+    name: str
+    path: str
+    axes: tuple[str | int, ...]
+    dtype: str
+    kind: Kind
+    check: Check = _finite
+    stays: bool = False
+
+    def shape(self, facts: Facts) -> tuple[int, ...] | None:
+        """Return the shape that the tensor has in a layer of these facts; None if there is no such tensor."""
+        lengths = [axis if isinstance(axis, int) else facts[axis] for axis in self.axes]
+        is_there = self.dtype_in(facts) is not None and None not in lengths
+        return tuple(lengths) if is_there else None
+
+    def dtype_in(self, facts: Facts) -> str | None:
+        """Return the name of its dtype in a layer of these facts."""
+        found: str | None = facts.get(self.dtype, self.dtype)
+        return found
+
+
+def transform_tensors(side: Side, path: str, prefix: str = "") -> tuple[Declared, ...]:
+    """Declare the tensors of a transform.
+
+    Args:
+        side: Whose transform.
+        path: Where it is.
+        prefix: What the names begin with.
+    """
+    one, name = side[:-1], f"{prefix}{side}"
+    lead, dim, axes = ("rows", "heads"), f"{one}_dim", f"{one}_axes"
+    plans = _key_plans if side == "keys" else _value_plans
+    return (
+        Declared(f"{name}.basis", f"{path}.rotation.basis", (*lead, axes, axes), "int8", "transform"),
+        Declared(f"{name}.step", f"{path}.rotation.step", (*lead, axes, 1), "float32", "transform", _positive),
+        Declared(f"{name}.mean", f"{path}.mean", (*lead, 1, dim), f"{one}_mean", "transform"),
+        Declared(f"{name}.reference", f"{path}.reference", (*lead, 1), "float32", "transform", _positive),
+        Declared(f"{name}.plans", f"{path}.plans", lead, f"{one}_plans", "transform", plans, stays=True),
+    )
+
+
+def _tokens(place: int, side: Side) -> tuple[Declared, ...]:
+    one, lead = side[:-1], ("batch", "heads")
+    dim, dtype, packed = f"{one}_dim", f"{one}_dtype", f"body.{side}"
+    return (
+        Declared(f"{side}.tail", f"tail.{place}", (*lead, "tail", dim), dtype, "exact"),
+        Declared(f"{side}.sinks", f"sinks.{place}", (*lead, "sinks", dim), dtype, "exact"),
+        Declared(f"{side}.words", f"{packed}.words", (*lead, "packed", f"{one}_bytes"), "uint8", "codes"),
+        Declared(f"{side}.scales", f"{packed}.scales", (*lead, "packed"), "uint8", "scales"),
+        *transform_tensors(side, f"{packed}.transform"),
+    )
+
+
+TENSORS: tuple[Declared, ...] = (
+    *_tokens(0, "keys"),
+    *_tokens(1, "values"),
+    Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
+    Declared("sink_place", "sink_place", ("batch", 2), "sink_place", "positions", _places, stays=True),
+    Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
+    Declared(
+        "queries_before",
+        "observed.before.0",
+        ("batch", "query_heads_before", "queries_before", "key_dim"),
+        "query_dtype_before",
+        "exact",
+    ),
+    Declared("reconstruction", "observed.reconstruction", ("batch", "heads", "reconstruction"), "float32", "exact"),
+)
+"""Every tensor of a compressed layer."""
+
+_KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
+@dataclass
+class Turn:
+    """Where a layer stands between updates: what it waits for, and since which token.
+
+    Attributes:
+        pending_from: Seen tokens before the first multi-token update that was not compressed yet; None if none waits.
+        record_past: Whether a `crop` is expected after each update.
+        expects_prompt: Whether the next multi-token update is a prompt, and not candidates that may be taken back.
+        updated_since_crop: Whether there was an update that no crop has followed.
+        undo: The first, second and last of these as they were before the last update.
+    """
+
+    pending_from: int | None = None
+    record_past: bool = False
+    expects_prompt: bool = False
+    updated_since_crop: bool = False
+    undo: tuple[int | None, bool, bool] = (None, False, False)
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether what comes now may be taken back by a `crop`."""
+        return self.record_past and not self.updated_since_crop
+
+    def start_recording(self) -> None:
+        """Expect a `crop` after each update from now on."""
+        self.record_past = self.expects_prompt = True
+        self.updated_since_crop = False
+
+    def note_update(self, seen: int, tokens: int) -> None:
+        """Take note of an update of so many tokens behind those seen; without a crop before, it ends a recording."""
+        self.undo = (self.pending_from, self.record_past, self.updated_since_crop)
+        self.record_past = self.updated_since_crop = self.is_recording
+        if tokens > 1 and self.pending_from is None:
+            self.pending_from = seen
+
+    def take_back_update(self) -> None:
+        """Stand where it stood before the last update."""
+        self.pending_from, self.record_past, self.updated_since_crop = self.undo
+
+
+@dataclass(eq=False)
+class LayerState:
+    """Everything that a compressed layer holds and counts.
+
+    Attributes:
+        layer_idx: Index of the layer in the model.
+        seen: Tokens seen.
+        tail: Newest tokens, exact; None before the first update.
+        sinks: First tokens of each row, exact, once anything is packed.
+        body: Packed tokens.
+        phase: The rotary phase that was taken off the packed keys.
+        sink_place: Of each row of a padded batch, the position of its first sink, and how many kept tokens (pads)
+            come before it.  On the CPU.
+        observed: What attention has shown of the prompt that waits for its compression.
+        turn: What the layer waits for.
+        code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
+        codecs: Of keys and values, as used; the first compression may choose others than were asked for.
+        asked: Those that the cache was asked for.
+        policy: Which tokens to keep.
+        device: Where attention needs everything.
+        codes_are_read: Whether attention of ours has seen this layer's keys, and so can read codes; see
+            `nexusquant_cache.attention`.
+    """
+
+    layer_idx: int
+    seen: int = 0
+    tail: Pair | None = None
+    sinks: Pair | None = None
+    body: PackedTokens | None = None
+    phase: RotaryPhase | None = None
+    sink_place: Int[Tensor, "b 2"] | None = None
+    observed: Observations = field(default_factory=Observations)
+    turn: Turn = field(default_factory=Turn)
+    code_error: float | None = None
+    codecs: Codecs | None = None
+    asked: Codecs | None = None
+    policy: EvictionPolicy | None = None
+    device: torch.device | None = None
+    codes_are_read: bool = False
+
+    @property
+    def exact(self) -> Pair:
+        """The tail of a layer that has been updated."""
+        assert self.tail is not None
+        return self.tail
+
+    @property
+    def home(self) -> torch.device:
+        """The device of a layer that has been updated."""
+        assert self.device is not None
+        return self.device
+
+    @property
+    def tail_tokens(self) -> int:
+        """Tokens in the exact tail."""
+        return 0 if self.tail is None else self.tail[0].shape[2]
+
+    @property
+    def sink_tokens(self) -> int:
+        """Exact first tokens."""
+        return 0 if self.sinks is None else self.sinks[0].shape[2]
+
+    @property
+    def packed_tokens(self) -> int:
+        """Packed tokens of each head."""
+        return 0 if self.body is None else self.body.positions.tokens
+
+    @property
+    def kept(self) -> int:
+        """Tokens stored, exact or packed."""
+        return self.sink_tokens + self.packed_tokens + self.tail_tokens
+
+    def holders(self, *kinds: Kind) -> Iterator[object]:
+        """Yield the tensors of these kinds, and what holds them where that holds more: buffers and transforms."""
+        for declared in _of(kinds, but="transform"):
+            found = _get(self, declared.path)
+            if found is not None:
+                yield found
+        if "transform" in kinds and self.body is not None:
+            yield from (self.body.keys.transform, self.body.values.transform)
+
+    def tensors(self, *kinds: Kind) -> Iterator[tuple[Declared, Tensor]]:
+        """Yield the tensors of these kinds that there are, all by default, where they are stored."""
+        for declared in _of(kinds or _KINDS):
+            found = _get(self, declared.path)
+            if found is not None:
+                yield declared, found.stored() if isinstance(found, TokenBuffer) else found
+
+    def map(self, function: Callable[[Tensor], Tensor], *kinds: Kind, also_staying: bool = True) -> None:
+        """Replace the tensors of these kinds, all by default, by what ``function`` makes of them.
+
+        Args:
+            function: Must keep all axes but the first, which is the batch, as they are.
+            *kinds: Which tensors.
+            also_staying: Also those that stay on the CPU.
+        """
+        for declared in _of(kinds or _KINDS, but="transform"):
+            found = _get(self, declared.path)
+            if found is None or (declared.stays and not also_staying):
+                continue
+            if isinstance(found, TokenBuffer):
+                found.map(function)
+            else:
+                _set(self, declared.path, function(found))
+        if "transform" in (kinds or _KINDS) and self.body is not None:
+            for side in (self.body.keys, self.body.values):  # which puts plans back on the CPU
+                side.transform = side.transform.map_batch(function)
+
+    def cut_tail(self, start: int, stop: int) -> None:
+        """Keep these tokens of the tail, without a view of the others."""
+        cut = []
+        for declared in TENSORS:
+            found = _get(self, declared.path) if "tail" in declared.axes else None
+            if found is not None:
+                part = [slice(start, stop) if axis == "tail" else slice(None) for axis in declared.axes]
+                cut.append((declared.path, own(found[tuple(part)])))
+        for path, tensor in cut:  # when all are there
+            _set(self, path, tensor)
+
+    def cut_packed(self, tokens: int, dropped: Int[Tensor, "b h"] | None) -> None:
+        """Keep so many packed tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
+        for buffer in self.buffers:
+            buffer.crop(tokens, dropped)
+
+    def forget_packed(self) -> None:
+        """Become a layer that has never packed anything; its tail stays."""
+        self.sinks = self.body = self.phase = self.sink_place = self.code_error = None
+        self.codecs = self.asked
+
+    @property
+    def buffers(self) -> list[TokenBuffer]:
+        """What grows with the packed tokens."""
+        found = (_get(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
+        return [buffer for buffer in found if buffer is not None]
+
+
+def own(x: Tensor) -> Tensor:
+    """Return a copy that shares memory with nothing, so that the original can be freed."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _of(kinds: tuple[Kind, ...], *, but: Kind | None = None) -> list[Declared]:
+    return [declared for declared in TENSORS if declared.kind in kinds and declared.kind != but]
+
+
+def _get(holder: Any, path: str) -> Any:  # noqa: ANN401 - whatever the path leads to
+    """Return what is at the end of a path; None if the path ends before."""
+    for name in path.split("."):
+        if holder is None:
+            return None
+        holder = holder[int(name)] if name.isdecimal() else getattr(holder, name, None)
+    return holder
+
+
+def _set(holder: Any, path: str, value: Any) -> Any:  # noqa: ANN401 - as above
+    """Put something at the end of a path; return the holder, or another tuple in its place."""
+    name, _, rest = path.partition(".")
+    if name.isdecimal():
+        place = int(name)
+        return (*holder[:place], _set(holder[place], rest, value) if rest else value, *holder[place + 1 :])
+    setattr(holder, name, _set(getattr(holder, name), rest, value) if rest else value)
+    return holder
