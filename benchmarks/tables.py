@@ -417,16 +417,16 @@ def at_rest_table(content: dict[str, Any]) -> str:
     rows = []
     for row in content["rows"]:
         file = next(file for file in row["files"] if file["level"] == 3)
-        for stream in row["streams"]:
-            packed, codes = stream["packed_bytes"], stream["codes"]
+        for kind in row["streams"]:
+            packed, packings = kind["packed_bytes"], kind["codes"]
             sizes = {
-                has_delta: min(by[level] for code, by in codes.items() if code.startswith("delta") == has_delta)
+                has_delta: min(by[level] for name, by in packings.items() if name.startswith("delta") == has_delta)
                 for has_delta in (False, True)
             }
-            shown = (file["kinds"][stream["kind"]], *sizes.values(), min(stream["ideal"].values()))
+            shown = (file["kinds"][kind["kind"]], *sizes.values(), min(kind["ideal"].values()))
             cells = (
                 f"`{row['preset']}`",
-                stream["kind"],
+                kind["kind"],
                 f"{packed / 1024:,.1f}",
                 *(f"{x / packed:.3f}" for x in shown),
             )
@@ -437,13 +437,13 @@ def at_rest_table(content: dict[str, Any]) -> str:
 def at_rest_layers_table(content: dict[str, Any]) -> str:
     """Return how the words of each layer shrink, of the first preset."""
     row = content["rows"][0]
-    streams = [stream for stream in row["streams"] if "layers" in stream]
-    level = max(streams[0]["layers"][0]["zstd"], key=int)
-    head = ("layer", *(f"{stream['kind']}, {what}" for stream in streams for what in (f"zstd {level}", "ideal")))
-    count = len(streams[0]["layers"])
+    kinds = [kind for kind in row["streams"] if "layers" in kind]
+    level = max(kinds[0]["layers"][0]["zstd"], key=int)
+    head = ("layer", *(f"{kind['kind']}, {what}" for kind in kinds for what in (f"zstd {level}", "ideal")))
+    count = len(kinds[0]["layers"])
     shown = [*range(min(6, count)), *range(6, count, 6)]
     rows = (
-        (str(index), *(f"{x:.3f}" for stream in streams for x in _layer_sizes(stream["layers"][index], level)))
+        (str(index), *(f"{x:.3f}" for kind in kinds for x in _layer_sizes(kind["layers"][index], level)))
         for index in dict.fromkeys([*shown, count - 1])
     )
     return markdown(head, rows)

@@ -524,7 +524,7 @@ class TestFrozenTensor:
 
     def test_changed_memory_is_noticed(self):
         frozen = FrozenTensor.of(torch.zeros(1, 1, 64, 8), "exact", 3)
-        wrong = FrozenTensor(frozen.stream, frozen.code, frozen.data, "0" * 64)
+        wrong = FrozenTensor(frozen.spec, frozen.code, frozen.data, "0" * 64)
         with pytest.raises(CacheStateError, match="has changed there"):
             wrong.thaw(CPU)
 

@@ -11,8 +11,8 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from nexusquant_cache.errors import CacheStateError
-from nexusquant_cache.files.contents import DTYPES, Stream
-from nexusquant_cache.files.packing import choose_code, compress, decompress
+from nexusquant_cache.files.contents import DTYPES, FileTensor
+from nexusquant_cache.files.packing import choose_packing, compress, decompress
 
 HOST = torch.device("cpu")
 _NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
@@ -83,13 +83,13 @@ class FrozenTensor:
     """A tensor in host memory, compressed as it would be in a file.
 
     Attributes:
-        stream: Its dtype and shape, and what it is.
+        spec: Its dtype and shape, and what it is.
         code: The code of its bytes, see `nexusquant_cache.files.packing`.
         data: The bytes.
         sha256: Hash of the tensor's own.
     """
 
-    stream: Stream
+    spec: FileTensor
     code: str
     data: UInt8[Tensor, " bytes"]
     sha256: str
@@ -100,17 +100,17 @@ class FrozenTensor:
 
         Args:
             x: The tensor, on any device.
-            kind: What it is, as in a `Stream`.
+            kind: What it is, as in a `FileTensor`.
             level: Of zstd.
         """
         if x.dtype not in _NAMES:
             return None
-        stream = Stream(kind, _NAMES[x.dtype], tuple(x.shape), kind)
-        code = choose_code(stream, x, level)
+        spec = FileTensor(kind, _NAMES[x.dtype], tuple(x.shape), kind)
+        code = choose_packing(spec, x, level)
         if code is None:
             return None
-        chunks, code, digest = compress(stream, x, code, level, threads=0)
-        return cls(stream, code, torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8), digest)
+        chunks, code, digest = compress(spec, x, code, level, threads=0)
+        return cls(spec, code, torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8), digest)
 
     def thaw(self, device: torch.device) -> Tensor:
         """Return the tensor in host memory, pinned if it is to go to a CUDA device.
@@ -119,12 +119,12 @@ class FrozenTensor:
             CacheStateError: If the bytes are not those that were made.
         """
         pinned = device.type == "cuda"
-        dtype = DTYPES[self.stream.dtype][1]
-        out = torch.empty(self.stream.shape, dtype=dtype, device=HOST, pin_memory=pinned)
-        groups, items, width = self.stream.rows
+        dtype = DTYPES[self.spec.dtype][1]
+        out = torch.empty(self.spec.shape, dtype=dtype, device=HOST, pin_memory=pinned)
+        groups, items, width = self.spec.rows
         flat = out.view(-1).view(torch.uint8).view(groups, items, width)
         data = BytesIO(self.data.numpy().tobytes())
-        if decompress(self.stream, data, len(self.data), self.code, flat) != self.sha256:
+        if decompress(self.spec, data, len(self.data), self.code, flat) != self.sha256:
             msg = (
                 "a cache that was compressed in host memory has changed there: the memory is faulty, or was written to"
             )
