@@ -545,29 +545,6 @@ def _moved(row: dict[str, Any]) -> float:
     return float(row["per_token"]["fetched"] + row["per_token"]["sent"])
 
 
-def offload_host_table(content: dict[str, Any]) -> str:
-    """Return what a cache takes in host memory, compressed and not, and the time to compress and decompress it."""
-    head = ("preset", "level", "MB", "of the packed form", "s to send", "s to fetch")
-    rows = []
-    for row in content["rows"]:
-        packed = row["host"]["packed"] if "host" in row else 0
-        if packed:
-            rows.append((f"`{row['cache']}`", "none", f"{packed / 1e6:.2f}", "1.000", "", ""))
-        rows += (
-            (
-                f"`{row['cache']}`",
-                level.removeprefix("zstd "),
-                f"{held['held'] / 1e6:.2f}",
-                f"{held['held'] / packed:.3f}",
-                f"{held['s_to_offload']:.2f}",
-                f"{held['s_to_prefetch']:.2f}",
-            )
-            for level, held in row.get("host", {}).items()
-            if level != "packed"
-        )
-    return markdown(head, rows)
-
-
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
@@ -591,7 +568,6 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "at_rest_files": (at_rest_files_table, "at_rest"),
     "indices": (indices_table, "at_rest"),
     "offload": (offload_table, "offload"),
-    "offload_host": (offload_host_table, "offload"),
     "prefix_store": (prefix_store_table, "prefix_store"),
     "prefix_store_finding": (prefix_store_finding_table, "prefix_store"),
 }

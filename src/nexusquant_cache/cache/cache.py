@@ -5,7 +5,6 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -536,9 +535,7 @@ class NexusQuantCache(DynamicCache):
 
     # Host memory
 
-    def offload(
-        self, layer_idx: int | None = None, only_non_sliding: bool = False, *, level: int | None = None
-    ) -> None:
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False, **removed: object) -> None:
         """Send the cache, or one layer, to host memory, packed as it is; the device has nothing of it then.
 
         Each layer comes back by itself at its next update, or when something else needs it on the device; `prefetch`
@@ -547,22 +544,23 @@ class NexusQuantCache(DynamicCache):
         Args:
             layer_idx: The layer; all by default.
             only_non_sliding: Leave sliding-window layers on the device.
-            level: Also compress tokens and codes, as in a file, with this level of zstd, 1 (fast) to 22 (small).
+            removed: Takes ``level``, an option that was removed, to say so.
 
         Raises:
-            OptionError: If there is no such level.
+            OptionError: If ``level`` is given.
+            TypeError: If anything else is given.
         """
-        check_level(level)
-        leaving = self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding)
-        ours = [layer for layer in leaving if isinstance(layer, NexusQuantLayer)]
-        for layer in leaving:
-            if not isinstance(layer, NexusQuantLayer):
-                _send_stock(layer)
-            elif level is None or layer.frozen is None:
+        if "level" in removed:
+            msg = "offload(level=...) was removed: use save() for compressed storage, or offload() without a level"
+            raise OptionError(msg)
+        if removed:
+            msg = f"offload() got an unexpected keyword argument {min(removed)!r}"
+            raise TypeError(msg)
+        for layer in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+            if isinstance(layer, NexusQuantLayer):
                 layer.offload()
-        if level is not None:
-            with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-                list(pool.map(lambda layer: layer.freeze(level), ours))
+            else:
+                _send_stock(layer)
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
         """Bring the cache back to the device, or one layer.
@@ -769,7 +767,7 @@ def _fetch_stock(layer: DynamicLayer) -> None:
 def _content(layer: object) -> object:
     """Return what a layer stores, without its owner and the tables it shares with other layers."""
     if isinstance(layer, NexusQuantLayer):
-        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed, layer.frozen
+        return layer.sinks, layer.tail, layer.body, layer.sink_place, layer.observed
     return vars(layer)
 
 
@@ -786,11 +784,11 @@ def _layer_report(index: int, layer: object) -> LayerReport:
         return LayerReport(index, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = layer.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    body, (frozen_exact, frozen_codes) = layer.body, layer.frozen or ((), ())
-    exact = layer.sinks, layer.tail, layer.observed, frozen_exact
-    codes = () if body is None else body.buffers, frozen_codes
+    body = layer.body
+    exact = layer.sinks, layer.tail, layer.observed
+    codes = () if body is None else body.buffers
     other = () if body is None else (body.keys.transform, body.values.transform, body.positions, layer.sink_place)
-    host = storage_bytes(frozen_exact, frozen_codes)
+    host = 0
     if layer.device != HOST:
         # Without what is always there: plans and the places of sinks.
         reference = () if body is None else (body.keys.transform.reference,)

@@ -1,6 +1,6 @@
 """One full-attention layer of the cache: exact sinks, packed body, exact tail."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import ceil
@@ -26,7 +26,7 @@ from nexusquant_cache.errors import (
 )
 from nexusquant_cache.files.schema import LayerMeta
 from nexusquant_cache.files.state import Lists, Source, Tensors, layer_state, restore_layer
-from nexusquant_cache.layer.host import FrozenTensor, arrive, beside, side_stream, to_device, to_host
+from nexusquant_cache.layer.host import arrive, beside, side_stream, to_device, to_host
 from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations, note_keys
 from nexusquant_cache.layer.padding import BatchPadding
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
@@ -37,7 +37,6 @@ from nexusquant_cache.states import HeldStates
 
 When = Literal["post_prefill", "during_prefill"]
 _Codecs: TypeAlias = tuple[VectorCodec, VectorCodec]
-_Frozen: TypeAlias = tuple[list[FrozenTensor | None], list[FrozenTensor | None]]
 _AXES = 4  # batch, kv_heads, tokens, head_dim
 
 
@@ -126,8 +125,6 @@ class NexusQuantLayer(CacheLayerMixin):
         code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
         codes_are_read: Whether attention of ours has seen this layer's keys, and so can read codes; see
             `nexusquant_cache.attention`.
-        frozen: Exact tokens and codes while they are compressed in host memory; tensors of their shapes, without
-            content, are in their places.
         record_past: Whether a `crop` is expected after each update; transformers sets it to False as well.
     """
 
@@ -160,8 +157,6 @@ class NexusQuantLayer(CacheLayerMixin):
         self.observed = Observations()
         self.code_error: float | None = None
         self.codes_are_read = False
-        # Exact tokens and codes, in the order in which they are mapped; None for what is kept as it is.
-        self.frozen: _Frozen | None = None
         self._is_parked = False  # sent away by `offload`, all of it or, after an error, some
         self._coming: torch.cuda.Stream | None = None  # where copies to the device are made beside the computation
 
@@ -184,7 +179,7 @@ class NexusQuantLayer(CacheLayerMixin):
     # Lengths
 
     def _exact(self) -> tuple[Tensor, Tensor]:
-        self._settle()
+        self._arrive()
         assert self.tail is not None
         return self.tail
 
@@ -305,7 +300,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """
         assert self.pending
         assert self.body is None
-        self._settle()
+        self._arrive()
         self.observed.reconstruction = _own(attention)
 
     def compress(self) -> None:
@@ -707,7 +702,7 @@ class NexusQuantLayer(CacheLayerMixin):
             raise ShapeError(msg)
         if not self.is_initialized:
             return
-        self._settle()
+        self._arrive()
         if tokens_to_remove:
             self._remove(min(-tokens_to_remove, self.seen), packed_tokens)
         self._updated_since_crop = False
@@ -740,7 +735,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
         if self.body is None or count <= self.tail_tokens:
             return None
-        self._settle()
+        self._arrive()
         return self.body.kept_before(self.seen - count)
 
     def _remove(self, count: int, packed_tokens: int | None) -> None:
@@ -809,7 +804,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Apply ``function``, which acts on rows of the batch, to all that is stored per row."""
-        self._settle()
+        self._arrive()
         self._map_exact(function)
         self._map_codes(function)
         self._map_rest(function)
@@ -835,7 +830,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Whether anything that attention needs is elsewhere than on the device of the layer."""
         if not self.is_initialized or self.tail is None:
             return False
-        if self._is_parked or self.frozen is not None or self.tail[0].device != self.device:
+        if self._is_parked or self.tail[0].device != self.device:
             return True
         return self.body is not None and any(buffer.is_away(self.device) for buffer in self.body.buffers)
 
@@ -844,7 +839,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
         The next update, or whatever else needs it on the device, brings it back.
         """
-        self._settle()
+        self._arrive()
         self._is_parked = self.is_initialized
         for apply in (self._map_exact, self._map_codes, self._map_rest):
             apply(to_host)
@@ -859,7 +854,6 @@ class NexusQuantLayer(CacheLayerMixin):
     def prefetch_beside(self) -> None:
         """Start to `prefetch` beside the computation; whatever uses the layer next waits."""
         if self._coming is None and self.is_away:
-            self._thaw()
             self._coming = side_stream(self.device)
             with beside(self._coming, self.device):
                 self._move_here()
@@ -872,7 +866,6 @@ class NexusQuantLayer(CacheLayerMixin):
     def _fetch(self, *, codes: bool = True, prompt: bool = True) -> None:
         self._arrive()
         if self.is_away:
-            self._thaw()
             self._move_here(codes=codes, prompt=prompt)
 
     def _move_here(self, *, codes: bool = True, prompt: bool = True) -> None:
@@ -916,16 +909,17 @@ class NexusQuantLayer(CacheLayerMixin):
             if was_away and self._owner.offloading:
                 self.release()
 
-    def _settle(self) -> None:
-        """See to it that everything stored can be read, wherever it is."""
-        self._arrive()
-        self._thaw()
-
     def _arrive(self) -> None:
         """Wait for what is coming, in the order of the device's current stream."""
         if self._coming is None:
             return
-        came, _ = self._stored()
+        came: list[Tensor] = []
+
+        def note(x: Tensor) -> Tensor:
+            came.append(x)
+            return x
+
+        self._map_exact(note)
         if self.body is not None:
             came += [buffer.fetched for buffer in self.body.buffers if buffer.fetched is not None]
         arrive(self._coming, self.device, came)
@@ -935,53 +929,6 @@ class NexusQuantLayer(CacheLayerMixin):
         """Return what a copy or a pickle gets."""
         self._arrive()
         return self.__dict__.copy()
-
-    def freeze(self, level: int) -> None:
-        """Compress exact tokens and codes, which must be in host memory, with this level of zstd."""
-        if not self.is_initialized or self.frozen is not None:
-            return
-        exact, codes = self._stored()
-        self._empty(
-            (
-                [FrozenTensor.of(x, "exact", level) for x in exact],
-                [FrozenTensor.of(x, "key words" if x.ndim == _AXES else "scales", level) for x in codes],
-            )
-        )
-
-    def _empty(self, frozen: _Frozen) -> None:
-        """Put tensors without content in the places of those that are compressed."""
-        self._replace(
-            [x if part is None else x.to("meta") for x, part in zip(tensors, parts, strict=True)]
-            for tensors, parts in zip(self._stored(), frozen, strict=True)
-        )
-        self.frozen = frozen
-
-    def _thaw(self) -> None:
-        """Undo `freeze`; everything stays in host memory."""
-        if self.frozen is None:
-            return
-        self._replace(
-            [x if part is None else part.thaw(self.device) for x, part in zip(tensors, parts, strict=True)]
-            for tensors, parts in zip(self._stored(), self.frozen, strict=True)
-        )
-        self.frozen = None
-
-    def _stored(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return exact tensors and codes in the order in which they are mapped."""
-        exact: list[Tensor] = []
-
-        def note(x: Tensor) -> Tensor:
-            exact.append(x)
-            return x
-
-        self._map_exact(note)
-        return exact, [] if self.body is None else [buffer.stored() for buffer in self.body.buffers]
-
-    def _replace(self, tensors: Iterable[list[Tensor]]) -> None:
-        """Put others, all there before the first is replaced, in the places of those that `_stored` returns."""
-        exact, codes = (iter(part) for part in list(tensors))
-        self._map_exact(lambda _: next(exact))
-        self._map_codes(lambda _: next(codes))
 
     # At rest
 
@@ -995,13 +942,8 @@ class NexusQuantLayer(CacheLayerMixin):
             UnsupportedError: If a codec or a rotation is of a class that a file cannot name.
             NonFiniteError: If an exact token holds NaN or infinity.
         """
-        frozen = self.frozen
-        self._settle()
-        try:
-            return layer_state(self, lists)
-        finally:
-            if frozen is not None:
-                self._empty(frozen)
+        self._arrive()
+        return layer_state(self, lists)
 
     def restore(self, meta: LayerMeta, source: Source) -> None:
         """Take what `state` of another layer returned, in place of everything that this one holds."""
