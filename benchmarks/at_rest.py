@@ -4,14 +4,14 @@ python benchmarks/at_rest.py --text frankenstein.txt
 
 A prompt, in bfloat16, is compressed with each preset.  For each kind of tensor in the file, all layers together:
 
-- ``codes``: bytes in each code that a file may use (`nexusquant_cache.files.packing`), at each level of zstd;
-- ``ideal``: the length that an adaptive arithmetic coder would reach with a model of the stream.  Each context counts
+- ``codes``: bytes in each packing that a file may use (`nexusquant_cache.files.packing`), at each level of zstd;
+- ``ideal``: the length that an adaptive arithmetic coder would reach with a model of the bytes.  Each context counts
   the symbols that it has met (Krichevsky & Trofimov 1981, with 1/16 in place of 1/2 for bytes): nothing is known in
   advance.  For words the symbols are bytes, or the fields of the block codes with counts of their own for each rate of
   a layer, and for each block, coset (which is told first) or value of the token before where the name says so;
 - ``file``: the file as it is written, with the time that writing and reading take.
 
-``indices`` compares index streams, scales left out.  That of the package that this one has grown from, as in its
+``indices`` compares the indices alone, scales left out.  That of the package that this one has grown from, as in its
 version 0.6: keys or values after a Hadamard rotation, divided by half of their largest channel, the nearest point of E8
 clamped to -2 to 2 and doubled, one int8 per channel.  And ours at 2 bits, with both rotations, keys without their mean.
 
@@ -53,8 +53,8 @@ from nexusquant_cache.evaluation import (
     write_json,
 )
 from nexusquant_cache.evaluation.steps import Step
-from nexusquant_cache.files.contents import Stream, streams_of
-from nexusquant_cache.files.packing import CODES, arrange, pieces
+from nexusquant_cache.files.contents import FileTensor, tensors_of
+from nexusquant_cache.files.packing import PACKINGS, arrange, pieces
 from nexusquant_cache.files.saving import export_cache
 
 if TYPE_CHECKING:
@@ -175,28 +175,28 @@ def before_by(x: Tensor, back: int) -> Tensor:
     return torch.nn.functional.pad(x, (back, 0))[: len(x)]
 
 
-def planes_ideal(stream: Stream, tensor: Tensor) -> dict[str, float]:
+def planes_ideal(spec: FileTensor, tensor: Tensor) -> dict[str, float]:
     """Return ideal lengths of a tensor of numbers, byte plane by byte plane."""
-    plain = tensor.contiguous().flatten().view(torch.uint8).view(-1, stream.itemsize).long()
-    plane = torch.arange(stream.itemsize).expand(plain.shape)
-    channel = (torch.arange(len(plain)) % stream.shape[-1])[:, None].expand(plain.shape)
+    plain = tensor.contiguous().flatten().view(torch.uint8).view(-1, spec.itemsize).long()
+    plane = torch.arange(spec.itemsize).expand(plain.shape)
+    channel = (torch.arange(len(plain)) % spec.shape[-1])[:, None].expand(plain.shape)
     return {
         "byte plane": ideal_bytes(plane, plain, 256, _BYTE_PRIOR),
-        "byte plane and channel": ideal_bytes(combine((channel, 0), (plane, stream.itemsize)), plain, 256, _BYTE_PRIOR),
+        "byte plane and channel": ideal_bytes(combine((channel, 0), (plane, spec.itemsize)), plain, 256, _BYTE_PRIOR),
     }
 
 
-def ideal(stream: Stream, tensor: Tensor, layouts: Sequence[CodeLayout]) -> dict[str, float]:
+def ideal(spec: FileTensor, tensor: Tensor, layouts: Sequence[CodeLayout]) -> dict[str, float]:
     """Return ideal lengths of one tensor; ``layouts`` are those of its heads, for words."""
-    if stream.nbytes == 0:
+    if spec.nbytes == 0:
         return {}
-    if stream.kind in WORDS:
+    if spec.kind in WORDS:
         return words_ideal(tensor.flatten(0, 1), layouts)
-    if stream.kind == "scales":
+    if spec.kind == "scales":
         return _sum(scales_ideal(scales) for scales in tensor.flatten(0, 1))
-    if stream.name.endswith("kept"):
+    if spec.name.endswith("kept"):
         return _sum(bitmap_ideal(bitmap) for bitmap in tensor.flatten(0, 1))
-    return planes_ideal(stream, tensor)
+    return planes_ideal(spec, tensor)
 
 
 def _sum(parts: Iterator[Mapping[str, float]]) -> dict[str, float]:
@@ -213,40 +213,42 @@ def layouts_of(codec: Any, transform: VectorTransform, heads: int) -> list[CodeL
     return [codec.layouts[plan] if transform.plans is not None else codec.layout for plan in plans]
 
 
-def measure_codes(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict[str, Any]]:
+def measure_packings(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per kind of tensor."""
     meta, tensors = export_cache(cache)
     rows: dict[str, dict[str, Any]] = {}
-    for name, stream in streams_of(meta).items():
-        row = rows.setdefault(stream.kind, {"kind": stream.kind, "packed_bytes": 0, "codes": {}, "ideal": {}})
-        row["packed_bytes"] += stream.nbytes
-        for code in CODES[1:]:
-            data = b"".join(arrange(part, code, stream.itemsize) for part in pieces(stream, tensors[name]))
-            sizes = row["codes"].setdefault(code, {str(level): 0 for level in levels})
+    for name, spec in tensors_of(meta).items():
+        row = rows.setdefault(spec.kind, {"kind": spec.kind, "packed_bytes": 0, "codes": {}, "ideal": {}})
+        row["packed_bytes"] += spec.nbytes
+        for packing in PACKINGS[1:]:
+            data = b"".join(arrange(part, packing, spec.itemsize) for part in pieces(spec, tensors[name]))
+            sizes = row["codes"].setdefault(packing, {str(level): 0 for level in levels})
             for level in levels:
                 sizes[str(level)] += len(zstandard.ZstdCompressor(level=level).compress(data)) if data else 0
-        shortest = ideal(stream, tensors[name], _layouts(cache, stream))
+        shortest = ideal(spec, tensors[name], _layouts(cache, spec))
         for model, nbytes in shortest.items():
             row["ideal"][model] = row["ideal"].get(model, 0.0) + nbytes
-        if stream.kind in WORDS:
-            row.setdefault("layers", []).append(_layer_row(stream, tensors[name], levels, shortest))
+        if spec.kind in WORDS:
+            row.setdefault("layers", []).append(_layer_row(spec, tensors[name], levels, shortest))
     return [{**row, "ideal": {model: round(x) for model, x in row["ideal"].items()}} for row in rows.values()]
 
 
-def _layer_row(stream: Stream, tensor: Tensor, levels: Sequence[int], shortest: Mapping[str, float]) -> dict[str, Any]:
+def _layer_row(
+    spec: FileTensor, tensor: Tensor, levels: Sequence[int], shortest: Mapping[str, float]
+) -> dict[str, Any]:
     """Return how the words of one layer shrink: they repeat where a layer sees little more than the token itself."""
-    data = b"".join(arrange(part, "zstd", 1) for part in pieces(stream, tensor))
+    data = b"".join(arrange(part, "zstd", 1) for part in pieces(spec, tensor))
     zstd = {str(level): len(zstandard.ZstdCompressor(level=level).compress(data)) / len(data) for level in levels}
     return {"packed_bytes": len(data), "zstd": zstd, "ideal": min(shortest.values()) / len(data)}
 
 
-def _layouts(cache: NexusQuantCache, stream: Stream) -> list[CodeLayout]:
-    if stream.kind not in WORDS:
+def _layouts(cache: NexusQuantCache, spec: FileTensor) -> list[CodeLayout]:
+    if spec.kind not in WORDS:
         return []
-    layer: Any = cache.layers[int(stream.name.split(".")[1])]
-    is_key = stream.kind == WORDS[0]
+    layer: Any = cache.layers[int(spec.name.split(".")[1])]
+    is_key = spec.kind == WORDS[0]
     side = layer.body.keys if is_key else layer.body.values
-    return layouts_of(layer.key_codec if is_key else layer.value_codec, side.transform, stream.shape[1])
+    return layouts_of(layer.key_codec if is_key else layer.value_codec, side.transform, spec.shape[1])
 
 
 def measure_files(cache: NexusQuantCache, levels: Sequence[int | None]) -> list[dict[str, Any]]:
@@ -266,7 +268,7 @@ def measure_files(cache: NexusQuantCache, levels: Sequence[int | None]) -> list[
                     "file_bytes": report.total_bytes,
                     "header_bytes": report.header_bytes,
                     "kinds": {kind: stored for kind, (_, stored) in report.kinds.items()},
-                    "stored_as": {kind: report.codes(kind) for kind in report.kinds},
+                    "stored_as": {kind: report.packings(kind) for kind in report.kinds},
                     "write_seconds": wrote - start,
                     "read_seconds": read - wrote,
                 }
@@ -316,16 +318,16 @@ def _add_ours(found: dict[str, float], x: Tensor, codec: E8Codec, levels: Sequen
 
 
 def _add(found: dict[str, float], x: Tensor, decoded: Tensor, index: Tensor, levels: Sequence[int]) -> None:
-    """Add the sizes of an index stream, without scales, in bits."""
+    """Add the sizes of indices, without scales, in bits."""
     found["channels"] += x.numel()
     found["error"] += float((decoded - x).double().square().sum())
     found["power"] += float(x.double().square().sum())
     found["stored"] += 8 * index.numel()
-    stream = Stream("", "uint8", tuple(index.shape), "other")
+    spec = FileTensor("", "uint8", tuple(index.shape), "other")
     for level in levels:
-        for code in ("zstd", "delta+zstd"):
-            data = b"".join(arrange(part, code, 1) for part in pieces(stream, index))
-            found[f"{code} {level}"] += 8 * len(zstandard.ZstdCompressor(level=level).compress(data))
+        for packing in ("zstd", "delta+zstd"):
+            data = b"".join(arrange(part, packing, 1) for part in pieces(spec, index))
+            found[f"{packing} {level}"] += 8 * len(zstandard.ZstdCompressor(level=level).compress(data))
 
 
 def arguments() -> argparse.Namespace:
@@ -368,7 +370,7 @@ def main() -> None:
                     "preset": preset,
                     "dense_bytes": memory.dense_bytes,
                     "held_bytes": memory.held_bytes,
-                    "streams": measure_codes(cache, given.levels),
+                    "streams": measure_packings(cache, given.levels),
                     "files": measure_files(cache, [None, *given.levels]),
                 }
             )
@@ -390,17 +392,19 @@ def main() -> None:
 
 
 def show(content: Mapping[str, Any]) -> None:
-    """Print what each stream comes to, relative to its packed form."""
+    """Print what each kind of tensor comes to, relative to its packed form."""
     for row in content["rows"]:
         print(f"{row['preset']}: {row['dense_bytes']:,} bytes in 16 bit, {row['held_bytes']:,} held")
-        for stream in row["streams"]:
-            packed = max(stream["packed_bytes"], 1)
+        for kind in row["streams"]:
+            packed = max(kind["packed_bytes"], 1)
             sizes = [
-                f"{code} {level} {x / packed:.3f}" for code, by in stream["codes"].items() for level, x in by.items()
+                f"{packing} {level} {x / packed:.3f}"
+                for packing, by in kind["codes"].items()
+                for level, x in by.items()
             ]
-            models = [f"{model} {x / packed:.3f}" for model, x in stream["ideal"].items()]
-            print(f"  {stream['kind']:<12} {packed:>10,}  {', '.join(sizes)}\n{'':27}ideal: {', '.join(models)}")
-            for index, layer in enumerate(stream.get("layers", ())):
+            models = [f"{model} {x / packed:.3f}" for model, x in kind["ideal"].items()]
+            print(f"  {kind['kind']:<12} {packed:>10,}  {', '.join(sizes)}\n{'':27}ideal: {', '.join(models)}")
+            for index, layer in enumerate(kind.get("layers", ())):
                 zstd = ", ".join(f"zstd {level} {x:.3f}" for level, x in layer["zstd"].items())
                 print(f"{'':27}layer {index}: {zstd}, ideal {layer['ideal']:.3f}")
         for file in row["files"]:

@@ -1,4 +1,4 @@
-"""What crosses the bus when a cache is kept in host memory, and what zstd saves there.
+"""What crosses the bus when a cache is kept in host memory.
 
 python benchmarks/offload.py --text frankenstein.txt
 
@@ -10,9 +10,7 @@ none, on one that the tests simulate (`tests/integration/simulated.py`), which h
 - ``fetched``, ``sent``: bytes to the device and back, counted where they are copied (`Bus`): for the prompt with its
   compression, and per token after that;
 - ``on_device``: bytes of the cache itself that are on the device, at the moment when they are most, while tokens are
-  generated;
-- ``host``: bytes in host memory after `cache.offload(level=...)` without and with zstd, and the seconds that going
-  there and coming back take.
+  generated.
 
 Writes ``benchmarks/results/offload.json``.
 """
@@ -22,7 +20,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +57,6 @@ if TYPE_CHECKING:
     States = Sequence[tuple[Tensor, Tensor]]
 
 PLAIN = "plain"
-LEVELS = (3, 19)
 
 
 class Bus(TorchFunctionMode):
@@ -216,28 +212,6 @@ def _stored_bytes(cache: Any) -> int:
     return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
-def freeze(name: str, config: Any, states: States, tokens: int) -> dict[str, Any]:
-    """Return what a cache takes in host memory, compressed there or not, and the time that takes; all on the CPU."""
-    cache = make_cache(name, Place(HOST), config, offloading=False)
-    for layer_idx, (keys, values) in enumerate(states):
-        cache.update(keys[:, :, :tokens], values[:, :, :tokens], layer_idx)
-    cache.compress()
-    rows = {"packed": cache.memory_report().held_bytes}
-    for level in LEVELS:
-        start = time.perf_counter()
-        cache.offload(level=level)
-        there = time.perf_counter()
-        held = cache.memory_report().held_bytes
-        middle = time.perf_counter()
-        cache.prefetch()
-        rows[f"zstd {level}"] = {
-            "held": held,
-            "s_to_offload": there - start,
-            "s_to_prefetch": time.perf_counter() - middle,
-        }
-    return rows
-
-
 def main() -> None:
     """Count everything and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,10 +235,7 @@ def main() -> None:
         rows = []
         for done, each in enumerate((PLAIN, *given.presets)):
             report(Step("counting", done, len(given.presets) + 1, each))
-            row = count_bytes(each, place, loaded.model.config, states, given.tokens)
-            if each != PLAIN:
-                row["host"] = freeze(each, loaded.model.config, states, given.tokens)
-            rows.append(row)
+            rows.append(count_bytes(each, place, loaded.model.config, states, given.tokens))
     content = {
         "environment": environment(),
         "settings": {

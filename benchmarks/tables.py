@@ -417,16 +417,16 @@ def at_rest_table(content: dict[str, Any]) -> str:
     rows = []
     for row in content["rows"]:
         file = next(file for file in row["files"] if file["level"] == 3)
-        for stream in row["streams"]:
-            packed, codes = stream["packed_bytes"], stream["codes"]
+        for kind in row["streams"]:
+            packed, packings = kind["packed_bytes"], kind["codes"]
             sizes = {
-                has_delta: min(by[level] for code, by in codes.items() if code.startswith("delta") == has_delta)
+                has_delta: min(by[level] for name, by in packings.items() if name.startswith("delta") == has_delta)
                 for has_delta in (False, True)
             }
-            shown = (file["kinds"][stream["kind"]], *sizes.values(), min(stream["ideal"].values()))
+            shown = (file["kinds"][kind["kind"]], *sizes.values(), min(kind["ideal"].values()))
             cells = (
                 f"`{row['preset']}`",
-                stream["kind"],
+                kind["kind"],
                 f"{packed / 1024:,.1f}",
                 *(f"{x / packed:.3f}" for x in shown),
             )
@@ -437,13 +437,13 @@ def at_rest_table(content: dict[str, Any]) -> str:
 def at_rest_layers_table(content: dict[str, Any]) -> str:
     """Return how the words of each layer shrink, of the first preset."""
     row = content["rows"][0]
-    streams = [stream for stream in row["streams"] if "layers" in stream]
-    level = max(streams[0]["layers"][0]["zstd"], key=int)
-    head = ("layer", *(f"{stream['kind']}, {what}" for stream in streams for what in (f"zstd {level}", "ideal")))
-    count = len(streams[0]["layers"])
+    kinds = [kind for kind in row["streams"] if "layers" in kind]
+    level = max(kinds[0]["layers"][0]["zstd"], key=int)
+    head = ("layer", *(f"{kind['kind']}, {what}" for kind in kinds for what in (f"zstd {level}", "ideal")))
+    count = len(kinds[0]["layers"])
     shown = [*range(min(6, count)), *range(6, count, 6)]
     rows = (
-        (str(index), *(f"{x:.3f}" for stream in streams for x in _layer_sizes(stream["layers"][index], level)))
+        (str(index), *(f"{x:.3f}" for kind in kinds for x in _layer_sizes(kind["layers"][index], level)))
         for index in dict.fromkeys([*shown, count - 1])
     )
     return markdown(head, rows)
@@ -545,29 +545,6 @@ def _moved(row: dict[str, Any]) -> float:
     return float(row["per_token"]["fetched"] + row["per_token"]["sent"])
 
 
-def offload_host_table(content: dict[str, Any]) -> str:
-    """Return what a cache takes in host memory, compressed and not, and the time to compress and decompress it."""
-    head = ("preset", "level", "MB", "of the packed form", "s to send", "s to fetch")
-    rows = []
-    for row in content["rows"]:
-        packed = row["host"]["packed"] if "host" in row else 0
-        if packed:
-            rows.append((f"`{row['cache']}`", "none", f"{packed / 1e6:.2f}", "1.000", "", ""))
-        rows += (
-            (
-                f"`{row['cache']}`",
-                level.removeprefix("zstd "),
-                f"{held['held'] / 1e6:.2f}",
-                f"{held['held'] / packed:.3f}",
-                f"{held['s_to_offload']:.2f}",
-                f"{held['s_to_prefetch']:.2f}",
-            )
-            for level, held in row.get("host", {}).items()
-            if level != "packed"
-        )
-    return markdown(head, rows)
-
-
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
@@ -591,7 +568,6 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "at_rest_files": (at_rest_files_table, "at_rest"),
     "indices": (indices_table, "at_rest"),
     "offload": (offload_table, "offload"),
-    "offload_host": (offload_host_table, "offload"),
     "prefix_store": (prefix_store_table, "prefix_store"),
     "prefix_store_finding": (prefix_store_finding_table, "prefix_store"),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config
 
 from nexusquant_cache import FormatError, NexusQuantCache
-from nexusquant_cache.files.contents import DTYPES, Stream, streams_of
+from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.packing import arrange
 from nexusquant_cache.files.schema import from_json
 
@@ -94,7 +94,7 @@ def put_together(
         metadata: Texts.
         content: The JSON object inside them, or its text.
         entries: The tensors.
-        decoded: For names of coded tensors, without the code, the bytes that they stand for.
+        decoded: For names of packed tensors, without the packing, the bytes that they stand for.
     """
     text = content if isinstance(content, str) else json.dumps(content, separators=(",", ":"), sort_keys=True)
     total = hashlib.sha256(text.encode("utf-8", "surrogatepass"))
@@ -119,29 +119,29 @@ def forged(data: bytes, change: Callable[[dict[str, Any], dict[str, Entry]], Non
     return put_together(metadata, content, list(named.values()))
 
 
-def coded(entry: Entry, code: str) -> Entry:
-    """Return a tensor in a code that arranges its bytes, or in none, and then makes a zstd frame."""
+def packed(entry: Entry, packing: str) -> Entry:
+    """Return a tensor in a packing that arranges its bytes, or in none, and then makes a zstd frame."""
     name, dtype, shape, data = entry
-    stream = Stream(name, next(key for key, x in DTYPES.items() if x[0] == dtype), tuple(shape), "other")
-    groups, items, width = stream.rows
+    spec = FileTensor(name, next(key for key, x in DTYPES.items() if x[0] == dtype), tuple(shape), "other")
+    groups, items, width = spec.rows
     part = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(groups, items, width)
-    stored = zstandard.ZstdCompressor().compress(arrange(part, code, stream.itemsize))
-    return f"{name}:{code}", "U8", [len(stored)], stored
+    stored = zstandard.ZstdCompressor().compress(arrange(part, packing, spec.itemsize))
+    return f"{name}:{packing}", "U8", [len(stored)], stored
 
 
 def refitted(content: Any, named: Mapping[str, Entry]) -> dict[str, Entry] | None:
     """Return the tensors that metadata announce, of bytes that were there before; None if they are impossible."""
     try:
-        streams = streams_of(from_json(json.dumps(content)))
+        specs = tensors_of(from_json(json.dumps(content)))
     except FormatError:
         return None
-    if sum(stream.nbytes for stream in streams.values()) > 1 << 20:
+    if sum(spec.nbytes for spec in specs.values()) > 1 << 20:
         return None
     made = {}
-    for name, stream in streams.items():
+    for name, spec in specs.items():
         old = named[name][3] if name in named else b"\x01"
-        data = (old * (stream.nbytes // max(len(old), 1) + 1))[: stream.nbytes] if old else bytes(stream.nbytes)
-        made[name] = name, DTYPES[stream.dtype][0], list(stream.shape), data
+        data = (old * (spec.nbytes // max(len(old), 1) + 1))[: spec.nbytes] if old else bytes(spec.nbytes)
+        made[name] = name, DTYPES[spec.dtype][0], list(spec.shape), data
     return made
 
 

@@ -1,6 +1,6 @@
 """The cache in host memory: between the updates of its layers (`offloading=True`), or until it is needed (`offload`).
 
-**The law.**  Where the cache is, and what is compressed there, changes no token and no stored bit.
+**The law.**  Where the cache is changes no token and no stored bit.
 """
 
 import copy
@@ -19,7 +19,6 @@ from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from nexusquant_cache import (
-    CacheStateError,
     NexusQuantCache,
     OptionError,
     ReconstructionPolicy,
@@ -31,7 +30,7 @@ from nexusquant_cache.cache.report import storage_bytes
 from nexusquant_cache.layer import host
 from nexusquant_cache.layer import layer as layer_module
 from nexusquant_cache.layer import tokens as tokens_module
-from nexusquant_cache.layer.host import FrozenTensor, to_device
+from nexusquant_cache.layer.host import to_device
 from nexusquant_cache.layer.tokens import TokenBuffer
 
 
@@ -351,8 +350,7 @@ class TestOffload:
     """`cache.offload()`."""
 
     @pytest.mark.usefixtures("fresh_tables")
-    @pytest.mark.parametrize("level", [None, 3])
-    def test_everything_leaves_the_device_and_comes_back_by_itself(self, model, level):
+    def test_everything_leaves_the_device_and_comes_back_by_itself(self, model):
         """Out after every forward: nothing else changes."""
         spread, alone = SpreadCache("balanced", config=model.config, **SMALL), balanced(model)
         for seed, tokens in enumerate([60, 1, 1, 7, 1, 1, 1, 1, 1]):
@@ -361,8 +359,8 @@ class TestOffload:
                 given = logits(model, prompt(tokens, seed=seed), spread)
                 for index, layer in enumerate(spread.layers):
                     assert {x.device for x in stored(layer)} == {torch.device("xpu", index)}
-                spread.offload(level=level)
-                assert {x.device.type for layer in spread.layers for x in stored(layer)} <= {"cpu", "meta"}
+                spread.offload()
+                assert {x.device for layer in spread.layers for x in stored(layer)} == {CPU}
             assert torch.equal(given, expected)
         with SimulatedDevices():
             spread.prefetch()
@@ -385,13 +383,12 @@ class TestOffload:
             assert {x.device.type for x in stored(cache.layers[1])} == {"xpu"}
 
     @pytest.mark.usefixtures("fresh_tables")
-    @pytest.mark.parametrize("level", [None, 3])
-    def test_an_offloading_cache_can_be_sent_away_whole(self, model, level):
+    def test_an_offloading_cache_can_be_sent_away_whole(self, model):
         cache, alone = SpreadCache("balanced", config=model.config, offloading=True, **SMALL), balanced(model)
         with SimulatedDevices():
             text = generate(model, prompt(60), cache, 4)
-            cache.offload(level=level)
-            assert {x.device.type for layer in cache.layers for x in stored(layer)} <= {"cpu", "meta"}
+            cache.offload()
+            assert {x.device for layer in cache.layers for x in stored(layer)} == {CPU}
             cache.prefetch()
             for layer in cache.layers:
                 assert layer.tail[0].device.type == "xpu"
@@ -403,43 +400,18 @@ class TestOffload:
 
     @pytest.mark.parametrize("waiting", [False, True])
     @pytest.mark.parametrize("operation", [*OPERATIONS, "save"])
-    def test_whatever_touches_a_compressed_cache_finds_it_whole(self, model, operation, waiting, tmp_path):
+    def test_whatever_touches_a_cache_that_is_away_finds_it_whole(self, model, operation, waiting, tmp_path):
         results = []
-        for level in (None, 3):
+        for is_away in (False, True):
             cache = balanced(model)
             logits(model, prompt(60), cache)
             for seed in range(0 if waiting else 12):
                 logits(model, prompt(1, seed=seed), cache)
-            if level is not None:
-                cache.offload(level=level)
-                assert all(layer.frozen is not None for layer in cache.layers)
+            if is_away:
+                cache.offload()
+                assert all(layer.is_away for layer in cache.layers)
             results.append(result_of(save(cache, tmp_path) if operation == "save" else operation(cache)))
         assert results[0] == results[1]
-
-    def test_a_compressed_cache_is_smaller_and_its_report_says_so(self, tmp_path):
-        cache = NexusQuantCache("balanced")
-        for index in range(2):
-            keys, values = random_states((1, 2, 2000, 64), index, torch.bfloat16)
-            cache.update(keys, values, index)
-        cache.compress()
-        before = cache.memory_report()
-        assert before.host_bytes == 0
-        cache.offload(level=3)
-        away = cache.memory_report()
-        assert (away.kept_tokens, away.dense_bytes) == (before.kept_tokens, before.dense_bytes)
-        for now, then in zip(away.layers, before.layers, strict=True):
-            assert 0 < now.exact_bytes < then.exact_bytes
-            assert 0 < now.code_bytes < then.code_bytes
-            assert now.other_bytes == then.other_bytes
-            assert now.host_bytes == storage_bytes(*cache.layers[now.layer_idx].frozen)
-        assert away.held_bytes == sum(layer.held_bytes for layer in away.layers) + away.shared_bytes
-        assert "in host memory" in str(away)
-        assert cache.memory_report(at_rest=True).layers == away.layers
-        cache.save(tmp_path / "cache")
-        assert all(layer.frozen is not None for layer in cache.layers), "looking at it leaves it compressed"
-        assert cache.memory_report().layers == away.layers
-        cache.prefetch()
-        assert cache.memory_report().layers == before.layers
 
     @pytest.mark.usefixtures("fresh_tables")
     def test_the_report_tells_host_from_device(self, model):
@@ -458,26 +430,29 @@ class TestOffload:
         cache, alone = balanced(model), balanced(model)
         for each in (cache, alone):
             generate(model, prompt(60), each, 4)
-        cache.offload(level=3)
-        cache.offload(level=19)  # it is compressed already
         cache.offload()
-        assert all(layer.frozen is None for layer in cache.layers)
+        cache.offload()
         assert fingerprint(cache) == fingerprint(alone)
 
     def test_an_empty_cache(self):
         cache = NexusQuantCache()
-        cache.offload(level=3)
+        cache.offload()
         cache.prefetch()
         cache = NexusQuantCache(config=tiny_llama().config)
-        cache.offload(level=3)
+        cache.offload()
         cache.prefetch()
         assert cache.get_seq_length() == 0
 
     @pytest.mark.usefixtures("unchecked")
-    @pytest.mark.parametrize("level", [0, 23, "3", True])
-    def test_levels(self, model, level):
-        with pytest.raises(OptionError, match="level must be a whole number from 1"):
+    @pytest.mark.parametrize("level", [None, 3])
+    def test_compression_there_was_removed(self, model, level):
+        with pytest.raises(OptionError, match=r"removed: use save\(\)"):
             balanced(model).offload(level=level)
+
+    @pytest.mark.usefixtures("unchecked")
+    def test_other_options(self, model):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'depth'"):
+            balanced(model).offload(depth=3)
 
     def test_reconstruction_reads_a_prompt_that_was_sent_away(self, model):
         cache, alone = (balanced(model, policy=ReconstructionPolicy()) for _ in range(2))
@@ -485,10 +460,10 @@ class TestOffload:
         for each in (cache, alone):
             logits(model, prompt(60), each)
             if each is cache:
-                each.offload(level=3)
+                each.offload()
             attention.reconstruct(model, each, prompt(60))
             if each is cache:
-                each.offload(level=3)
+                each.offload()
             texts.append(generate(model, torch.cat([prompt(60), prompt(5, seed=1)], 1), each, 6))
         assert torch.equal(*texts)
         assert fingerprint(cache) == fingerprint(alone)
@@ -498,38 +473,16 @@ class TestOffload:
         """Also of those whose layers have states that stay on the device."""
         model = build(name, FAMILIES[name].attentions[0])
         texts = []
-        for level in (None, 1):
+        for is_sent_away in (False, True):
             cache = NexusQuantCache("quant", config=model.config, **SMALL)
             given = inputs(model, 48)
             first = model.generate(**given, past_key_values=cache, max_new_tokens=5, do_sample=False)
-            if level is not None:
-                cache.offload(level=level)
+            if is_sent_away:
+                cache.offload()
             for _ in range(3):
                 out = model(input_ids=first[:, -1:], past_key_values=cache, use_cache=True)
             texts.append(out.logits)
         assert torch.equal(*texts)
-
-
-class TestFrozenTensor:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.uint8])
-    def test_comes_back(self, dtype):
-        x = (torch.arange(3 * 50 * 8) % 50).view(1, 3, 50, 8).to(dtype)
-        frozen = FrozenTensor.of(x, "exact" if dtype != torch.uint8 else "key words", 3)
-        assert frozen.data.nbytes < x.nbytes / 2
-        assert torch.equal(frozen.thaw(CPU), x)
-
-    def test_what_does_not_shrink_is_left(self):
-        x = torch.randint(0, 256, (1, 2, 300, 32), dtype=torch.uint8)
-        assert FrozenTensor.of(x, "key words", 19) is None
-
-    def test_changed_memory_is_noticed(self):
-        frozen = FrozenTensor.of(torch.zeros(1, 1, 64, 8), "exact", 3)
-        wrong = FrozenTensor(frozen.stream, frozen.code, frozen.data, "0" * 64)
-        with pytest.raises(CacheStateError, match="has changed there"):
-            wrong.thaw(CPU)
-
-    def test_a_dtype_that_no_file_holds_is_left(self):
-        assert FrozenTensor.of(torch.zeros(1, 1, 64, 8, dtype=torch.uint16), "key words", 3) is None
 
 
 class TestStreams:
@@ -699,24 +652,6 @@ class TestFailures:
             cache.offload()
         assert fingerprint(cache) == before
 
-    @pytest.mark.parametrize("number", range(8))
-    def test_any_compression_may_fail(self, model, number, monkeypatch):
-        cache = balanced(model)
-        generate(model, prompt(60), cache, 12)
-        before = fingerprint(cache)
-        left, freeze = iter(range(number)), FrozenTensor.of
-
-        def failing(*args: Any) -> Any:
-            if next(left, None) is None:
-                raise MemoryError
-            return freeze(*args)
-
-        with monkeypatch.context() as patch:
-            patch.setattr(FrozenTensor, "of", failing)
-            with pytest.raises(MemoryError):
-                cache.offload(level=3)
-        assert fingerprint(cache) == before
-
     @pytest.mark.usefixtures("fresh_tables")
     def test_a_refused_chunk_leaves_the_queries_of_the_first_layer(self, model):
         """Its codes are fetched again before the last layer refuses."""
@@ -737,8 +672,7 @@ class TestFailures:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("level", [None, 3])
-def test_on_a_gpu(level):
+def test_on_a_gpu():
     """Host memory is pinned, and copies beside the computation change no token."""
     model = tiny_llama().cuda()
     ids, turn = prompt(200).cuda(), prompt(30, seed=1).cuda()
@@ -748,6 +682,6 @@ def test_on_a_gpu(level):
         text = generate(model, ids, cache, 40)
         if offloading:
             assert all(x.is_pinned() for layer in cache.layers for x in codes_of(layer))
-            cache.offload(level=level)
+            cache.offload()
         texts.append(generate(model, torch.cat([text, turn], 1), cache, 40))
     assert torch.equal(*texts)

@@ -58,13 +58,13 @@ from nexusquant_cache.files import (
     container,
     hash_tokens,
     inspect_file,
+    packing,
     reader,
     register_codec,
     verify_file,
     writer,
 )
-from nexusquant_cache.files import packing as entropy
-from nexusquant_cache.files.contents import Stream
+from nexusquant_cache.files.contents import FileTensor
 from nexusquant_cache.files.state import Lists
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.store import store
@@ -537,7 +537,7 @@ def test_from_device_to_device(tmp_path):
     there = NexusQuantCache.load(tmp_path / "a", config=model.config, device="cuda")
     here.save(tmp_path / "b")
     assert torch.equal(cache.layers[0].tail[0].cpu(), here.layers[0].tail[0])
-    assert inspect_file(tmp_path / "a").streams == inspect_file(tmp_path / "b").streams
+    assert inspect_file(tmp_path / "a").kinds == inspect_file(tmp_path / "b").kinds
     for seed in range(9):
         ids = prompt(1, seed=seed).cuda()
         assert torch.equal(logits(model, ids, cache), logits(model, ids, there))
@@ -595,10 +595,10 @@ class TestWriting:
         generate(sdpa, prompt(300), cache)
         for large in (1 << 30, 64):
             monkeypatch.setattr(writer, "_LARGE", large)
-            monkeypatch.setattr(writer, "choose_code", lambda stream, *_: "zstd" if stream.nbytes else None)
+            monkeypatch.setattr(writer, "choose_packing", lambda spec, *_: "zstd" if spec.nbytes else None)
             cache.save(tmp_path / str(large), level=1)
         assert verify_file(tmp_path / "64").sha256 == verify_file(tmp_path / str(1 << 30)).sha256
-        assert any("bytes" in row.codes for row in inspect_file(tmp_path / "64").streams)
+        assert any("bytes" in row.packings for row in inspect_file(tmp_path / "64").kinds)
 
     def test_large_tensors_are_not_held(self, tmp_path):
         """Neither the one that is being written, nor the one before it."""
@@ -612,14 +612,14 @@ class TestWriting:
 
     def test_what_is_done_for_a_tensor_does_not_grow_with_their_number(self, tmp_path, monkeypatch):
         asked = 0
-        size = Stream.nbytes.func
+        size = FileTensor.nbytes.func
 
-        def counting(stream: Stream) -> Any:
+        def counting(spec: FileTensor) -> Any:
             nonlocal asked
             asked += 1
-            return size(stream)
+            return size(spec)
 
-        monkeypatch.setattr(Stream, "nbytes", property(counting))
+        monkeypatch.setattr(FileTensor, "nbytes", property(counting))
         for layers in (4, 40):
             cache = NexusQuantCache("quant", **SMALL)
             for layer in range(layers):
@@ -631,8 +631,8 @@ class TestWriting:
 
     def test_what_zstd_needs_for_its_tables_limits_what_is_compressed_at_once(self, sdpa, tmp_path, monkeypatch):
         """At level 22 a tensor of 8 MiB takes 130 MiB."""
-        stream = Stream("x", "uint8", (1, 1, 1 << 20, 8), "key words")
-        assert entropy.working_memory(stream, 22) > 16 * entropy.working_memory(stream, 3)
+        spec = FileTensor("x", "uint8", (1, 1, 1 << 20, 8), "key words")
+        assert packing.working_memory(spec, 22) > 16 * packing.working_memory(spec, 3)
         cache, running, most, lock = balanced(sdpa), 0, 0, threading.Lock()
         generate(sdpa, prompt(300), cache)
         compress = writer.compress
@@ -678,13 +678,13 @@ class TestWriting:
         assert not list(tmp_path.iterdir())
 
     def test_what_has_begun_stops_soon(self):
-        stream = Stream("x", "uint8", (1, 1, 1 << 20, 8), "key words")
-        tensor = torch.randint(0, 9, stream.shape, dtype=torch.uint8)
+        spec = FileTensor("x", "uint8", (1, 1, 1 << 20, 8), "key words")
+        tensor = torch.randint(0, 9, spec.shape, dtype=torch.uint8)
         answers = iter([True, True])
-        with pytest.raises(entropy.CancelledError):
-            entropy.compress(stream, tensor, "zstd", 1, 0, lambda: next(answers, False))
-        with pytest.raises(entropy.CancelledError):
-            entropy.hash_bytes(stream, tensor, lambda: False)
+        with pytest.raises(packing.CancelledError):
+            packing.compress(spec, tensor, "zstd", 1, 0, lambda: next(answers, False))
+        with pytest.raises(packing.CancelledError):
+            packing.hash_bytes(spec, tensor, lambda: False)
 
     @pytest.mark.parametrize("call", ["open", "fsync"])
     def test_a_folder_that_cannot_be_put_on_the_disk(self, call, sdpa, tmp_path, monkeypatch):
@@ -876,12 +876,12 @@ class TestReading:
 class TestOneFrame:
     """What is stored of a tensor is one zstd frame, and nothing else."""
 
-    stream = Stream("x", "uint8", (1, 1, 3000, 10), "key words")
-    tensor = torch.randint(0, 50, stream.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    spec = FileTensor("x", "uint8", (1, 1, 3000, 10), "key words")
+    tensor = torch.randint(0, 50, spec.shape, generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
     def read(self, data: bytes) -> str:
         out = torch.zeros(1, 3000, 10, dtype=torch.uint8)
-        return entropy.decompress(self.stream, BytesIO(data), len(data), "zstd", out)
+        return packing.decompress(self.spec, BytesIO(data), len(data), "zstd", out)
 
     def frame(self, **options: Any) -> bytes:
         return zstandard.ZstdCompressor(**options).compress(self.tensor.numpy().tobytes())
@@ -900,9 +900,9 @@ class TestOneFrame:
             def read(self, count: int | None = -1, /) -> bytes:
                 return super().read(min(count or 0, 1 + self.tell() % 5) if self.tell() % 1000 < 50 else count)
 
-        stream = Stream("x", "uint8", tuple(tensor.shape), "key words")
+        spec = FileTensor("x", "uint8", tuple(tensor.shape), "key words")
         out = torch.zeros(tensor.shape[1:], dtype=torch.uint8)
-        entropy.decompress(stream, Slow(stored), len(stored), "zstd", out)
+        packing.decompress(spec, Slow(stored), len(stored), "zstd", out)
         assert torch.equal(out, tensor[0])
 
     def test_nothing_else_is(self):

@@ -1,7 +1,7 @@
 """Damaged and forged files.
 
 **The laws.**  Whatever is done to the bytes of a saved cache, reading them raises `FormatError` or returns the content
-that was saved, and nothing else.  Whatever is written into metadata, tensors and their codes whose hash is then made
+that was saved, and nothing else.  Whatever is written into metadata, tensors and their packings whose hash is then made
 right, loading raises `FormatError` (or asks for the policy), or returns a cache that has the shapes it says it has,
 holds finite numbers, and goes on.
 """
@@ -18,9 +18,9 @@ from files import (
     CONFIGS,
     MAKERS,
     Entry,
-    coded,
     file_bytes,
     forged,
+    packed,
     put_together,
     refitted,
     take_apart,
@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 
 from nexusquant_cache import FormatError, NexusQuantCache, OptionError
 from nexusquant_cache.errors import NexusQuantError
-from nexusquant_cache.files.packing import CODES
+from nexusquant_cache.files.packing import PACKINGS
 from nexusquant_cache.files.reader import read_file
 from nexusquant_cache.layer.layer import NexusQuantLayer
 
@@ -257,21 +257,21 @@ def test_forged_files(name, changes, fills, repaired, path):
 @given(
     name=names,
     which=places,
-    codes=st.tuples(st.sampled_from(CODES[1:]), st.sampled_from(CODES)),
+    packings=st.tuples(st.sampled_from(PACKINGS[1:]), st.sampled_from(PACKINGS)),
     is_renamed=st.booleans(),
     damages=st.lists(st.tuples(kinds, places, places, some_bytes), max_size=2),
 )
-def test_forged_codes(name, which, codes, is_renamed, damages, path, right):  # noqa: PLR0917 - drawn by name
-    """A coded tensor that is damaged, or in another code than its name says, and a right hash of what it should be."""
+def test_forged_packings(name, which, packings, is_renamed, damages, path, right):  # noqa: PLR0917 - drawn by name
+    """A packed tensor, damaged or in another packing than its name says, and a right hash of what it should be."""
     metadata, content, entries = take_apart(file_bytes(name, None))
     index = int(which * len(entries))
     plain, _, _, data = entries[index]
-    coded_name, _, _, stored = coded(entries[index], codes[0])
+    packed_name, _, _, stored = packed(entries[index], packings[0])
     for damage in damages:
         stored = damaged(stored, *damage)
     if is_renamed:
-        coded_name = f"{plain}:{codes[1]}"
-    entries[index] = coded_name, "U8", [len(stored)], stored
+        packed_name = f"{plain}:{packings[1]}"
+    entries[index] = packed_name, "U8", [len(stored)], stored
     path.write_bytes(put_together(metadata, content, entries, {plain: data}))
     found = read_soon(path)
     if found is None:

@@ -244,8 +244,8 @@ class TestAtRest:
         logits(tiny().model, prompt(300), cache)
         cache.compress()
         script = load("at_rest")
-        streams, files = script.measure_codes(cache, [3]), script.measure_files(cache, [None, 3])
-        packed = sum(row["packed_bytes"] for row in streams)
+        kinds, files = script.measure_packings(cache, [3]), script.measure_files(cache, [None, 3])
+        packed = sum(row["packed_bytes"] for row in kinds)
         assert files[0]["file_bytes"] == files[0]["header_bytes"] + packed
         assert files[1]["file_bytes"] < files[0]["file_bytes"]
-        assert all(row["ideal"] for row in streams)
+        assert all(row["ideal"] for row in kinds)

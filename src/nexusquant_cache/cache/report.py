@@ -164,8 +164,8 @@ class MemoryReport:
         if self.at_rest is None:
             return
         for kind, (packed, stored) in self.at_rest.kinds.items():
-            codes = ", ".join(self.at_rest.codes(kind))
-            yield f"at rest {kind:<12} {_size(packed):>10} -> {_size(stored):>10}  {codes}"
+            packings = ", ".join(self.at_rest.packings(kind))
+            yield f"at rest {kind:<12} {_size(packed):>10} -> {_size(stored):>10}  {packings}"
         total, header = self.at_rest.total_bytes, _size(self.at_rest.header_bytes)
         factor = self.dense_bytes / total
         yield f"at rest in all {_size(total)}, header {header}: {factor:.1f}x"

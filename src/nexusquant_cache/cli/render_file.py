@@ -43,7 +43,7 @@ def file_renderables(path: Path, summary: FileSummary) -> Iterator[RenderableTyp
         facts.add_row(_plain(name), _plain(text))
     yield facts
     yield _layers(summary)
-    yield _streams(summary)
+    yield _kinds(summary)
 
 
 def _settings(summary: FileSummary) -> str:
@@ -110,12 +110,14 @@ def _layer_cells(layer: LayerMeta | StockMeta, summary: FileSummary) -> tuple[st
     )
 
 
-def _streams(summary: FileSummary) -> Table:
+def _kinds(summary: FileSummary) -> Table:
     """Return a table with a line per kind of tensor."""
     table = _table(("part", "packed bytes", "at rest", "ratio", "stored as"))
-    for row in summary.streams:
+    for row in summary.kinds:
         ratio = f"{row.stored_bytes / row.packed_bytes:.3f}" if row.packed_bytes else _NONE
-        table.add_row(row.kind, f"{row.packed_bytes:,}", f"{row.stored_bytes:,}", ratio, _plain(", ".join(row.codes)))
+        table.add_row(
+            row.kind, f"{row.packed_bytes:,}", f"{row.stored_bytes:,}", ratio, _plain(", ".join(row.packings))
+        )
     table.add_row("header", _NONE, f"{summary.header_bytes:,}", _NONE, "JSON")
     return table
 
@@ -155,7 +157,7 @@ def converted_renderables(before: int, report: AtRest) -> Iterator[RenderableTyp
     """Yield what a conversion has come to."""
     table = _table(("part", "packed bytes", "at rest", "stored as"))
     for kind, (packed, stored) in report.kinds.items():
-        table.add_row(kind, f"{packed:,}", f"{stored:,}", ", ".join(report.codes(kind)))
+        table.add_row(kind, f"{packed:,}", f"{stored:,}", ", ".join(report.packings(kind)))
     yield table
     yield Text(f"{before:,} bytes before, {report.total_bytes:,} now")
 

@@ -5,14 +5,14 @@ This package knows the file and what its metadata promises, and nothing of trans
 """
 
 from nexusquant_cache.codec.registry import register_codec
-from nexusquant_cache.files.commands import FileSummary, StreamSummary, convert_file, inspect_file, verify_file
+from nexusquant_cache.files.commands import FileSummary, KindSummary, convert_file, inspect_file, verify_file
 from nexusquant_cache.files.fingerprint import hash_tokens
 from nexusquant_cache.files.writer import AtRest
 
 __all__ = [
     "AtRest",
     "FileSummary",
-    "StreamSummary",
+    "KindSummary",
     "convert_file",
     "hash_tokens",
     "inspect_file",

@@ -101,7 +101,7 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
     if f"{name}.sink_place" in tensors:
         place, body = tensors[f"{name}.sink_place"], layer.body
         _in_range(f"{name}.sink_place", place, 0, layer.seen)
-        assert body is not None, "streams_of allows it nowhere else"
+        assert body is not None, "tensors_of allows it nowhere else"
         assert layer.sinks is not None
         last, before = place.amax(0).tolist()
         if last + layer.sinks > body.start + body.covered + body.dense or before > body.kept + body.dense:

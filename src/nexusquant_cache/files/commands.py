@@ -10,13 +10,13 @@ from nexusquant_cache.files.writer import AtRest, Progress, Stored, write_file
 
 
 @dataclass(frozen=True)
-class StreamSummary:
-    """All tensors of one kind: their bytes in a cache, their bytes in the file, and the codes that they are in."""
+class KindSummary:
+    """All tensors of one kind: their bytes in a cache, their bytes in the file, and their packings there."""
 
     kind: str
     packed_bytes: int
     stored_bytes: int
-    codes: tuple[str, ...]
+    packings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -25,15 +25,15 @@ class FileSummary:
 
     Attributes:
         meta: Its metadata.
-        sha256: The hash of its content, which stays the same when it is coded otherwise.
-        streams: A row per kind of tensor.
+        sha256: The hash of its content, which stays the same when it is packed otherwise.
+        kinds: A row per kind of tensor.
         header_bytes: Bytes of the header.
         file_bytes: Bytes of the file.
     """
 
     meta: CacheMeta
     sha256: str
-    streams: tuple[StreamSummary, ...]
+    kinds: tuple[KindSummary, ...]
     header_bytes: int
     file_bytes: int
 
@@ -61,7 +61,7 @@ def verify_file(path: str | Path, *, progress: Progress | None = None) -> FileSu
 def convert_file(
     path: str | Path, output: str | Path, *, level: int | None = 3, progress: Progress | None = None
 ) -> AtRest:
-    """Write the content of a file anew, in codes of another level; its hash stays the same.
+    """Write the content of a file anew, with another level; its hash stays the same.
 
     Args:
         path: The file.
@@ -71,7 +71,7 @@ def convert_file(
 
     Raises:
         FormatError: If anything is wrong with the file.
-        OptionError: If the level is none.
+        OptionError: If the level is out of its range.
         OSError: If a file cannot be read or written.
     """
     check_level(level)
@@ -81,7 +81,7 @@ def convert_file(
 
 def _summary(promise: Promise) -> FileSummary:
     stored = AtRest(
-        tuple(Stored(stream, code, entry.nbytes) for stream, entry, code in promise.tensors), promise.header_bytes
+        tuple(Stored(spec, packing, entry.nbytes) for spec, entry, packing in promise.tensors), promise.header_bytes
     )
-    rows = tuple(StreamSummary(kind, *sizes, stored.codes(kind)) for kind, sizes in stored.kinds.items())
+    rows = tuple(KindSummary(kind, *sizes, stored.packings(kind)) for kind, sizes in stored.kinds.items())
     return FileSummary(promise.meta, promise.sha256, rows, promise.header_bytes, promise.file_bytes)

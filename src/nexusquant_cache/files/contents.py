@@ -48,14 +48,14 @@ _STOCK_STATES = ("conv_states", "recurrent_states")
 
 
 @dataclass(frozen=True)
-class Stream:
-    """One tensor of a file.
+class FileTensor:
+    """What one tensor of a file is; its values are elsewhere.
 
     Attributes:
-        name: Its name, without the code that it is stored in.
+        name: Its name, without the packing that it is stored in.
         dtype: Torch's name of its dtype.
         shape: Its shape.
-        kind: What it is, for reports and for the choice of a code: ``"key words"``, ``"value words"``, ``"scales"``,
+        kind: What it is, for reports and for the choice of a packing: ``"key words"``, ``"value words"``, ``"scales"``,
             ``"positions"``, ``"exact"``, ``"transforms"`` or ``"other"``.
     """
 
@@ -85,19 +85,19 @@ class Stream:
         return self.shape[0] * self.shape[1], self.shape[2], prod(self.shape[3:]) * self.itemsize
 
 
-def streams_of(meta: CacheMeta) -> dict[str, Stream]:
+def tensors_of(meta: CacheMeta) -> dict[str, FileTensor]:
     """Return the tensors that the metadata promises, by name.
 
     Raises:
         FormatError: If the metadata contradicts itself.
     """
     codecs = [make_codec(codec) for codec in meta.codecs]
-    found: dict[str, Stream] = {}
-    for stream in _all(meta, codecs):
-        if stream.name in found:
-            msg = f"the tensor {stream.name} is announced twice"
+    found: dict[str, FileTensor] = {}
+    for spec in _all(meta, codecs):
+        if spec.name in found:
+            msg = f"the tensor {spec.name} is announced twice"
             raise FormatError(msg)
-        found[stream.name] = stream
+        found[spec.name] = spec
         if len(found) > _MOST_TENSORS:
             msg = f"more than {_MOST_TENSORS:,} tensors are announced"
             raise FormatError(msg)
@@ -105,29 +105,29 @@ def streams_of(meta: CacheMeta) -> dict[str, Stream]:
     return found
 
 
-def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[Stream]:
+def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[FileTensor]:
     padding = meta.padding
     for name, rows in (("stated", padding.stated), ("pads", padding.pads)):
         if rows is not None:
             _between(f"padding.{name}", rows, 1, _MOST_ROWS)
-            yield Stream(f"padding.{name}", "int64", (rows,), "other")
+            yield FileTensor(f"padding.{name}", "int64", (rows,), "other")
     if padding.beginning is not None:
         rows, channels = padding.beginning.rows, padding.beginning.channels
         _between("padding.beginning.rows", rows, 1, _MOST_ROWS)
         _between("padding.beginning.channels", channels, 1, _MOST_HEADS * _MOST_CHANNELS)
-        yield Stream("padding.first", "float32", (rows, channels), "other")
-        yield Stream("padding.after", "float32", (rows, channels), "other")
-        yield Stream("padding.run", "int64", (rows,), "other")
-        yield Stream("padding.open", "bool", (rows,), "other")
+        yield FileTensor("padding.first", "float32", (rows, channels), "other")
+        yield FileTensor("padding.after", "float32", (rows, channels), "other")
+        yield FileTensor("padding.run", "int64", (rows,), "other")
+        yield FileTensor("padding.open", "bool", (rows,), "other")
     for index, phase in enumerate(meta.phases):
         _between("pairs", phase.pairs, 1, _MOST_CHANNELS)
-        yield Stream(f"phases.{index}", "float32", (phase.pairs,), "other")
+        yield FileTensor(f"phases.{index}", "float32", (phase.pairs,), "other")
     for index, layer in enumerate(meta.layers):
         name = f"layers.{index}"
-        yield from _stock(layer, name) if isinstance(layer, StockMeta) else _Layer(layer, name, codecs, meta).streams()
+        yield from _stock(layer, name) if isinstance(layer, StockMeta) else _Layer(layer, name, codecs, meta).tensors()
 
 
-def _stock(layer: StockMeta, name: str) -> Iterator[Stream]:
+def _stock(layer: StockMeta, name: str) -> Iterator[FileTensor]:
     for tensor in layer.tensors:
         _among(f"{name}.{tensor.name}", tensor.dtype, tuple(DTYPES))
         # Lengths count that an empty tensor hides: what is computed with them must fit 64 bits.
@@ -138,7 +138,7 @@ def _stock(layer: StockMeta, name: str) -> Iterator[Stream]:
             msg = f"{name} has a tensor of an impossible name"
             raise FormatError(msg)
         _stock_batch(tensor, name)
-        yield Stream(f"{name}.{tensor.name}", tensor.dtype, tensor.shape, "exact")
+        yield FileTensor(f"{name}.{tensor.name}", tensor.dtype, tensor.shape, "exact")
 
 
 def _stock_batch(tensor: TensorMeta, name: str) -> int | None:
@@ -196,7 +196,7 @@ class _Layer:
     codecs: list[VectorCodec]
     file: CacheMeta
 
-    def streams(self) -> Iterator[Stream]:
+    def tensors(self) -> Iterator[FileTensor]:
         meta, shape = self.meta, self.meta.shape
         if shape is None:
             parts = (meta.sinks, meta.asked, meta.used, meta.phase, meta.body, meta.observed, meta.given, meta.policy)
@@ -217,7 +217,7 @@ class _Layer:
         if meta.sinks is not None:
             yield from self._exact("sinks", shape, meta.sinks)
         if meta.sink_place:
-            yield Stream(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
+            yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
         yield from self._body(shape)
         yield from self._observed(shape)
         if meta.given is not None:
@@ -246,15 +246,15 @@ class _Layer:
             elif 2 * self.file.phases[self.meta.phase].pairs > shape.key_dim:
                 self._wrong("has a rotary phase with more channels than its keys")
 
-    def _exact(self, what: str, shape: ShapeMeta, tokens: int) -> Iterator[Stream]:
+    def _exact(self, what: str, shape: ShapeMeta, tokens: int) -> Iterator[FileTensor]:
         for side, dim, dtype in self._sides(shape):
-            yield Stream(f"{self.name}.{side}.{what}", dtype, (shape.batch, shape.heads, tokens, dim), "exact")
+            yield FileTensor(f"{self.name}.{side}.{what}", dtype, (shape.batch, shape.heads, tokens, dim), "exact")
 
     @staticmethod
     def _sides(shape: ShapeMeta) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
         return ("keys", shape.key_dim, shape.key_dtype), ("values", shape.value_dim, shape.value_dtype)
 
-    def _body(self, shape: ShapeMeta) -> Iterator[Stream]:
+    def _body(self, shape: ShapeMeta) -> Iterator[FileTensor]:
         body, used = self.meta.body, self.meta.used
         if body is None or used is None or self.meta.sinks is None:
             return
@@ -266,13 +266,13 @@ class _Layer:
         tokens, heads = body.kept + body.dense, (shape.batch, shape.heads)
         for (side, dim, _), index, transform in zip(self._sides(shape), used, (body.keys, body.values), strict=True):
             words = self.codecs[index].bytes_per_vector - 1
-            yield Stream(f"{self.name}.{side}.words", "uint8", (*heads, tokens, words), f"{side[:-1]} words")
-            yield Stream(f"{self.name}.{side}.scales", "uint8", (*heads, tokens), "scales")
+            yield FileTensor(f"{self.name}.{side}.words", "uint8", (*heads, tokens, words), f"{side[:-1]} words")
+            yield FileTensor(f"{self.name}.{side}.scales", "uint8", (*heads, tokens), "scales")
             if transform.rows != shape.batch:
                 self._wrong("has transforms for another batch")
             yield from self._transform(f"{self.name}.{side}", transform, shape.heads, dim)
         if body.bitmap:
-            yield Stream(f"{self.name}.kept", "uint8", (*heads, -(-body.covered // 8)), "positions")
+            yield FileTensor(f"{self.name}.kept", "uint8", (*heads, -(-body.covered // 8)), "positions")
 
     def _check_codecs(self, shape: ShapeMeta, *pairs: tuple[int, int]) -> None:
         """Check that there are these codecs of keys and values, and that they are for vectors of these lengths."""
@@ -284,21 +284,21 @@ class _Layer:
                 if layout is not None and getattr(layout, "head_dim", dim) != dim:
                     self._wrong(f"has a codec for vectors of another length than {dim}")
 
-    def _transform(self, name: str, meta: TransformMeta, heads: int, dim: int) -> Iterator[Stream]:
+    def _transform(self, name: str, meta: TransformMeta, heads: int, dim: int) -> Iterator[FileTensor]:
         _among(f"{name}.rotation", meta.rotation, ("hadamard", "principal"))
         _between(f"{name}.rows", meta.rows, 1, _MOST_ROWS)
         lead = (meta.rows, heads)
         if meta.rotation == "principal":
-            yield Stream(f"{name}.basis", "int8", (*lead, dim, dim), "transforms")
-            yield Stream(f"{name}.step", "float32", (*lead, dim, 1), "transforms")
+            yield FileTensor(f"{name}.basis", "int8", (*lead, dim, dim), "transforms")
+            yield FileTensor(f"{name}.step", "float32", (*lead, dim, 1), "transforms")
         if meta.mean is not None:
             _among(f"{name}.mean", meta.mean, _FLOATS)
-            yield Stream(f"{name}.mean", meta.mean, (*lead, 1, dim), "transforms")
-        yield Stream(f"{name}.reference", "float32", (*lead, 1), "transforms")
+            yield FileTensor(f"{name}.mean", meta.mean, (*lead, 1, dim), "transforms")
+        yield FileTensor(f"{name}.reference", "float32", (*lead, 1), "transforms")
         if meta.plans:
-            yield Stream(f"{name}.plans", "uint8", lead, "transforms")
+            yield FileTensor(f"{name}.plans", "uint8", lead, "transforms")
 
-    def _observed(self, shape: ShapeMeta) -> Iterator[Stream]:
+    def _observed(self, shape: ShapeMeta) -> Iterator[FileTensor]:
         observed = self.meta.observed
         assert observed is not None
         for name, queries in (("queries", observed.now), ("queries_before", observed.before)):
@@ -308,9 +308,9 @@ class _Layer:
             if observed.reconstruction > self.meta.seen:
                 self._wrong("knows of attention to tokens that it has not seen")
             size = (shape.batch, shape.heads, observed.reconstruction)
-            yield Stream(f"{self.name}.reconstruction", "float32", size, "exact")
+            yield FileTensor(f"{self.name}.reconstruction", "float32", size, "exact")
 
-    def _queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> Iterator[Stream]:
+    def _queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> Iterator[FileTensor]:
         if queries.end > self.meta.seen:
             self._wrong("has queries of tokens that it has not seen")
         if queries.dtype is None:
@@ -322,9 +322,9 @@ class _Layer:
         if queries.heads % shape.heads or not 1 <= queries.tokens <= queries.end:
             self._wrong("has queries that do not fit its keys")
         size = (shape.batch, queries.heads, queries.tokens, shape.key_dim)
-        yield Stream(f"{self.name}.{name}", queries.dtype, size, "exact")
+        yield FileTensor(f"{self.name}.{name}", queries.dtype, size, "exact")
 
-    def _given(self, shape: ShapeMeta, given: GivenMeta) -> Iterator[Stream]:
+    def _given(self, shape: ShapeMeta, given: GivenMeta) -> Iterator[FileTensor]:
         self._check_codecs(shape, given.codecs, given.asked)
         for (side, dim, _), transform in zip(self._sides(shape), (given.keys, given.values), strict=True):
             if transform.rows not in {1, shape.batch}:

@@ -153,11 +153,11 @@ def hash_tokens(token_ids: TokenIds) -> str:
 
 
 def content_hash(cache: str, digests: Mapping[str, str]) -> str:
-    """Return the hash of a file's content, which does not depend on how its tensors are coded.
+    """Return the hash of a file's content, which does not depend on how its tensors are packed.
 
     Args:
         cache: The metadata as JSON, as it stands in the file.
-        digests: SHA-256 of the bytes of every tensor, by its name without a code.
+        digests: SHA-256 of the bytes of every tensor, by its name without a packing.
     """
     total = hashlib.sha256(cache.encode())
     for name in sorted(digests):

@@ -1,7 +1,7 @@
 """How the bytes of a tensor are arranged and compressed, in pieces, so that memory stays bounded.
 
-A code is a name such as ``"delta+columns+zstd"``, whose steps are made from left to right.  The tensor is seen as
-``[groups, items, bytes]`` (`streams.Stream.rows`): heads, tokens, bytes of a token.
+A packing is a name such as ``"delta+columns+zstd"``, whose steps are made from left to right.  The tensor is seen as
+``[groups, items, bytes]`` (`FileTensor.rows`): heads, tokens, bytes of a token.
 
 - ``delta``: from the second item of a group on, each byte minus the same byte of the item before, modulo 256.
 - ``columns``: within each group, all first bytes of the items, then all second bytes, and so on.
@@ -20,12 +20,12 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from nexusquant_cache.errors import FormatError, OptionError
-from nexusquant_cache.files.contents import Stream
+from nexusquant_cache.files.contents import FileTensor
 
 LEVELS = range(1, 23)
 """Levels of zstd."""
 
-CODES = (
+PACKINGS = (
     "bytes",
     "zstd",
     "planes+zstd",
@@ -34,7 +34,7 @@ CODES = (
     "delta+planes+zstd",
     "delta+columns+zstd",
 )
-"""Every code that a file may use."""
+"""Every packing that a file may use."""
 
 _CANDIDATES = {
     "key words": ("zstd", "columns+zstd", "delta+columns+zstd"),
@@ -55,7 +55,7 @@ _SLICE = (
     1 << 17
 )  # bytes between two looks at whether the work is still wanted: zstd may need a second for a few of them
 _MOST_EXPANSION = 64
-_SPARE = 4096  # bytes that a short stream may expand to, whatever its length
+_SPARE = 4096  # bytes that a small tensor may expand to, whatever its length
 _MAGIC = b"\x28\xb5\x2f\xfd"  # of a zstd frame that is not to be skipped
 _LONGEST_FRAME_HEADER = 18
 _BLOCK_HEADER = 3
@@ -85,10 +85,10 @@ def may_expand(stored: int, nbytes: int) -> bool:
     return nbytes <= _MOST_EXPANSION * stored + _SPARE
 
 
-def pieces(stream: Stream, tensor: Tensor) -> Iterator[UInt8[Tensor, "groups items bytes"]]:
+def pieces(spec: FileTensor, tensor: Tensor) -> Iterator[UInt8[Tensor, "groups items bytes"]]:
     """Yield the bytes of a tensor on the CPU, some whole groups at a time."""
-    groups, items, width = stream.rows
-    if stream.nbytes == 0:
+    groups, items, width = spec.rows
+    if spec.nbytes == 0:
         return
     elements = tensor.detach().reshape(groups, -1)
     step = max(_PIECE // (items * width), 1)
@@ -97,9 +97,9 @@ def pieces(stream: Stream, tensor: Tensor) -> Iterator[UInt8[Tensor, "groups ite
         yield part.view(torch.uint8).view(len(part), items, width)
 
 
-def arrange(part: UInt8[Tensor, "groups items bytes"], code: str, itemsize: int) -> bytes:
-    """Return the bytes of some groups as the steps of a code before its compression leave them."""
-    steps = code.split("+")
+def arrange(part: UInt8[Tensor, "groups items bytes"], packing: str, itemsize: int) -> bytes:
+    """Return the bytes of some groups as the steps of a packing before its compression leave them."""
+    steps = packing.split("+")
     if "delta" in steps:
         part = torch.cat([part[:, :1], part[:, 1:] - part[:, :-1]], 1)
     if "planes" in steps:
@@ -109,10 +109,12 @@ def arrange(part: UInt8[Tensor, "groups items bytes"], code: str, itemsize: int)
     return part.contiguous().numpy().tobytes()
 
 
-def restore(data: bytes, shape: tuple[int, int, int], code: str, itemsize: int) -> UInt8[Tensor, "groups items bytes"]:
+def restore(
+    data: bytes, shape: tuple[int, int, int], packing: str, itemsize: int
+) -> UInt8[Tensor, "groups items bytes"]:
     """Invert `arrange` for groups of this shape."""
     groups, items, width = shape
-    steps = code.split("+")
+    steps = packing.split("+")
     part = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if "planes" in steps:
         part = part.view(groups, itemsize, -1).mT
@@ -124,27 +126,27 @@ def restore(data: bytes, shape: tuple[int, int, int], code: str, itemsize: int) 
     return part
 
 
-def choose_code(stream: Stream, tensor: Tensor, level: int | None) -> str | None:
-    """Return the code that makes the first 256 KiB of a tensor smallest; None if it is best left as it is."""
-    if level is None or stream.nbytes < _SMALL:
+def choose_packing(spec: FileTensor, tensor: Tensor, level: int | None) -> str | None:
+    """Return the packing that makes the first 256 KiB of a tensor smallest; None if it is best left as it is."""
+    if level is None or spec.nbytes < _SMALL:
         return None
-    groups, items, width = stream.rows
+    groups, items, width = spec.rows
     elements = tensor.detach().reshape(groups, items, -1)
     most = max(_SAMPLE // width, 1)
     few = elements[: max(most // items, 1), :most].to("cpu").contiguous()
     sample = few.view(torch.uint8).view(*few.shape[:2], width)
     compressor = _zstandard().ZstdCompressor(level=min(level, _TRIAL_LEVEL))
     sizes = {
-        code: len(compressor.compress(arrange(sample, code, stream.itemsize))) for code in _CANDIDATES[stream.kind]
+        packing: len(compressor.compress(arrange(sample, packing, spec.itemsize))) for packing in _CANDIDATES[spec.kind]
     }
     best = min(sizes, key=sizes.__getitem__)
     return best if sizes[best] < _LEAST_GAIN * sample.numel() else None
 
 
 def encode(  # noqa: PLR0913, PLR0917 - see `compress`
-    stream: Stream,
+    spec: FileTensor,
     tensor: Tensor,
-    code: str,
+    packing: str,
     level: int,
     threads: int,
     digest: Any,  # noqa: ANN401 - hashlib has no public type
@@ -152,13 +154,11 @@ def encode(  # noqa: PLR0913, PLR0917 - see `compress`
 ) -> Iterator[bytes]:
     """Yield the stored bytes of a tensor as they come, and feed its own bytes to a hash; see `compress`."""
     work = (
-        _zstandard()
-        .ZstdCompressor(level=level, write_content_size=True, threads=threads)
-        .compressobj(size=stream.nbytes)
+        _zstandard().ZstdCompressor(level=level, write_content_size=True, threads=threads).compressobj(size=spec.nbytes)
     )
-    for part in pieces(stream, tensor):
+    for part in pieces(spec, tensor):
         digest.update(part.numpy())
-        data = memoryview(arrange(part, code, stream.itemsize))
+        data = memoryview(arrange(part, packing, spec.itemsize))
         for start in range(0, len(data), _SLICE):
             _check_wanted(is_wanted)
             yield work.compress(data[start : start + _SLICE])
@@ -171,19 +171,19 @@ def is_worth(stored: int, nbytes: int) -> bool:
 
 
 def compress(  # noqa: PLR0913, PLR0917 - what to do, and how
-    stream: Stream,
+    spec: FileTensor,
     tensor: Tensor,
-    code: str,
+    packing: str,
     level: int,
     threads: int,
     is_wanted: Callable[[], bool] | None = None,
 ) -> tuple[list[bytes], str, str]:
-    """Return the stored bytes of a tensor, the code they are really in, and the hash of the tensor's bytes.
+    """Return the stored bytes of a tensor, the packing that they are really in, and the hash of the tensor's bytes.
 
     Args:
-        stream: What it is.
+        spec: What it is.
         tensor: The tensor.
-        code: The code to use; ``"bytes"`` takes its place where it does not help after all.
+        packing: The packing to use; ``"bytes"`` takes its place where it does not help after all.
         level: Of zstd.
         threads: Of zstd; 0 for the calling thread alone.  The result is the same for 1 and more, and another for 0.
         is_wanted: Asked often; the work ends when it says no.
@@ -192,50 +192,52 @@ def compress(  # noqa: PLR0913, PLR0917 - what to do, and how
         concurrent.futures.CancelledError: If it is not wanted any more.
     """
     digest = hashlib.sha256()
-    out = [data for data in encode(stream, tensor, code, level, threads, digest, is_wanted) if data]
-    if is_worth(sum(map(len, out)), stream.nbytes):
-        return out, code, digest.hexdigest()
-    return [part.numpy().tobytes() for part in pieces(stream, tensor)], "bytes", digest.hexdigest()
+    out = [data for data in encode(spec, tensor, packing, level, threads, digest, is_wanted) if data]
+    if is_worth(sum(map(len, out)), spec.nbytes):
+        return out, packing, digest.hexdigest()
+    return [part.numpy().tobytes() for part in pieces(spec, tensor)], "bytes", digest.hexdigest()
 
 
-def hash_bytes(stream: Stream, tensor: Tensor, is_wanted: Callable[[], bool] | None = None) -> str:
+def hash_bytes(spec: FileTensor, tensor: Tensor, is_wanted: Callable[[], bool] | None = None) -> str:
     """Return the hash of a tensor's bytes.
 
     Raises:
         concurrent.futures.CancelledError: If it is not wanted any more.
     """
     digest = hashlib.sha256()
-    for part in pieces(stream, tensor):
+    for part in pieces(spec, tensor):
         _check_wanted(is_wanted)
         digest.update(part.numpy())  # type: ignore[arg-type]  # has a buffer
     return digest.hexdigest()
 
 
-def working_memory(stream: Stream, level: int) -> int:
+def working_memory(spec: FileTensor, level: int) -> int:
     """Return about how many bytes zstd needs for its tables while one thread compresses a tensor."""
-    parameters = _zstandard().ZstdCompressionParameters.from_level(level, source_size=max(stream.nbytes, 1))
+    parameters = _zstandard().ZstdCompressionParameters.from_level(level, source_size=max(spec.nbytes, 1))
     return int(parameters.estimated_compression_context_size())
 
 
-def decompress(stream: Stream, file: Source, stored: int, code: str, out: UInt8[Tensor, "groups items bytes"]) -> str:
+def decompress(
+    spec: FileTensor, file: Source, stored: int, packing: str, out: UInt8[Tensor, "groups items bytes"]
+) -> str:
     """Read the stored bytes of a tensor from the present place of a file into ``out``; return the hash of the result.
 
     Raises:
         FormatError: If they stand for more or fewer bytes, or are damaged.
     """
     section = _Section(file, stored)
-    frame = _Frame(section, stored, stream) if code.endswith("zstd") else None
+    frame = _Frame(section, stored, spec) if packing.endswith("zstd") else None
     source: Any = section if frame is None else frame.content()
-    groups, items, width = stream.rows
+    groups, items, width = spec.rows
     step = max(_PIECE // max(items * width, 1), 1)
     digest = hashlib.sha256()
-    for start in range(0, groups if stream.nbytes else 0, step):
+    for start in range(0, groups if spec.nbytes else 0, step):
         part = out[start : start + step]
-        data = _read_exactly(source, part.numel(), stream.name)
-        part.copy_(restore(data, (len(part), items, width), code, stream.itemsize))
+        data = _read_exactly(source, part.numel(), spec.name)
+        part.copy_(restore(data, (len(part), items, width), packing, spec.itemsize))
         digest.update(part.numpy())  # type: ignore[arg-type]  # has a buffer
-    if _read(source, 1, stream.name):
-        msg = f"the tensor {stream.name} is longer than its shape allows"
+    if _read(source, 1, spec.name):
+        msg = f"the tensor {spec.name} is longer than its shape allows"
         raise FormatError(msg)
     if frame is not None:
         frame.check_end()
@@ -301,24 +303,21 @@ class _Frame:
     reads is followed from block to block here.
     """
 
-    def __init__(self, section: _Section, stored: int, stream: Stream) -> None:
-        self._section, self._stream = section, stream
+    def __init__(self, section: _Section, stored: int, spec: FileTensor) -> None:
+        self._section, self._spec = section, spec
         zstandard = _zstandard()
         begin = section.peek(_LONGEST_FRAME_HEADER)
         try:
             header = zstandard.get_frame_parameters(begin)
             self._to_next = zstandard.frame_header_size(begin)
         except zstandard.ZstdError as error:
-            msg = f"the tensor {stream.name} is no zstd frame"
+            msg = f"the tensor {spec.name} is no zstd frame"
             raise FormatError(msg) from error
         if not begin.startswith(_MAGIC):
-            msg = f"the tensor {stream.name} is no zstd frame with content"
+            msg = f"the tensor {spec.name} is no zstd frame with content"
             raise FormatError(msg)
-        if header.content_size != stream.nbytes or header.dict_id or not may_expand(stored, stream.nbytes):
-            msg = (
-                f"the tensor {stream.name} says that it holds {header.content_size:,} bytes, it must be "
-                f"{stream.nbytes:,}"
-            )
+        if header.content_size != spec.nbytes or header.dict_id or not may_expand(stored, spec.nbytes):
+            msg = f"the tensor {spec.name} says that it holds {header.content_size:,} bytes, it must be {spec.nbytes:,}"
             raise FormatError(msg)
         self._checksum = _CHECKSUM if header.has_checksum else 0
         self._block = b""  # what is known of the next block's header
@@ -326,7 +325,7 @@ class _Frame:
 
     def content(self) -> Any:  # noqa: ANN401 - zstandard has no public type
         """Return a reader of what the frame holds."""
-        most = 1 << max(self._stream.nbytes - 1, 1 << 17).bit_length()
+        most = 1 << max(self._spec.nbytes - 1, 1 << 17).bit_length()
         decoder = _zstandard().ZstdDecompressor(max_window_size=most)
         return decoder.stream_reader(self, read_size=_READ, read_across_frames=True, closefd=False)
 
@@ -339,7 +338,7 @@ class _Frame:
                 step = min(self._to_next, len(data) - place)
                 self._to_next -= step
             elif self._is_last:
-                msg = f"the tensor {self._stream.name} is longer than its shape allows: its zstd frame ends before it"
+                msg = f"the tensor {self._spec.name} is longer than its shape allows: its zstd frame ends before it"
                 raise FormatError(msg)
             else:
                 step = min(_BLOCK_HEADER - len(self._block), len(data) - place)
@@ -359,7 +358,7 @@ class _Frame:
     def check_end(self) -> None:
         """Check that nothing of the frame is missing, when all of its content has been read."""
         if self._to_next or not self._is_last:
-            msg = f"the tensor {self._stream.name} is a damaged zstd frame: its end is missing"
+            msg = f"the tensor {self._spec.name} is a damaged zstd frame: its end is missing"
             raise FormatError(msg)
 
 

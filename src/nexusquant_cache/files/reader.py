@@ -18,16 +18,16 @@ from torch import Tensor
 from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
 from nexusquant_cache.files.container import FORMAT, VERSION, Entry, read_header
-from nexusquant_cache.files.contents import DTYPES, Stream, streams_of
+from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import content_hash
-from nexusquant_cache.files.packing import CODES, decompress, may_expand
+from nexusquant_cache.files.packing import PACKINGS, decompress, may_expand
 from nexusquant_cache.files.schema import CacheMeta, from_json
 from nexusquant_cache.files.writer import Progress, check_threads, split_name, stoppable_pool
 
 _TOGETHER = 1 << 20  # bytes of small tensors that are read in one go: handing each to a thread would take longer
 _EXACT = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_Tensor = tuple[Stream, Entry, str | None]
+_Tensor = tuple[FileTensor, Entry, str | None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Promise:
         meta: The metadata.
         cache: The metadata as it stands in the file.
         sha256: The hash of the content.
-        tensors: Every tensor, its place in the file, and its code (None: it is stored as it is).
+        tensors: Every tensor, its place in the file, and its packing (None: it is stored as it is).
         header_bytes: Bytes before the first tensor.
         file_bytes: Bytes of the file.
     """
@@ -46,7 +46,7 @@ class Promise:
     meta: CacheMeta
     cache: str
     sha256: str
-    tensors: tuple[tuple[Stream, Entry, str | None], ...]
+    tensors: tuple[tuple[FileTensor, Entry, str | None], ...]
     header_bytes: int
     file_bytes: int
 
@@ -89,14 +89,14 @@ def read_file(
     tensors, digests, done = {}, {}, 0
     with _opened(path) as file:
         promise = _read_promise(file)
-        total = sum(stream.nbytes for stream, _, _ in promise.tensors)
+        total = sum(spec.nbytes for spec, _, _ in promise.tensors)
         with stoppable_pool(workers) as (pool, is_wanted):
             shared = _Shared(file, is_wanted)
             jobs = [pool.submit(shared.read_tensors, batch) for batch in _batches(promise.tensors)]
             for job in jobs:
-                for stream, tensor, digest in job.result():
-                    tensors[stream.name], digests[stream.name] = tensor, digest
-                    done += stream.nbytes
+                for spec, tensor, digest in job.result():
+                    tensors[spec.name], digests[spec.name] = tensor, digest
+                    done += spec.nbytes
                     if progress is not None:
                         progress(done, total)
     if content_hash(promise.cache, digests) != promise.sha256:
@@ -122,32 +122,32 @@ def _read_promise(file: BinaryIO) -> Promise:
         raise FormatError(msg)
     meta = from_json(metadata["cache"])
     check_numbers(meta)
-    streams = streams_of(meta)
+    announced = tensors_of(meta)
     tensors = []
     for entry in entries:
-        name, code = split_name(entry.name)
-        stream = streams.pop(name, None)
-        if stream is None:
+        name, packing = split_name(entry.name)
+        spec = announced.pop(name, None)
+        if spec is None:
             msg = f"the file holds a tensor {entry.name[:60]!r} that its metadata does not announce, or holds it twice"
             raise FormatError(msg)
-        _check_entry(stream, entry, code)
-        tensors.append((stream, entry, code))
-    if streams:
-        msg = f"the file lacks the tensor {min(streams)}"
+        _check_entry(spec, entry, packing)
+        tensors.append((spec, entry, packing))
+    if announced:
+        msg = f"the file lacks the tensor {min(announced)}"
         raise FormatError(msg)
     first = min((entry.start for entry in entries), default=file.seek(0, 2))
     return Promise(meta, metadata["cache"], metadata["sha256"], tuple(tensors), first, file.seek(0, 2))
 
 
-def _check_entry(stream: Stream, entry: Entry, code: str | None) -> None:
+def _check_entry(spec: FileTensor, entry: Entry, packing: str | None) -> None:
     """Check that what is stored of a tensor can be what the metadata announces."""
-    if code is None:
-        fits = entry.dtype == DTYPES[stream.dtype][0] and entry.shape == stream.shape
+    if packing is None:
+        fits = entry.dtype == DTYPES[spec.dtype][0] and entry.shape == spec.shape
     else:
-        fits = code in CODES and entry.dtype == "U8" and len(entry.shape) == 1
-        fits = fits and (entry.nbytes == stream.nbytes if code == "bytes" else may_expand(entry.nbytes, stream.nbytes))
+        fits = packing in PACKINGS and entry.dtype == "U8" and len(entry.shape) == 1
+        fits = fits and (entry.nbytes == spec.nbytes if packing == "bytes" else may_expand(entry.nbytes, spec.nbytes))
     if not fits:
-        msg = f"what is stored of {stream.name} ({entry.nbytes:,} bytes) cannot be {stream.dtype} {list(stream.shape)}"
+        msg = f"what is stored of {spec.name} ({entry.nbytes:,} bytes) cannot be {spec.dtype} {list(spec.shape)}"
         raise FormatError(msg)
 
 
@@ -219,15 +219,15 @@ class _Shared:
             self._file.seek(place)
             return self._file.read(count)
 
-    def read_tensors(self, batch: list[_Tensor]) -> list[tuple[Stream, Tensor, str]]:
+    def read_tensors(self, batch: list[_Tensor]) -> list[tuple[FileTensor, Tensor, str]]:
         """Return tensors and the hashes of their bytes."""
         return [self._read_tensor(*tensor) for tensor in batch]
 
-    def _read_tensor(self, stream: Stream, entry: Entry, code: str | None) -> tuple[Stream, Tensor, str]:
-        tensor = torch.empty(stream.shape, dtype=DTYPES[stream.dtype][1])
-        groups, items, width = stream.rows
+    def _read_tensor(self, spec: FileTensor, entry: Entry, packing: str | None) -> tuple[FileTensor, Tensor, str]:
+        tensor = torch.empty(spec.shape, dtype=DTYPES[spec.dtype][1])
+        groups, items, width = spec.rows
         flat = tensor.view(-1).view(torch.uint8).view(groups, items, width)
-        return stream, tensor, decompress(stream, _Part(self, entry.start), entry.nbytes, code or "bytes", flat)
+        return spec, tensor, decompress(spec, _Part(self, entry.start), entry.nbytes, packing or "bytes", flat)
 
 
 class _Part:

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from nexusquant_cache.errors import CacheStateError, FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
-from nexusquant_cache.files.contents import DTYPES, Stream, streams_of
+from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import TokenIds, check_model, describe_model, hash_tokens
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta, StockMeta, from_json, to_json
 from nexusquant_cache.files.state import (
@@ -99,17 +99,17 @@ def _check_readable(meta: CacheMeta, tensors: Tensors) -> None:
     try:
         read = from_json(to_json(meta))
         check_numbers(read)
-        for stream in streams_of(read).values():
-            _check_tensor(stream, tensors[stream.name])
+        for spec in tensors_of(read).values():
+            _check_tensor(spec, tensors[spec.name])
         check_tensors(read, tensors)
     except (FormatError, ValueError) as error:  # JSON has no infinity
         msg = f"a file cannot hold this cache: {error}"
         raise UnsupportedError(msg) from error
 
 
-def _check_tensor(stream: Stream, tensor: Tensor) -> None:
-    if tuple(tensor.shape) != stream.shape or tensor.dtype != DTYPES[stream.dtype][1]:
-        msg = f"{stream.name} is {tensor.dtype} {list(tensor.shape)}, not {stream.dtype} {list(stream.shape)}"
+def _check_tensor(spec: FileTensor, tensor: Tensor) -> None:
+    if tuple(tensor.shape) != spec.shape or tensor.dtype != DTYPES[spec.dtype][1]:
+        msg = f"{spec.name} is {tensor.dtype} {list(tensor.shape)}, not {spec.dtype} {list(spec.shape)}"
         raise FormatError(msg)
 
 

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from nexusquant_cache.errors import OptionError, UnsupportedError
 from nexusquant_cache.files.container import FORMAT, VERSION, header_bytes, padded_header
-from nexusquant_cache.files.contents import DTYPES, Stream, streams_of
+from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import content_hash
 from nexusquant_cache.files.packing import (
     check_level,
-    choose_code,
+    choose_packing,
     compress,
     encode,
     hash_bytes,
@@ -48,10 +48,10 @@ _SEPARATOR = ":"
 
 @dataclass(frozen=True)
 class Stored:
-    """What has become of one tensor: the code that it is stored in (None: as it is) and its bytes."""
+    """What has become of one tensor: the packing that it is stored in (None: as it is) and its bytes."""
 
-    stream: Stream
-    code: str | None
+    spec: FileTensor
+    packing: str | None
     nbytes: int
 
 
@@ -60,7 +60,7 @@ class AtRest:
     """What a cache takes in a file, by kind of tensor.
 
     Attributes:
-        tensors: Every tensor with its code and stored bytes.
+        tensors: Every tensor with its packing and stored bytes.
         header_bytes: Bytes of the header, metadata included.
     """
 
@@ -77,13 +77,13 @@ class AtRest:
         """For each kind of tensor, the bytes of its packed form and the bytes at rest."""
         sums: dict[str, tuple[int, int]] = {}
         for tensor in self.tensors:
-            packed, stored = sums.get(tensor.stream.kind, (0, 0))
-            sums[tensor.stream.kind] = packed + tensor.stream.nbytes, stored + tensor.nbytes
+            packed, stored = sums.get(tensor.spec.kind, (0, 0))
+            sums[tensor.spec.kind] = packed + tensor.spec.nbytes, stored + tensor.nbytes
         return sums
 
-    def codes(self, kind: str) -> tuple[str, ...]:
-        """Return the codes that tensors of a kind are stored in, without repeats."""
-        used = (tensor.code or "raw" for tensor in self.tensors if tensor.stream.kind == kind and tensor.stream.nbytes)
+    def packings(self, kind: str) -> tuple[str, ...]:
+        """Return the packings that tensors of a kind are stored in, without repeats."""
+        used = (tensor.packing or "raw" for tensor in self.tensors if tensor.spec.kind == kind and tensor.spec.nbytes)
         return tuple(dict.fromkeys(used))
 
 
@@ -110,8 +110,8 @@ def write_file(  # noqa: PLR0913 - what a file is made of, and how
         progress: Called after each tensor.
 
     Raises:
-        OptionError: If the level is none, ``threads`` is no number of threads, or the header would be too long to be
-            read again.
+        OptionError: If ``level`` or ``threads`` is out of its range, or the header would be too long to be read again.
+        FormatError: If the metadata contradicts itself.
         UnsupportedError: On a big-endian machine.
         OSError: If the file cannot be written, or something else than a file has its name.
     """
@@ -136,7 +136,7 @@ def write_file(  # noqa: PLR0913 - what a file is made of, and how
 def measure(
     meta: CacheMeta, tensors: Mapping[str, Tensor], *, level: int | None = 3, threads: int | None = None
 ) -> AtRest:
-    """Return what `write_file` would write, without writing it."""
+    """Return what `write_file` would write, without writing it; errors are the same, but for those of the disk."""
     check_level(level)
     return _write(_Nowhere(), meta, tensors, _Plan(level, check_threads(threads), None))
 
@@ -145,7 +145,7 @@ def check_threads(threads: int | None) -> int:
     """Return a number of threads, by default that of the processors, up to eight.
 
     Raises:
-        OptionError: If it is none.
+        OptionError: If it is no whole number from 1 to 256.
     """
     given: object = threads  # whatever the annotation says
     if given is None:
@@ -172,9 +172,9 @@ def stoppable_pool(workers: int) -> Iterator[tuple[ThreadPoolExecutor, Callable[
 
 
 def split_name(name: str) -> tuple[str, str | None]:
-    """Return the name of a tensor and its code, from its name in a file."""
-    plain, found, code = name.partition(_SEPARATOR)
-    return plain, code if found else None
+    """Return the name of a tensor and its packing, from its name in a file."""
+    plain, found, packing = name.partition(_SEPARATOR)
+    return plain, packing if found else None
 
 
 @dataclass(frozen=True)
@@ -206,22 +206,22 @@ def _write(file: BinaryIO | _Nowhere, meta: CacheMeta, tensors: Mapping[str, Ten
     if sys.byteorder != "little":
         msg = "files are little-endian, and this machine is not: saving and loading is not supported here"
         raise UnsupportedError(msg)
-    streams = streams_of(meta)
-    assert set(streams) == set(tensors), set(streams) ^ set(tensors)
-    codes = {name: choose_code(stream, tensors[name], plan.level) for name, stream in streams.items()}
+    specs = tensors_of(meta)
+    assert set(specs) == set(tensors), set(specs) ^ set(tensors)
+    packings = {name: choose_packing(spec, tensors[name], plan.level) for name, spec in specs.items()}
     # Those that keep their dtype come first, wide ones before narrow ones, so that readers find them aligned.
-    order = sorted(streams.values(), key=lambda x: (codes[x.name] is not None, -x.itemsize))
+    order = sorted(specs.values(), key=lambda x: (packings[x.name] is not None, -x.itemsize))
     cache = to_json(meta)
     metadata = {"format": FORMAT, "version": str(VERSION), "cache": cache, "sha256": _NO_HASH}
     # With every tensor as long as it can get, and no name longer than this, the header cannot outgrow its place.
-    room = len(header_bytes(metadata, [_entry(Stored(x, _longer(codes[x.name]), x.nbytes)) for x in order]))
+    room = len(header_bytes(metadata, [_entry(Stored(x, _longer(packings[x.name]), x.nbytes)) for x in order]))
     file.seek(room)
-    stored, digests, done, total = [], {}, 0, sum(stream.nbytes for stream in order)
-    with contextlib.closing(_Tensors(file, tensors, codes, plan).written(order)) as written:
+    stored, digests, done, total = [], {}, 0, sum(spec.nbytes for spec in order)
+    with contextlib.closing(_Tensors(file, tensors, packings, plan).written(order)) as written:
         for part, digest in written:
             stored.append(part)
-            digests[part.stream.name] = digest
-            done += part.stream.nbytes
+            digests[part.spec.name] = digest
+            done += part.spec.nbytes
             if plan.progress is not None:
                 plan.progress(done, total)
     file.truncate()  # a tensor that did not shrink after all may have left something behind it
@@ -233,15 +233,15 @@ def _write(file: BinaryIO | _Nowhere, meta: CacheMeta, tensors: Mapping[str, Ten
 
 def _entry(part: Stored) -> tuple[str, str, tuple[int, ...], int]:
     """Return the container's entry of a tensor."""
-    stream = part.stream
-    if part.code is None:
-        return stream.name, DTYPES[stream.dtype][0], stream.shape, part.nbytes
-    return f"{stream.name}{_SEPARATOR}{part.code}", "U8", (part.nbytes,), part.nbytes
+    spec = part.spec
+    if part.packing is None:
+        return spec.name, DTYPES[spec.dtype][0], spec.shape, part.nbytes
+    return f"{spec.name}{_SEPARATOR}{part.packing}", "U8", (part.nbytes,), part.nbytes
 
 
-def _longer(code: str | None) -> str | None:
-    """Return the code, or the one that may take its place if that has a longer name."""
-    return None if code is None else max(code, "bytes", key=len)
+def _longer(packing: str | None) -> str | None:
+    """Return the packing, or the one that may take its place if that has a longer name."""
+    return None if packing is None else max(packing, "bytes", key=len)
 
 
 @dataclass(frozen=True)
@@ -259,62 +259,62 @@ class _Tensors:
 
     file: BinaryIO | _Nowhere
     tensors: Mapping[str, Tensor]
-    codes: Mapping[str, str | None]
+    packings: Mapping[str, str | None]
     plan: _Plan
 
-    def written(self, order: list[Stream]) -> Generator[tuple[Stored, str], None, None]:
+    def written(self, order: list[FileTensor]) -> Generator[tuple[Stored, str], None, None]:
         """Write the tensors in this order, and yield for each what it has become and the hash of its own bytes."""
-        waiting: deque[tuple[Stream, Future[_Made]]] = deque()
+        waiting: deque[tuple[FileTensor, Future[_Made]]] = deque()
         ahead = tables = 0
         with stoppable_pool(self.plan.workers) as (pool, is_wanted):
-            for stream in order:
-                is_large, needs = stream.nbytes > _LARGE, self._tables(stream)
-                while waiting and (is_large or ahead + stream.nbytes > _AT_ONCE or tables + needs > _TABLES):
+            for spec in order:
+                is_large, needs = spec.nbytes > _LARGE, self._tables(spec)
+                while waiting and (is_large or ahead + spec.nbytes > _AT_ONCE or tables + needs > _TABLES):
                     first, future = waiting.popleft()
                     ahead, tables = ahead - first.nbytes, tables - self._tables(first)
                     yield self._put(future.result())
                     del future  # it holds what has been written
                 if is_large:
-                    yield self._put_large(stream)
+                    yield self._put_large(spec)
                 else:
-                    waiting.append((stream, pool.submit(self._make, stream, is_wanted)))
-                    ahead, tables = ahead + stream.nbytes, tables + needs
+                    waiting.append((spec, pool.submit(self._make, spec, is_wanted)))
+                    ahead, tables = ahead + spec.nbytes, tables + needs
             while waiting:
                 yield self._put(waiting.popleft()[1].result())
 
-    def _tables(self, stream: Stream) -> int:
+    def _tables(self, spec: FileTensor) -> int:
         level = self.plan.level
-        return 0 if level is None or self.codes[stream.name] is None else working_memory(stream, level)
+        return 0 if level is None or self.packings[spec.name] is None else working_memory(spec, level)
 
-    def _make(self, stream: Stream, is_wanted: Callable[[], bool]) -> _Made:
-        tensor, code, level = self.tensors[stream.name], self.codes[stream.name], self.plan.level
-        if code is None or level is None:
-            plain = (part.numpy().tobytes() for part in pieces(stream, tensor))
-            return _Made(Stored(stream, None, stream.nbytes), plain, hash_bytes(stream, tensor, is_wanted))
-        chunks, used, digest = compress(stream, tensor, code, level, 0, is_wanted)
-        return _Made(Stored(stream, used, sum(map(len, chunks))), chunks, digest)
+    def _make(self, spec: FileTensor, is_wanted: Callable[[], bool]) -> _Made:
+        tensor, packing, level = self.tensors[spec.name], self.packings[spec.name], self.plan.level
+        if packing is None or level is None:
+            plain = (part.numpy().tobytes() for part in pieces(spec, tensor))
+            return _Made(Stored(spec, None, spec.nbytes), plain, hash_bytes(spec, tensor, is_wanted))
+        chunks, used, digest = compress(spec, tensor, packing, level, 0, is_wanted)
+        return _Made(Stored(spec, used, sum(map(len, chunks))), chunks, digest)
 
     def _put(self, made: _Made) -> tuple[Stored, str]:
         for chunk in made.chunks:
             self.file.write(chunk)
         return made.part, made.digest
 
-    def _put_large(self, stream: Stream) -> tuple[Stored, str]:
+    def _put_large(self, spec: FileTensor) -> tuple[Stored, str]:
         """Write a tensor as it is compressed, by several threads of zstd; no other is compressed meanwhile."""
-        tensor, code, level = self.tensors[stream.name], self.codes[stream.name], self.plan.level
+        tensor, packing, level = self.tensors[spec.name], self.packings[spec.name], self.plan.level
         start = self.file.tell()
-        if code is not None and level is not None:
+        if packing is not None and level is not None:
             digest = hashlib.sha256()
-            threads = max(min(self.plan.workers, _LARGE_THREADS, _TABLES // working_memory(stream, level)), 1)
-            size = sum(map(self.file.write, encode(stream, tensor, code, level, threads, digest)))
-            if is_worth(size, stream.nbytes):
-                return Stored(stream, code, size), digest.hexdigest()
+            threads = max(min(self.plan.workers, _LARGE_THREADS, _TABLES // working_memory(spec, level)), 1)
+            size = sum(map(self.file.write, encode(spec, tensor, packing, level, threads, digest)))
+            if is_worth(size, spec.nbytes):
+                return Stored(spec, packing, size), digest.hexdigest()
             self.file.seek(start)
         digest = hashlib.sha256()
-        for part in pieces(stream, tensor):
+        for part in pieces(spec, tensor):
             digest.update(part.numpy())  # type: ignore[arg-type]  # has a buffer
             self.file.write(part.numpy().tobytes())
-        return Stored(stream, None if code is None else "bytes", stream.nbytes), digest.hexdigest()
+        return Stored(spec, None if packing is None else "bytes", spec.nbytes), digest.hexdigest()
 
 
 def _target(path: Path) -> tuple[Path, int | None]:

@@ -1,21 +1,13 @@
-"""Host memory: copies to and from it, beside the computation where that is possible, and compressed tensors in it."""
+"""Host memory: copies to and from it, beside the computation where that is possible."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 
 import torch
-from jaxtyping import UInt8
 from torch import Tensor
 
-from nexusquant_cache.errors import CacheStateError
-from nexusquant_cache.files.contents import DTYPES, Stream
-from nexusquant_cache.files.packing import choose_code, compress, decompress
-
 HOST = torch.device("cpu")
-_NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
 
 
 def to_host(x: Tensor) -> Tensor:
@@ -76,57 +68,3 @@ def arrive(stream: torch.cuda.Stream, device: torch.device, tensors: Iterable[Te
     for tensor in tensors:
         if tensor.device == device:
             tensor.record_stream(current)  # else its memory could be written to while it is still read
-
-
-@dataclass(frozen=True)
-class FrozenTensor:
-    """A tensor in host memory, compressed as it would be in a file.
-
-    Attributes:
-        stream: Its dtype and shape, and what it is.
-        code: The code of its bytes, see `nexusquant_cache.files.packing`.
-        data: The bytes.
-        sha256: Hash of the tensor's own.
-    """
-
-    stream: Stream
-    code: str
-    data: UInt8[Tensor, " bytes"]
-    sha256: str
-
-    @classmethod
-    def of(cls, x: Tensor, kind: str, level: int) -> "FrozenTensor | None":
-        """Compress a tensor, or return None where that does not help, or a file could not hold its dtype.
-
-        Args:
-            x: The tensor, on any device.
-            kind: What it is, as in a `Stream`.
-            level: Of zstd.
-        """
-        if x.dtype not in _NAMES:
-            return None
-        stream = Stream(kind, _NAMES[x.dtype], tuple(x.shape), kind)
-        code = choose_code(stream, x, level)
-        if code is None:
-            return None
-        chunks, code, digest = compress(stream, x, code, level, threads=0)
-        return cls(stream, code, torch.frombuffer(bytearray(b"".join(chunks)), dtype=torch.uint8), digest)
-
-    def thaw(self, device: torch.device) -> Tensor:
-        """Return the tensor in host memory, pinned if it is to go to a CUDA device.
-
-        Raises:
-            CacheStateError: If the bytes are not those that were made.
-        """
-        pinned = device.type == "cuda"
-        dtype = DTYPES[self.stream.dtype][1]
-        out = torch.empty(self.stream.shape, dtype=dtype, device=HOST, pin_memory=pinned)
-        groups, items, width = self.stream.rows
-        flat = out.view(-1).view(torch.uint8).view(groups, items, width)
-        data = BytesIO(self.data.numpy().tobytes())
-        if decompress(self.stream, data, len(self.data), self.code, flat) != self.sha256:
-            msg = (
-                "a cache that was compressed in host memory has changed there: the memory is faulty, or was written to"
-            )
-            raise CacheStateError(msg)
-        return out

@@ -34,16 +34,16 @@ from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.files import (
     checks,
+    contents,
     convert_file,
     inspect_file,
+    packing,
     register_codec,
     schema,
     verify_file,
 )
-from nexusquant_cache.files import contents as streams
-from nexusquant_cache.files import packing as entropy
 from nexusquant_cache.files.container import header_bytes, read_header
-from nexusquant_cache.files.contents import Stream, streams_of
+from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.reader import read_file
 from nexusquant_cache.files.schema import BodyMeta, CodecMeta, Seed, TransformMeta, from_json, to_json
 from nexusquant_cache.files.state import Source, restore_stock, stock_state
@@ -425,11 +425,11 @@ def test_annotations_are_read_once(monkeypatch):
 
 def test_too_many_tensors(monkeypatch):
     meta = from_json(take_apart(file_bytes("compressed"))[0]["cache"])
-    monkeypatch.setattr(streams, "_MOST_TENSORS", len(streams_of(meta)))
-    streams_of(meta)
-    monkeypatch.setattr(streams, "_MOST_TENSORS", len(streams_of(meta)) - 1)
+    monkeypatch.setattr(contents, "_MOST_TENSORS", len(tensors_of(meta)))
+    tensors_of(meta)
+    monkeypatch.setattr(contents, "_MOST_TENSORS", len(tensors_of(meta)) - 1)
     with pytest.raises(FormatError, match="tensors are announced"):
-        streams_of(meta)
+        tensors_of(meta)
 
 
 def test_layers_of_different_lengths(refused):
@@ -661,12 +661,12 @@ class TestStockLayers:
         "shape",
         [[1 << 40, 1 << 40, 0], [0, 1 << 40, 1 << 40, 1 << 40], [*[1 << 40] * 7, 0], [1 << 32, 1 << 31, 0]],
     )
-    @pytest.mark.parametrize("code", ["", ":bytes", ":zstd"])
-    def test_lengths_that_an_empty_tensor_hides(self, shape, code, refused):
+    @pytest.mark.parametrize("suffix", ["", ":bytes", ":zstd"])
+    def test_lengths_that_an_empty_tensor_hides(self, shape, suffix, refused):
         def change(content, named):
             content["layers"][0]["tensors"].append({"name": "t", "dtype": "uint8", "shape": shape})
-            data = frame(b"") if code == ":zstd" else b""
-            named["t"] = (f"layers.0.t{code}", "U8", [len(data)] if code else shape, data)
+            data = frame(b"") if suffix == ":zstd" else b""
+            named["t"] = (f"layers.0.t{suffix}", "U8", [len(data)] if suffix else shape, data)
 
         refused(forged(file_bytes("mixed", None), change), "impossible shape|nonsense about the tensor")
 
@@ -753,7 +753,7 @@ class TestStockLayers:
         if hasattr(layer, "indexer_position_ids"):  # not in transformers 5.17
             layer.indexer_position_ids = torch.arange(60).view(3, 1, 20)
         meta, tensors = stock_state(layer, 0)
-        assert {x.name: list(x.shape) for x in streams._stock(meta, "layers.0")} == {
+        assert {x.name: list(x.shape) for x in contents._stock(meta, "layers.0")} == {
             name: list(x.shape) for name, x in tensors.items()
         }
         for seen, wrong in ((20, None), (20, "layers.0.indexer_keys"), (21, "layers.0.keys")):
@@ -789,10 +789,10 @@ class TestTensors:
             "lacks the tensor phases.0",
         )
 
-    @pytest.mark.parametrize("code", ["zstd+zstd", "lzma", "", "delta"])
-    def test_unknown_codes(self, code, refused):
+    @pytest.mark.parametrize("suffix", ["zstd+zstd", "lzma", "", "delta"])
+    def test_unknown_packings(self, suffix, refused):
         def change(_content, named):
-            named["phases.0"] = (f"phases.0:{code}", "U8", [32], named["phases.0"][3])
+            named["phases.0"] = (f"phases.0:{suffix}", "U8", [32], named["phases.0"][3])
 
         refused(forged(file_bytes("compressed", None), change), "what is stored of phases.0")
 
@@ -889,44 +889,44 @@ class TestEntropy:
             [(1, 1, 5, 3), (2, 3, 7, 4), (1, 2, 300, 9), (4,), (2, 1, 1), (3, 2, 0, 5), (2, 3, 1, 8)]
         ),
         dtype=st.sampled_from(["uint8", "float16", "float32", "int64"]),
-        code=st.sampled_from(entropy.CODES),
+        kind=st.sampled_from(packing.PACKINGS),
         seed=st.integers(0, 99),
     )
-    def test_what_was_arranged_comes_back(self, shape, dtype, code, seed):
+    def test_what_was_arranged_comes_back(self, shape, dtype, kind, seed):
         torch.manual_seed(seed)
-        stream = Stream("x", dtype, shape, "other")
-        tensor = torch.randint(0, 256, (stream.nbytes,), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
-        for part in entropy.pieces(stream, tensor):
-            data = entropy.arrange(part, code, stream.itemsize)
-            assert torch.equal(entropy.restore(data, tuple(part.shape), code, stream.itemsize), part)
+        spec = FileTensor("x", dtype, shape, "other")
+        tensor = torch.randint(0, 256, (spec.nbytes,), dtype=torch.uint8).view(getattr(torch, dtype)).view(shape)
+        for part in packing.pieces(spec, tensor):
+            data = packing.arrange(part, kind, spec.itemsize)
+            assert torch.equal(packing.restore(data, tuple(part.shape), kind, spec.itemsize), part)
 
     def test_long_tensors_go_in_pieces(self, monkeypatch):
-        monkeypatch.setattr(entropy, "_PIECE", 64)
-        stream = Stream("x", "uint8", (3, 4, 10, 5), "key words")
-        tensor = torch.randint(0, 9, stream.shape, dtype=torch.uint8)
-        assert [len(part) for part in entropy.pieces(stream, tensor)] == [1] * 12
-        chunks, code, _ = entropy.compress(stream, tensor, "delta+columns+zstd", 3, 1)
-        assert code == "delta+columns+zstd"
-        assert sum(map(len, chunks)) < stream.nbytes
+        monkeypatch.setattr(packing, "_PIECE", 64)
+        spec = FileTensor("x", "uint8", (3, 4, 10, 5), "key words")
+        tensor = torch.randint(0, 9, spec.shape, dtype=torch.uint8)
+        assert [len(part) for part in packing.pieces(spec, tensor)] == [1] * 12
+        chunks, used, _ = packing.compress(spec, tensor, "delta+columns+zstd", 3, 1)
+        assert used == "delta+columns+zstd"
+        assert sum(map(len, chunks)) < spec.nbytes
 
     def test_what_does_not_shrink_is_stored(self):
-        stream = Stream("x", "uint8", (1, 1, 100, 10), "key words")
-        tensor = torch.randint(0, 256, stream.shape, dtype=torch.uint8)
-        assert entropy.choose_code(stream, tensor, 3) is None
-        chunks, code, _ = entropy.compress(stream, tensor, "zstd", 3, 1)
-        assert (code, b"".join(chunks)) == ("bytes", tensor.numpy().tobytes())
+        spec = FileTensor("x", "uint8", (1, 1, 100, 10), "key words")
+        tensor = torch.randint(0, 256, spec.shape, dtype=torch.uint8)
+        assert packing.choose_packing(spec, tensor, 3) is None
+        chunks, used, _ = packing.compress(spec, tensor, "zstd", 3, 1)
+        assert (used, b"".join(chunks)) == ("bytes", tensor.numpy().tobytes())
 
     def test_what_shrinks_too_well_is_stored_too(self):
         """Or it could not be told from a bomb."""
-        stream = Stream("x", "uint8", (1, 1, 100_000, 10), "key words")
-        chunks, code, _ = entropy.compress(stream, torch.zeros(stream.shape, dtype=torch.uint8), "zstd", 3, 1)
-        assert (code, sum(map(len, chunks))) == ("bytes", stream.nbytes)
+        spec = FileTensor("x", "uint8", (1, 1, 100_000, 10), "key words")
+        chunks, used, _ = packing.compress(spec, torch.zeros(spec.shape, dtype=torch.uint8), "zstd", 3, 1)
+        assert (used, sum(map(len, chunks))) == ("bytes", spec.nbytes)
 
     def test_delta_is_taken_where_tokens_resemble_the_ones_before(self):
-        stream = Stream("x", "uint8", (1, 2, 2000, 8), "key words")
-        steps = torch.randint(0, 2, stream.shape, dtype=torch.uint8)
-        assert entropy.choose_code(stream, steps.cumsum(2, dtype=torch.uint8), 3).startswith("delta+")
-        assert not entropy.choose_code(stream, steps, 3).startswith("delta+")
+        spec = FileTensor("x", "uint8", (1, 2, 2000, 8), "key words")
+        steps = torch.randint(0, 2, spec.shape, dtype=torch.uint8)
+        assert packing.choose_packing(spec, steps.cumsum(2, dtype=torch.uint8), 3).startswith("delta+")
+        assert not packing.choose_packing(spec, steps, 3).startswith("delta+")
 
 
 class TestConvert:
@@ -999,6 +999,6 @@ def test_files_that_are_not_there(tmp_path):
 
 def test_reading_needs_no_more_memory_than_the_file_promises():
     cache = compressed()
-    streams = streams_of(from_json(take_apart(file_bytes("compressed"))[0]["cache"]))
+    specs = tensors_of(from_json(take_apart(file_bytes("compressed"))[0]["cache"]))
     held = cache.memory_report()
-    assert sum(stream.nbytes for stream in streams.values()) <= held.held_bytes
+    assert sum(spec.nbytes for spec in specs.values()) <= held.held_bytes
