@@ -26,7 +26,8 @@ from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.fingerprint import TokenIds
 from nexusquant_cache.files.packing import check_level
 from nexusquant_cache.files.reader import check_dtype, read_file
-from nexusquant_cache.files.saving import check_config, check_tokens, export_cache, import_cache
+from nexusquant_cache.files.saving import WholeCache, check_config, check_tokens, export_cache, import_cache
+from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.padding import BatchPadding, leading_pads
@@ -411,7 +412,7 @@ class NexusQuantCache(DynamicCache):
 
     # Host memory
 
-    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
+    def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False, **removed: object) -> None:
         """Send the cache, or one layer, to host memory, packed as it is; the device has nothing of it then.
 
         Each layer comes back by itself at its next update, or when something else needs it on the device; `prefetch`
@@ -420,7 +421,18 @@ class NexusQuantCache(DynamicCache):
         Args:
             layer_idx: The layer; all by default.
             only_non_sliding: Leave sliding-window layers on the device.
+            removed: Takes ``level``, an option that was removed, to say so.
+
+        Raises:
+            OptionError: If ``level`` is given.
+            TypeError: If anything else is given.
         """
+        if "level" in removed:
+            msg = "offload(level=...) was removed: use save() for compressed storage, or offload() without a level"
+            raise OptionError(msg)
+        if removed:
+            msg = f"offload() got an unexpected keyword argument {min(removed)!r}"
+            raise TypeError(msg)
         for part in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
             part.offload()
 
@@ -484,7 +496,7 @@ class NexusQuantCache(DynamicCache):
         """
         check_level(level)
         check_threads(threads)
-        meta, tensors = export_cache(self, token_ids=token_ids, metadata=metadata)
+        meta, tensors = export_cache(self._whole(), token_ids=token_ids, metadata=metadata)
         return write_file(Path(path), meta, tensors, level=level, threads=threads, progress=progress)
 
     @classmethod
@@ -533,8 +545,25 @@ class NexusQuantCache(DynamicCache):
         check_config(promise.meta, config)
         cache = cls(settings, config=config, policy=policy, when=when, offloading=offloading)
         home = torch.empty(0, device=device or "cpu").device  # "cuda" gets an index
-        import_cache(cache, promise.meta, tensors, home, dtype)
+        if config is None:
+            cache.reach_layer(len(promise.meta.layers) - 1)
+        cache.preset, cache._records_from_start = promise.meta.preset, promise.meta.records_from_start
+        source = Source.of(promise.meta, tensors, home, dtype)
+        import_cache(cache._whole(), promise.meta, source, has_policy=policy is not None)
         return cache
+
+    def _whole(self) -> WholeCache:
+        """Return what a file says of the cache.
+
+        Raises:
+            CacheStateError: If an earlier forward failed half-way through a compression.
+        """
+        self._forward.check()
+        report = self.memory_report()
+        names = ("held_bytes", "dense_bytes", "seen_tokens", "kept_tokens", "peak_bytes")
+        statistics = {name: getattr(report, name) for name in names}
+        whole = (self.parts(), self.shared, self.preset, self.model_config, self._records_from_start, statistics)
+        return WholeCache(*whole)
 
     # Accounting
 
@@ -554,7 +583,7 @@ class NexusQuantCache(DynamicCache):
             shared_bytes=storage_bytes(self._forward.shared_content(parts)),
             peak_bytes=self._forward.peak_bytes,
             preset=self.preset,
-            at_rest=measure(*export_cache(self)) if at_rest else None,
+            at_rest=measure(*export_cache(self._whole())) if at_rest else None,
         )
 
 

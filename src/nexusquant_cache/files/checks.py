@@ -1,6 +1,6 @@
 """What the values in a file must satisfy besides having the right hash: anyone can compute a hash."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from math import isfinite
 
 import torch
@@ -9,15 +9,16 @@ from torch import Tensor
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.registry import MOST_CANDIDATES, make_codec
 from nexusquant_cache.errors import FormatError, NexusQuantError
+from nexusquant_cache.files.contents import given_facts, layer_facts
 from nexusquant_cache.files.fingerprint import check_fingerprint
-from nexusquant_cache.files.schema import BodyMeta, CacheMeta, LayerMeta, TransformMeta
+from nexusquant_cache.files.schema import CacheMeta, LayerMeta, TransformMeta
+from nexusquant_cache.layer.state import SIDES, Declared, Facts, expected, finite, transform_tensors
 from nexusquant_cache.presets import CacheConfig
 
 _MOST_NUMBER = 1 << 48
 _WHENS = ("post_prefill", "during_prefill")
 # Of means, and of what scales are relative to: decoded, the largest code of the largest scale is still finite.
 _MOST_MAGNITUDE = 2.0**96
-_PART = 1 << 20  # bytes of a bitmap counted at once
 
 
 def settings_of(meta: CacheMeta) -> CacheConfig:
@@ -94,80 +95,44 @@ def _check_padding(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors: Mapping[str, Tensor]) -> None:
-    exact = [f"{name}.{side}.{what}" for side in ("keys", "values") for what in ("sinks", "tail")]
-    for what in (*exact, f"{name}.queries", f"{name}.queries_before", f"{name}.reconstruction"):
-        if what in tensors:
-            _finite(what, tensors)
-    if f"{name}.sink_place" in tensors:
-        place, body = tensors[f"{name}.sink_place"], layer.body
-        _in_range(f"{name}.sink_place", place, 0, layer.seen)
-        assert body is not None, "tensors_of allows it nowhere else"
-        assert layer.sinks is not None
-        last, before = place.amax(0).tolist()
-        if last + layer.sinks > body.start + body.covered + body.dense or before > body.kept + body.dense:
-            _wrong(f"{name}.sink_place", "lies behind the packed tokens")
-    if layer.body is not None and layer.used is not None:
-        _check_bitmap(layer.body, name, tensors)
-        for side, meta, index in zip(("keys", "values"), (layer.body.keys, layer.body.values), layer.used, strict=True):
-            _check_transform(f"{name}.{side}", meta, codecs[index], tensors)
-    if layer.given is not None:
-        for side, meta, index in zip(
-            ("keys", "values"), (layer.given.keys, layer.given.values), layer.given.codecs, strict=True
-        ):
-            _check_transform(f"{name}.given.{side}", meta, codecs[index], tensors)
-
-
-def _check_bitmap(body: BodyMeta, name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check that every head keeps as many tokens as the metadata says, all of them covered."""
-    if not body.bitmap or not body.covered:
+    if layer.shape is None:
         return
-    bitmap = tensors[f"{name}.kept"].flatten(0, 1)
-    used = (body.covered - 1) % 8 + 1  # bits of the last byte
-    is_right = not bool((bitmap[:, -1].int() >> used).any())
-    # In parts: a bitmap that says little is small in a file, and what is made of it here must not be large.
-    for heads in bitmap.split(max(_PART // bitmap.shape[1], 1)):
-        counts = torch.stack([_count_bits(part).sum(1, dtype=torch.int64) for part in heads.split(_PART, 1)])
-        is_right = is_right and not bool((counts.sum(0) != body.kept).any())
-    if not is_right:
-        _wrong(f"{name}.kept", f"does not keep {body.kept} tokens in every head")
+    facts = layer_facts(layer, codecs)
+    _check_declared(name, (declared for declared, _ in expected(facts)), facts, tensors)
+    if layer.body is not None:
+        for side, meta in zip(SIDES, (layer.body.keys, layer.body.values), strict=True):
+            _check_magnitude(f"{name}.{side}", meta, tensors)
+    if layer.given is not None:
+        given = given_facts(layer.given, layer.shape, codecs)
+        for side, meta in zip(SIDES, (layer.given.keys, layer.given.values), strict=True):
+            declared = (each for each in transform_tensors(side, "", "given.") if each.shape(given) is not None)
+            _check_declared(name, declared, given, tensors)
+            _check_magnitude(f"{name}.given.{side}", meta, tensors)
 
 
-def _count_bits(x: Tensor) -> Tensor:
-    """Return the number of ones in each byte: of pairs of bits, then of four, then of all."""
-    x = x - (x >> 1 & 0x55)
-    x = (x & 0x33) + (x >> 2 & 0x33)
-    return x + (x >> 4) & 0x0F
+def _check_declared(layer: str, declared: Iterable[Declared], facts: Facts, tensors: Mapping[str, Tensor]) -> None:
+    for each in declared:
+        name = f"{layer}.{each.name}"
+        wrong = None if each.check is None else each.check(tensors[name], facts)
+        if wrong is not None:
+            _wrong(name, wrong)
 
 
-def _check_transform(name: str, meta: TransformMeta, codec: VectorCodec, tensors: Mapping[str, Tensor]) -> None:
-    largest = _positive(f"{name}.reference", tensors)
+def _check_magnitude(name: str, meta: TransformMeta, tensors: Mapping[str, Tensor]) -> None:
+    """Check that what is decoded is finite."""
+    largest = float(tensors[f"{name}.reference"].max())
     if meta.rotation == "principal":
-        largest *= _positive(f"{name}.step", tensors)
+        largest *= float(tensors[f"{name}.step"].max())
     if meta.mean is not None:
-        largest = max(largest, *map(abs, _finite(f"{name}.mean", tensors)))
+        largest = max(largest, float(tensors[f"{name}.mean"].abs().max()))
     if largest > _MOST_MAGNITUDE:
         _wrong(name, "is of vectors too large to be decoded")
-    layouts = getattr(codec, "layouts", None)  # what plans are to a codec of the user's, it alone knows
-    if meta.plans and layouts is not None and int(tensors[f"{name}.plans"].max()) >= len(layouts):
-        _wrong(f"{name}.plans", "names a plan of bits that the codec does not have")
 
 
-def _finite(name: str, tensors: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return the least and the largest number of a tensor, which NaN would both be."""
-    if not tensors[name].numel():
-        return 0.0, 0.0
-    least, most = (float(x) for x in tensors[name].aminmax())
-    if not isfinite(least) or not isfinite(most):
-        _wrong(name, "holds NaN or infinity")
-    return least, most
-
-
-def _positive(name: str, tensors: Mapping[str, Tensor]) -> float:
-    """Return the largest number of a tensor."""
-    least, most = _finite(name, tensors)
-    if least <= 0:
-        _wrong(name, "holds a scale that is not positive")
-    return most
+def _finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    wrong = finite(tensors[name], {})
+    if wrong is not None:
+        _wrong(name, wrong)
 
 
 def _in_range(name: str, tensor: Tensor, least: int, most: int) -> None:

@@ -1,16 +1,20 @@
 """Which tensors a file must hold, as its metadata says: their names, dtypes and shapes, and limits on them."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from typing import Any
 
 import torch
 
 from nexusquant_cache.codec.base import VectorCodec
+from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.registry import make_codec
 from nexusquant_cache.errors import FormatError
 from nexusquant_cache.files.schema import (
+    BodyMeta,
     CacheMeta,
     GivenMeta,
     LayerMeta,
@@ -20,6 +24,7 @@ from nexusquant_cache.files.schema import (
     TensorMeta,
     TransformMeta,
 )
+from nexusquant_cache.layer.state import SIDES, TENSORS, Declared, Facts, expected, transform_tensors
 
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "float64": ("F64", torch.float64),
@@ -34,6 +39,7 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "bool": ("BOOL", torch.bool),
 }
 """Every dtype that a file may hold: torch's name of it, that of safetensors, and the dtype."""
+NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
 
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _MOST_ROWS = 1 << 20
@@ -213,15 +219,24 @@ class _Layer:
         # Packed rows with pads have their first tokens in different places.
         if meta.body is not None and meta.sink_place != (self.file.padding.pads is not None):
             self._wrong("must say where the first tokens of padded rows are, and of no others")
-        yield from self._exact("tail", shape, meta.tail)
-        if meta.sinks is not None:
-            yield from self._exact("sinks", shape, meta.sinks)
-        if meta.sink_place:
-            yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
-        yield from self._body(shape)
-        yield from self._observed(shape)
+        self._check_body(shape)
+        self._check_observed(shape)
+        more = {declared.name for declared in TENSORS if declared.is_listed}
+        if meta.more is not None and not set(meta.more) <= more:
+            self._wrong("names a tensor that no layer has")
+        for name, dtype in (meta.more or {}).items():
+            _among(f"{self.name}.{name}", dtype, tuple(DTYPES))
+        facts = layer_facts(meta, self.codecs)
+        for declared, size in expected(facts):
+            yield _file_tensor(self.name, declared, size, facts)
         if meta.given is not None:
-            yield from self._given(shape, meta.given)
+            self._check_given(shape, meta.given)
+            facts = given_facts(meta.given, shape, self.codecs)
+            for side in SIDES:
+                for declared in transform_tensors(side, "", "given."):
+                    given_size = declared.shape(facts)
+                    if given_size is not None:
+                        yield _file_tensor(self.name, declared, given_size, facts)
 
     def _wrong(self, what: str) -> None:
         msg = f"{self.name} {what}"
@@ -246,33 +261,23 @@ class _Layer:
             elif 2 * self.file.phases[self.meta.phase].pairs > shape.key_dim:
                 self._wrong("has a rotary phase with more channels than its keys")
 
-    def _exact(self, what: str, shape: ShapeMeta, tokens: int) -> Iterator[FileTensor]:
-        for side, dim, dtype in self._sides(shape):
-            yield FileTensor(f"{self.name}.{side}.{what}", dtype, (shape.batch, shape.heads, tokens, dim), "exact")
-
     @staticmethod
     def _sides(shape: ShapeMeta) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
         return ("keys", shape.key_dim, shape.key_dtype), ("values", shape.value_dim, shape.value_dtype)
 
-    def _body(self, shape: ShapeMeta) -> Iterator[FileTensor]:
-        body, used = self.meta.body, self.meta.used
-        if body is None or used is None or self.meta.sinks is None:
+    def _check_body(self, shape: ShapeMeta) -> None:
+        body = self.meta.body
+        if body is None or self.meta.sinks is None:
             return
         if body.start + body.covered + body.dense + self.meta.tail != self.meta.seen or body.kept > body.covered:
             self._wrong("counts its tokens in two ways")
         is_elsewhere = body.start not in {0, self.meta.sinks} or (self.meta.sink_place and body.start)
         if is_elsewhere or (not body.bitmap and body.covered):
             self._wrong("begins its packed tokens in an impossible place")
-        tokens, heads = body.kept + body.dense, (shape.batch, shape.heads)
-        for (side, dim, _), index, transform in zip(self._sides(shape), used, (body.keys, body.values), strict=True):
-            words = self.codecs[index].bytes_per_vector - 1
-            yield FileTensor(f"{self.name}.{side}.words", "uint8", (*heads, tokens, words), f"{side[:-1]} words")
-            yield FileTensor(f"{self.name}.{side}.scales", "uint8", (*heads, tokens), "scales")
+        for side, transform in zip(SIDES, (body.keys, body.values), strict=True):
             if transform.rows != shape.batch:
                 self._wrong("has transforms for another batch")
-            yield from self._transform(f"{self.name}.{side}", transform, shape.heads, dim)
-        if body.bitmap:
-            yield FileTensor(f"{self.name}.kept", "uint8", (*heads, -(-body.covered // 8)), "positions")
+            _check_transform(f"{self.name}.{side}", transform)
 
     def _check_codecs(self, shape: ShapeMeta, *pairs: tuple[int, int]) -> None:
         """Check that there are these codecs of keys and values, and that they are for vectors of these lengths."""
@@ -284,33 +289,16 @@ class _Layer:
                 if layout is not None and getattr(layout, "head_dim", dim) != dim:
                     self._wrong(f"has a codec for vectors of another length than {dim}")
 
-    def _transform(self, name: str, meta: TransformMeta, heads: int, dim: int) -> Iterator[FileTensor]:
-        _among(f"{name}.rotation", meta.rotation, ("hadamard", "principal"))
-        _between(f"{name}.rows", meta.rows, 1, _MOST_ROWS)
-        lead = (meta.rows, heads)
-        if meta.rotation == "principal":
-            yield FileTensor(f"{name}.basis", "int8", (*lead, dim, dim), "transforms")
-            yield FileTensor(f"{name}.step", "float32", (*lead, dim, 1), "transforms")
-        if meta.mean is not None:
-            _among(f"{name}.mean", meta.mean, _FLOATS)
-            yield FileTensor(f"{name}.mean", meta.mean, (*lead, 1, dim), "transforms")
-        yield FileTensor(f"{name}.reference", "float32", (*lead, 1), "transforms")
-        if meta.plans:
-            yield FileTensor(f"{name}.plans", "uint8", lead, "transforms")
-
-    def _observed(self, shape: ShapeMeta) -> Iterator[FileTensor]:
+    def _check_observed(self, shape: ShapeMeta) -> None:
         observed = self.meta.observed
         assert observed is not None
         for name, queries in (("queries", observed.now), ("queries_before", observed.before)):
             if queries is not None:
-                yield from self._queries(name, queries, shape)
-        if observed.reconstruction is not None:
-            if observed.reconstruction > self.meta.seen:
-                self._wrong("knows of attention to tokens that it has not seen")
-            size = (shape.batch, shape.heads, observed.reconstruction)
-            yield FileTensor(f"{self.name}.reconstruction", "float32", size, "exact")
+                self._check_queries(name, queries, shape)
+        if observed.reconstruction is not None and observed.reconstruction > self.meta.seen:
+            self._wrong("knows of attention to tokens that it has not seen")
 
-    def _queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> Iterator[FileTensor]:
+    def _check_queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> None:
         if queries.end > self.meta.seen:
             self._wrong("has queries of tokens that it has not seen")
         if queries.dtype is None:
@@ -321,15 +309,82 @@ class _Layer:
         _between(f"{self.name}.{name}.heads", queries.heads, 1, _MOST_HEADS)
         if queries.heads % shape.heads or not 1 <= queries.tokens <= queries.end:
             self._wrong("has queries that do not fit its keys")
-        size = (shape.batch, queries.heads, queries.tokens, shape.key_dim)
-        yield FileTensor(f"{self.name}.{name}", queries.dtype, size, "exact")
 
-    def _given(self, shape: ShapeMeta, given: GivenMeta) -> Iterator[FileTensor]:
+    def _check_given(self, shape: ShapeMeta, given: GivenMeta) -> None:
         self._check_codecs(shape, given.codecs, given.asked)
-        for (side, dim, _), transform in zip(self._sides(shape), (given.keys, given.values), strict=True):
+        for side, transform in zip(SIDES, (given.keys, given.values), strict=True):
             if transform.rows not in {1, shape.batch}:
                 self._wrong("was given transforms for another batch")
-            yield from self._transform(f"{self.name}.given.{side}", transform, shape.heads, dim)
+            _check_transform(f"{self.name}.given.{side}", transform)
+
+
+def _check_transform(name: str, meta: TransformMeta) -> None:
+    _among(f"{name}.rotation", meta.rotation, ("hadamard", "principal"))
+    _between(f"{name}.rows", meta.rows, 1, _MOST_ROWS)
+    if meta.mean is not None:
+        _among(f"{name}.mean", meta.mean, _FLOATS)
+
+
+def _file_tensor(layer: str, declared: Declared, size: tuple[int, ...], facts: Facts) -> FileTensor:
+    kind = {"codes": f"{declared.name.partition('.')[0][:-1]} words", "transform": "transforms"}
+    dtype = declared.dtype_in(facts)
+    assert dtype is not None
+    return FileTensor(f"{layer}.{declared.name}", dtype, size, kind.get(declared.kind, declared.kind))
+
+
+def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
+    """Return what the metadata of a layer that has been updated say, as `layer.state.TENSORS` asks for it."""
+    shape, body, observed = meta.shape, meta.body, meta.observed
+    assert shape is not None
+    assert observed is not None
+    assert meta.used is not None
+    facts: dict[str, Any] = dataclasses.asdict(shape) | {"seen": meta.seen, "tail": meta.tail, "sinks": meta.sinks}
+    for name, queries in (("", observed.now), ("_before", observed.before)):
+        facts |= {
+            f"queries{name}": None if queries is None else queries.tokens,
+            f"query_heads{name}": None if queries is None else queries.heads,
+            f"query_dtype{name}": None if queries is None else queries.dtype,
+        }
+    facts |= {
+        "reconstruction": observed.reconstruction,
+        "sink_place_dtype": "int64" if meta.sink_place else None,
+        "packed": None if body is None else body.kept + body.dense,
+        "packed_end": None if body is None else body.start + body.covered + body.dense,
+        "kept": None if body is None else body.kept,
+        "covered": None if body is None else body.covered,
+        "bitmap_bytes": None if body is None or not body.bitmap else -(-body.covered // 8),
+    }
+    for side, transform, index in zip(SIDES, _transforms(body), meta.used, strict=True):
+        facts |= {f"{side[:-1]}_bytes": codecs[index].bytes_per_vector - 1}
+        facts |= _transform_facts(side, transform, shape, codecs[index])
+    more = meta.more or {}
+    return facts | {declared.name: more.get(declared.name) for declared in TENSORS if declared.is_listed}
+
+
+def _transforms(body: BodyMeta | None) -> tuple[TransformMeta | None, TransformMeta | None]:
+    return (None, None) if body is None else (body.keys, body.values)
+
+
+def given_facts(given: GivenMeta, shape: ShapeMeta, codecs: Sequence[VectorCodec]) -> Facts:
+    """Return the same of transforms that were handed to a layer."""
+    facts: dict[str, Any] = dataclasses.asdict(shape)
+    for side, transform, index in zip(SIDES, (given.keys, given.values), given.codecs, strict=True):
+        facts |= _transform_facts(side, transform, shape, codecs[index])
+    return facts
+
+
+def _transform_facts(
+    side: Side, transform: TransformMeta | None, shape: ShapeMeta, codec: VectorCodec
+) -> dict[str, Any]:
+    one, layouts = side[:-1], getattr(codec, "layouts", None)
+    dim = shape.key_dim if side == "keys" else shape.value_dim
+    return {
+        f"{one}_rows": None if transform is None else transform.rows,
+        f"{one}_axes": dim if transform is not None and transform.rotation == "principal" else None,
+        f"{one}_mean": None if transform is None else transform.mean,
+        f"{one}_plans": "uint8" if transform is not None and transform.plans else None,
+        f"{one}_layouts": None if layouts is None else len(layouts),
+    }
 
 
 def _between(what: str, value: int, least: int, most: int) -> None:

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nexusquant_cache.errors import CacheStateError, FormatError, OptionError, UnsupportedError
+from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import TokenIds, check_model, describe_model, hash_tokens
@@ -26,28 +25,41 @@ from nexusquant_cache.files.state import (
     restore_stock,
     stock_state,
 )
-from nexusquant_cache.layer.layer import NexusQuantLayer
 
 _MOST_TEXT = 1 << 20  # bytes of all texts given as metadata: a header that is longer than some MiB is not read
 
 
+@dataclass(frozen=True)
+class WholeCache:
+    """What a file says of a cache.
+
+    Attributes:
+        parts: Its layers.
+        shared: What they share.
+        preset: Name of the preset, or ``"custom"``.
+        config: The model's, for text; None if the cache has none.
+        records_from_start: Whether past recording was asked for before there were layers to tell.
+        statistics: What its report says, for information.
+    """
+
+    parts: list[Part]
+    shared: Shared
+    preset: str
+    config: PretrainedConfig | None
+    records_from_start: bool
+    statistics: Mapping[str, int]
+
+
 def export_cache(
-    cache: Any,  # noqa: ANN401 - a NexusQuantCache, whose module imports this one
-    *,
-    token_ids: TokenIds | None = None,
-    metadata: Mapping[str, str] | None = None,
+    cache: WholeCache, *, token_ids: TokenIds | None = None, metadata: Mapping[str, str] | None = None
 ) -> tuple[CacheMeta, Tensors]:
     """Return all that a cache holds and counts; the tensors share memory with it.
 
     Raises:
-        CacheStateError: If an earlier forward failed half-way through a compression.
         OptionError: If the metadata are no texts, or very long ones.
         UnsupportedError: If a file cannot hold a part of the cache.
         NonFiniteError: If an exact token holds NaN or infinity.
     """
-    if cache._is_broken:  # noqa: SLF001 - this is the cache's own way out
-        msg = "an earlier forward failed half-way through a compression: there is nothing to save"
-        raise CacheStateError(msg)
     texts: list[object] = [text for pair in (metadata or {}).items() for text in pair]
     if not all(isinstance(text, str) for text in texts):
         msg = f"metadata must be texts by name, got {metadata!r}"
@@ -60,27 +72,26 @@ def export_cache(
         raise OptionError(msg)
     lists, tensors = Lists(), Tensors()
     layers: list[LayerMeta | StockMeta] = []
-    for index, layer in enumerate(cache.layers):
-        is_ours = isinstance(layer, NexusQuantLayer)
-        meta, found = layer.state(lists) if is_ours else stock_state(layer, index)
-        layers.append(meta)
+    for part in cache.parts:
+        described, found = _describe(part, cache.shared, lists)
+        layers.append(described)
         tensors |= found
-    padding, found = padding_state(cache.padding)
+    padding, found = padding_state(cache.shared.padding)
     tensors |= found
     phases, found = phases_state(lists)
     tensors |= found
     meta = CacheMeta(
         preset=cache.preset,
-        settings=describe_settings(cache.cache_config),
-        when=cache.when,
-        model=None if cache.model_config is None else describe_model(cache.model_config.to_dict()),
-        tokens_seen=cache.get_seq_length() if cache.layers else 0,
+        settings=describe_settings(cache.shared.settings),
+        when=cache.shared.when,
+        model=None if cache.config is None else describe_model(cache.config.to_dict()),
+        tokens_seen=max((part.seen for part in cache.parts), default=0),
         tokens_hash=None if token_ids is None else hash_tokens(token_ids),
-        statistics=_statistics(cache),
+        statistics=dict(cache.statistics),
         user=dict(metadata or {}),
         padding=padding,
-        has_warned=cache._has_warned,  # noqa: SLF001
-        records_from_start=cache._records_from_start,  # noqa: SLF001
+        has_warned=cache.shared.has_warned,
+        records_from_start=cache.records_from_start,
         policies=tuple(lists.policies),
         phases=phases,
         codecs=tuple(lists.codecs),
@@ -113,10 +124,11 @@ def _check_tensor(spec: FileTensor, tensor: Tensor) -> None:
         raise FormatError(msg)
 
 
-def _statistics(cache: Any) -> dict[str, Any]:  # noqa: ANN401
-    report = cache.memory_report()
-    names = ("held_bytes", "dense_bytes", "seen_tokens", "kept_tokens", "peak_bytes")
-    return {name: getattr(report, name) for name in names}
+def _describe(part: Part, shared: Shared, lists: Lists) -> tuple[LayerMeta | StockMeta, Tensors]:
+    if part.state is None:
+        return stock_state(part.layer, part.index)
+    part.arrive()
+    return layer_state(part.state, shared, lists)
 
 
 def check_tokens(expected: str | None, token_ids: TokenIds | None) -> None:
@@ -147,45 +159,44 @@ def check_config(meta: CacheMeta, config: PretrainedConfig | None) -> None:
         raise OptionError(msg)
 
 
-def import_cache(
-    cache: Any,  # noqa: ANN401 - a NexusQuantCache, whose module imports this one
-    meta: CacheMeta,
-    tensors: Mapping[str, Tensor],
-    device: torch.device,
-    dtype: torch.dtype | None,
-) -> None:
-    """Fill an empty cache with what `export_cache` returned.
+def import_cache(cache: WholeCache, meta: CacheMeta, source: Source, *, has_policy: bool) -> None:
+    """Fill an empty cache, which has its layers already, with what a file holds.
+
+    Args:
+        cache: The cache.
+        meta: What the file says.
+        source: Its tensors.
+        has_policy: Whether the cache was given a policy to go on with.
 
     Raises:
         FormatError: If the layers are of other kinds than those of the cache.
         OptionError: If the policy is another, and may have something to decide.
     """
-    if cache.model_config is not None and len(meta.layers) != len(cache.layers):
-        msg = f"the file holds {len(meta.layers)} layers, the cache of this model has {len(cache.layers)}"
+    if len(meta.layers) != len(cache.parts):
+        msg = f"the file holds {len(meta.layers)} layers, the cache of this model has {len(cache.parts)}"
         raise FormatError(msg)
-    source = Source.of(meta, tensors, device, dtype)
-    cache.preset, cache.padding = meta.preset, restore_padding(meta.padding, source)
-    cache._has_warned, cache._records_from_start = meta.has_warned, meta.records_from_start  # noqa: SLF001
-    cache._phases = list(source.phases)  # noqa: SLF001
+    shared = cache.shared
+    shared.padding, shared.has_warned = restore_padding(meta.padding, source), meta.has_warned
+    shared.phases = list(source.phases)
     given = tuple(restore_given(layer, index, source) for index, layer in enumerate(meta.layers))
-    cache._given_transforms = given if any(x is not None for x in given) else ()  # noqa: SLF001
-    layers = [cache.layer_for_file(index) for index in range(len(meta.layers))]
-    for index, (layer, part) in enumerate(zip(layers, meta.layers, strict=True)):
-        if isinstance(layer, NexusQuantLayer) and isinstance(part, LayerMeta):
-            layer.restore(part, source)
-            _check_policy(cache, layer, meta, part)
-        elif isinstance(part, StockMeta) and type(layer).__name__ == part.layer_class:
-            restore_stock(layer, index, part, source, meta.tokens_seen)
+    shared.given_transforms = given if any(x is not None for x in given) else ()
+    for part, described in zip(cache.parts, meta.layers, strict=True):
+        if isinstance(part, CompressedPart) and isinstance(described, LayerMeta):
+            restore_layer(part.layer, described, source)
+            if not has_policy:
+                _check_policy(part.state, shared, meta, described)
+        elif isinstance(described, StockMeta) and type(part.layer).__name__ == described.layer_class:
+            restore_stock(part.layer, part.index, described, source, meta.tokens_seen)
         else:
-            msg = f"layer {index} of the file is of another kind than {type(layer).__name__}"
+            msg = f"layer {part.index} of the file is of another kind than {type(part.layer).__name__}"
             raise FormatError(msg)
 
 
-def _check_policy(cache: Any, layer: NexusQuantLayer, meta: CacheMeta, part: LayerMeta) -> None:  # noqa: ANN401
+def _check_policy(state: LayerState, shared: Shared, meta: CacheMeta, described: LayerMeta) -> None:
     """Raise OptionError if the cache had another policy, and no policy is given to take its place."""
-    if part.policy is None or cache.policy is not None or cache.cache_config.keep_ratio == 1:
+    if described.policy is None or state.policy is None or not shared.evicts:
         return
-    name = meta.policies[part.policy]
-    if policy_name(layer.policy) != name:
+    name = meta.policies[described.policy]
+    if policy_name(state.policy) != name:
         msg = f"the cache was saved with the policy {name[:200]}: give policy= the same, or the one to go on with"
         raise OptionError(msg)

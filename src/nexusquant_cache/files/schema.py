@@ -152,7 +152,7 @@ class LayerMeta:
     """A compressed layer; ``shape`` is None before its first update.
 
     ``asked`` and ``used`` are codecs of keys and of values, ``phase`` a rotary phase and ``policy`` what a policy is
-    called, all as places in the file's lists.
+    called, all as places in the file's lists.  ``more`` are the dtypes of the tensors that nothing else tells of.
     """
 
     shape: ShapeMeta | None
@@ -172,6 +172,7 @@ class LayerMeta:
     observed: ObservedMeta | None
     given: GivenMeta | None
     policy: int | None
+    more: dict[str, str] | None = None
 
 
 @dataclass(frozen=True)

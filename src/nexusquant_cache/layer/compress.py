@@ -294,9 +294,7 @@ class Compression:
             keys = phase.rotate(keys.float(), angles, inverse=True)
         return keys, values
 
-    def _take_sinks(
-        self, sinks: int, count: int, kept: int
-    ) -> tuple[tuple[Tensor, Tensor], Int[Tensor, "b 2"] | None]:
+    def _take_sinks(self, sinks: int, count: int, kept: int) -> tuple[tuple[Tensor, Tensor], Int[Tensor, "b 2"] | None]:
         """Return the first real tokens of each row and, in a padded batch, where they are."""
         keys, values = self.state.exact
         pads = self.shared.padding.pads

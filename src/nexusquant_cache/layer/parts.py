@@ -48,6 +48,9 @@ class Part(ABC):
         """What was fitted to the prompt."""
         return None
 
+    def arrive(self) -> None:
+        """Wait for what is on its way, so that it can be read."""
+
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """See the queries of the tokens that came last."""
         del queries
@@ -137,6 +140,10 @@ class CompressedPart(Part):
         """What was fitted to the prompt; None before the first compression."""
         self.layer.residency.arrive()
         return fitted_transforms(self.layer.state)
+
+    def arrive(self) -> None:
+        """Wait for copies that are made beside the computation."""
+        self.layer.residency.arrive()
 
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """Keep the queries until the compression, if the policy wants them."""

@@ -38,7 +38,8 @@ _PART = 1 << 20  # bytes of a bitmap that are counted at once
 # What the values of a tensor must satisfy; each check returns what is wrong.
 
 
-def _finite(x: Tensor, facts: Facts) -> str | None:
+def finite(x: Tensor, facts: Facts) -> str | None:
+    """Say whether a tensor holds something else than numbers."""
     del facts
     if not x.numel() or all(isfinite(float(bound)) for bound in x.aminmax()):  # NaN would be both bounds
         return None
@@ -46,7 +47,7 @@ def _finite(x: Tensor, facts: Facts) -> str | None:
 
 
 def _positive(x: Tensor, facts: Facts) -> str | None:
-    wrong = _finite(x, facts)
+    wrong = finite(x, facts)
     return wrong or ("holds a scale that is not positive" if x.numel() and float(x.min()) <= 0 else None)
 
 
@@ -101,10 +102,10 @@ class Declared:
         name: What files call it.
         path: Where a `LayerState` has it: attributes, and places in tuples.
         axes: Names of its axes in the layer's facts, or lengths.
-        dtype: Torch's name of its dtype, or the name of a fact that is one.  The layer has no such tensor where one of
-            these facts is None.
+        dtype: Torch's name of its dtype, or the name of a fact that is one; a layer has no such tensor where a fact that
+            is asked for is None.  Where it is the tensor's own name, a file says of each layer whether it has the tensor.
         kind: What it is.
-        check: What its values must satisfy.
+        check: What its values must satisfy; None if all are possible.
         stays: Whether it is on the CPU wherever the layer is.
     """
 
@@ -113,8 +114,13 @@ class Declared:
     axes: tuple[str | int, ...]
     dtype: str
     kind: Kind
-    check: Check = _finite
+    check: Check | None = finite
     stays: bool = False
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether a file says of each layer whether it has the tensor."""
+        return self.dtype == self.name
 
     def shape(self, facts: Facts) -> tuple[int, ...] | None:
         """Return the shape that the tensor has in a layer of these facts; None if there is no such tensor."""
@@ -137,7 +143,7 @@ def transform_tensors(side: Side, path: str, prefix: str = "") -> tuple[Declared
         prefix: What the names begin with.
     """
     one, name = side[:-1], f"{prefix}{side}"
-    lead, dim, axes = ("rows", "heads"), f"{one}_dim", f"{one}_axes"
+    lead, dim, axes = (f"{one}_rows", "heads"), f"{one}_dim", f"{one}_axes"
     plans = _key_plans if side == "keys" else _value_plans
     return (
         Declared(f"{name}.basis", f"{path}.rotation.basis", (*lead, axes, axes), "int8", "transform"),
@@ -154,8 +160,8 @@ def _tokens(place: int, side: Side) -> tuple[Declared, ...]:
     return (
         Declared(f"{side}.tail", f"tail.{place}", (*lead, "tail", dim), dtype, "exact"),
         Declared(f"{side}.sinks", f"sinks.{place}", (*lead, "sinks", dim), dtype, "exact"),
-        Declared(f"{side}.words", f"{packed}.words", (*lead, "packed", f"{one}_bytes"), "uint8", "codes"),
-        Declared(f"{side}.scales", f"{packed}.scales", (*lead, "packed"), "uint8", "scales"),
+        Declared(f"{side}.words", f"{packed}.words", (*lead, "packed", f"{one}_bytes"), "uint8", "codes", None),
+        Declared(f"{side}.scales", f"{packed}.scales", (*lead, "packed"), "uint8", "scales", None),
         *transform_tensors(side, f"{packed}.transform"),
     )
 
@@ -164,7 +170,7 @@ TENSORS: tuple[Declared, ...] = (
     *_tokens(0, "keys"),
     *_tokens(1, "values"),
     Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
-    Declared("sink_place", "sink_place", ("batch", 2), "sink_place", "positions", _places, stays=True),
+    Declared("sink_place", "sink_place", ("batch", 2), "sink_place_dtype", "positions", _places, stays=True),
     Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
     Declared(
         "queries_before",
@@ -177,7 +183,18 @@ TENSORS: tuple[Declared, ...] = (
 )
 """Every tensor of a compressed layer."""
 
+
+def expected(facts: Facts) -> Iterator[tuple[Declared, tuple[int, ...]]]:
+    """Yield the tensors of a layer of these facts, each with its shape."""
+    for declared in TENSORS:
+        shape = declared.shape(facts)
+        if shape is not None:
+            yield declared, shape
+
+
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
+
+
 @dataclass
 class Turn:
     """Where a layer stands between updates: what it waits for, and since which token.
@@ -293,7 +310,7 @@ class LayerState:
     def holders(self, *kinds: Kind) -> Iterator[object]:
         """Yield the tensors of these kinds, and what holds them where that holds more: buffers and transforms."""
         for declared in _of(kinds, but="transform"):
-            found = _get(self, declared.path)
+            found = find(self, declared.path)
             if found is not None:
                 yield found
         if "transform" in kinds and self.body is not None:
@@ -302,7 +319,7 @@ class LayerState:
     def tensors(self, *kinds: Kind) -> Iterator[tuple[Declared, Tensor]]:
         """Yield the tensors of these kinds that there are, all by default, where they are stored."""
         for declared in _of(kinds or _KINDS):
-            found = _get(self, declared.path)
+            found = find(self, declared.path)
             if found is not None:
                 yield declared, found.stored() if isinstance(found, TokenBuffer) else found
 
@@ -315,13 +332,13 @@ class LayerState:
             also_staying: Also those that stay on the CPU.
         """
         for declared in _of(kinds or _KINDS, but="transform"):
-            found = _get(self, declared.path)
+            found = find(self, declared.path)
             if found is None or (declared.stays and not also_staying):
                 continue
             if isinstance(found, TokenBuffer):
                 found.map(function)
             else:
-                _set(self, declared.path, function(found))
+                put(self, declared.path, function(found))
         if "transform" in (kinds or _KINDS) and self.body is not None:
             for side in (self.body.keys, self.body.values):  # which puts plans back on the CPU
                 side.transform = side.transform.map_batch(function)
@@ -330,12 +347,12 @@ class LayerState:
         """Keep these tokens of the tail, without a view of the others."""
         cut = []
         for declared in TENSORS:
-            found = _get(self, declared.path) if "tail" in declared.axes else None
+            found = find(self, declared.path) if "tail" in declared.axes else None
             if found is not None:
                 part = [slice(start, stop) if axis == "tail" else slice(None) for axis in declared.axes]
                 cut.append((declared.path, own(found[tuple(part)])))
         for path, tensor in cut:  # when all are there
-            _set(self, path, tensor)
+            put(self, path, tensor)
 
     def cut_packed(self, tokens: int, dropped: Int[Tensor, "b h"] | None) -> None:
         """Keep so many packed tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
@@ -350,7 +367,7 @@ class LayerState:
     @property
     def buffers(self) -> list[TokenBuffer]:
         """What grows with the packed tokens."""
-        found = (_get(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
+        found = (find(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
         return [buffer for buffer in found if buffer is not None]
 
 
@@ -363,7 +380,7 @@ def _of(kinds: tuple[Kind, ...], *, but: Kind | None = None) -> list[Declared]:
     return [declared for declared in TENSORS if declared.kind in kinds and declared.kind != but]
 
 
-def _get(holder: Any, path: str) -> Any:  # noqa: ANN401 - whatever the path leads to
+def find(holder: Any, path: str) -> Any:  # noqa: ANN401 - whatever the path leads to
     """Return what is at the end of a path; None if the path ends before."""
     for name in path.split("."):
         if holder is None:
@@ -372,11 +389,11 @@ def _get(holder: Any, path: str) -> Any:  # noqa: ANN401 - whatever the path lea
     return holder
 
 
-def _set(holder: Any, path: str, value: Any) -> Any:  # noqa: ANN401 - as above
+def put(holder: Any, path: str, value: Any) -> Any:  # noqa: ANN401 - as above
     """Put something at the end of a path; return the holder, or another tuple in its place."""
     name, _, rest = path.partition(".")
     if name.isdecimal():
         place = int(name)
-        return (*holder[:place], _set(holder[place], rest, value) if rest else value, *holder[place + 1 :])
-    setattr(holder, name, _set(getattr(holder, name), rest, value) if rest else value)
+        return (*holder[:place], put(holder[place], rest, value) if rest else value, *holder[place + 1 :])
+    setattr(holder, name, put(getattr(holder, name), rest, value) if rest else value)
     return holder
