@@ -40,7 +40,8 @@ from nexusquant_cache.policy import (
     WindowAttentionPolicy,
 )
 from nexusquant_cache.presets import PRESETS, CacheConfig
-from nexusquant_cache.store.store import PrefixMatch, PrefixStore, StoreEntry
+from nexusquant_cache.store.index import StoreEntry
+from nexusquant_cache.store.store import PrefixMatch, PrefixStore
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,7 @@ import torch
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.files import writer
-from nexusquant_cache.store import store
+from nexusquant_cache.store import index, store
 
 LENGTHS = range(40, 64, 2)  # prefixes of one text: the longest that is stored is the one to be found
 _SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}
@@ -80,7 +80,7 @@ def work(job: dict[str, Any]) -> None:
 
 def kill_at_line(number: int, lines: Iterator[int]) -> None:
     """Have this process kill itself before it runs so many lines of the store and of what writes files."""
-    watched = {store.__file__, writer.__file__}
+    watched = {index.__file__, store.__file__, writer.__file__}
 
     def trace(frame: types.FrameType, event: str, _: object) -> Any:
         if frame.f_code.co_filename not in watched:

@@ -35,8 +35,10 @@ from unit.evaluation_tiny import PROSE, tiny
 from nexusquant_cache import FormatError, KeyNormPolicy, NexusQuantCache, OptionError
 from nexusquant_cache.codec import registry
 from nexusquant_cache.files import convert_file
+from nexusquant_cache.store import index as index_module
 from nexusquant_cache.store import store
-from nexusquant_cache.store.store import PrefixStore, StoreEntry
+from nexusquant_cache.store.index import StoreEntry
+from nexusquant_cache.store.store import PrefixStore
 
 OTHER = {"hidden_size": 32, "num_attention_heads": 2}  # another model
 CHANCE = random.SystemRandom()  # when to kill: no run is like the other anyway
@@ -242,7 +244,7 @@ class TestBytes:
     def test_a_put_that_fails_leaves_no_file(self, kept, monkeypatch):
         fill(kept, 40)
         (entry,) = kept.entries()
-        monkeypatch.setattr(store, "_INSERT", "INSERT INTO elsewhere VALUES (1)")
+        monkeypatch.setattr(index_module, "_INSERT", "INSERT INTO elsewhere VALUES (1)")
         with pytest.raises(OSError, match="cannot be used: no such table"):
             fill(kept, 40)
         assert kept.entries() == (entry,)
@@ -303,7 +305,7 @@ class TestOpening:
                 count += 1
                 if count == statement + 1:
                     with monkeypatch.context() as patch, contextlib.suppress(TimeoutError):
-                        patch.setattr(store, "_PATIENCE", 0.0)  # it may find the index locked, by us
+                        patch.setattr(index_module, "_PATIENCE", 0.0)  # it may find the index locked, by us
                         patch.setattr(sqlite3, "connect", connect)
                         fill(PrefixStore(tmp_path), 40)
                 return super().execute(*arguments)
@@ -565,7 +567,7 @@ class TestErrors:
         assert kept.verify() == {}
 
     def test_a_lock_that_is_never_released(self, kept, monkeypatch):
-        monkeypatch.setattr(store, "_PATIENCE", 0.02)
+        monkeypatch.setattr(index_module, "_PATIENCE", 0.02)
         with contextlib.closing(sqlite3.connect(kept.folder / "index.sqlite3", isolation_level=None)) as db:
             db.execute("BEGIN IMMEDIATE")
             with pytest.raises(TimeoutError, match="database is locked"):
@@ -596,7 +598,7 @@ class TestErrors:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
-            patch.setattr(PrefixStore, "_evict", fail)
+            patch.setattr(index_module, "_evict", fail)
             with pytest.raises(KeyboardInterrupt):
                 fill(kept, 42)
         assert stored_lengths(kept) == [40]

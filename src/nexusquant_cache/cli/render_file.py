@@ -14,7 +14,7 @@ from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.schema import LayerMeta, StockMeta
 from nexusquant_cache.files.state import describe_settings
 from nexusquant_cache.presets import PRESETS
-from nexusquant_cache.store.store import StoreEntry
+from nexusquant_cache.store.index import StoreEntry
 
 _NONE = "-"
 _SHORT = 8  # digits of a hash

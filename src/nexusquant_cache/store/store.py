@@ -11,10 +11,9 @@ import hashlib
 import json
 import os
 import re
-import sqlite3
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
@@ -35,87 +34,16 @@ from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
+from nexusquant_cache.store.index import ID_BYTES, StoreEntry, StoreIndex, describe_ids, id_bytes
 
 GRACE_SECONDS = 3600.0
 """How old a file without a row must be before it is removed: it may belong to a `PrefixStore.put` under way."""
 
 _INDEX = "index.sqlite3"
-_INDEX_VERSION = 1
 _OURS = re.compile(r"[0-9a-f]{32}\.safetensors|\.[0-9a-f]{32}\.safetensors\.[0-9a-f]{16}\.tmp")
-_ID_BYTES = 8
-_PATIENCE = 60.0  # seconds to wait for other processes
-_PAUSE = 0.005  # seconds
 _ATTEMPTS = 5
 _OTHER = "it is not the file that was stored"
 _HASHED_AT_ONCE = 1 << 20  # bytes
-
-# Ids stand last: what scans the other columns does not read them.
-_SCHEMA = (
-    """CREATE TABLE entries (
-        file TEXT PRIMARY KEY,
-        format INTEGER NOT NULL,
-        namespace TEXT NOT NULL,
-        model TEXT NOT NULL,
-        policy TEXT NOT NULL,
-        settings TEXT NOT NULL,
-        tokens INTEGER NOT NULL,
-        ids_sha256 TEXT NOT NULL,
-        sha256 TEXT NOT NULL,
-        file_sha256 TEXT NOT NULL,
-        nbytes INTEGER NOT NULL,
-        used INTEGER NOT NULL,
-        ids BLOB NOT NULL,
-        UNIQUE (namespace, model, policy, tokens, ids_sha256, settings)
-    )""",
-    "CREATE INDEX by_use ON entries (used)",
-    f"PRAGMA user_version = {_INDEX_VERSION}",
-)
-_COLUMNS = "file, namespace, model, policy, settings, tokens, sha256, file_sha256, nbytes"
-_OF_THE_KIND = """
-    namespace = :namespace AND model = :model AND policy = :policy AND (:settings IS NULL OR settings = :settings)"""
-_ENTRIES = f"SELECT {_COLUMNS} FROM entries ORDER BY used"  # noqa: S608 - constants, here and below
-_LENGTHS = f"""
-    SELECT DISTINCT tokens FROM entries
-    WHERE {_OF_THE_KIND} AND format <= :format AND tokens BETWEEN 1 AND :most
-    ORDER BY tokens"""  # noqa: S608
-_CANDIDATES = f"""
-    SELECT {_COLUMNS}, ids FROM entries
-    WHERE {_OF_THE_KIND} AND format <= :format AND tokens = :tokens AND ids_sha256 = :ids_sha256
-    ORDER BY used DESC"""  # noqa: S608
-_SAME = f"SELECT file FROM entries WHERE {_OF_THE_KIND} AND tokens = :tokens AND ids_sha256 = :ids_sha256"  # noqa: S608
-_INSERT = """
-    INSERT INTO entries VALUES (:file, :format, :namespace, :model, :policy, :settings, :tokens, :ids_sha256, :sha256,
-        :file_sha256, :nbytes, (SELECT coalesce(max(used), 0) + 1 FROM entries), :ids)"""
-_TOUCH = "UPDATE entries SET used = (SELECT max(used) + 1 FROM entries) WHERE file = ?"
-_DELETE = "DELETE FROM entries WHERE file = ?"
-_IDS = "SELECT ids_sha256, ids FROM entries WHERE file = ?"
-
-
-@dataclass(frozen=True)
-class StoreEntry:
-    """A stored prefix.
-
-    Attributes:
-        file: Name of its file in the folder.
-        namespace: See `PrefixStore`.
-        model: Fingerprint of the model's config; empty if the cache had none.
-        policy: The policy that the cache was given; empty for the default.
-        settings: Every field of the cache's `CacheConfig`, as JSON.
-        tokens: How many tokens the cache has seen.
-        sha256: Hash of the file's content (docs/file_format.md).
-        file_sha256: Hash of the bytes of the file.
-        nbytes: Bytes of the file and of the token ids in the index.
-    """
-
-    file: str
-    namespace: str
-    model: str
-    policy: str
-    settings: str
-    tokens: int
-    sha256: str
-    file_sha256: str
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -186,9 +114,7 @@ class PrefixStore:
         self.cache_class = cache_class
         if create:
             self.folder.mkdir(parents=True, exist_ok=True)
-        self._index = _Index(self.folder / _INDEX, create=create)
-        with self._index.transaction():
-            pass  # what is wrong with the index is said now
+        self._index = StoreIndex(self.folder / _INDEX, create=create)
 
     # Writing
 
@@ -211,14 +137,14 @@ class PrefixStore:
         ids = _checked_ids(token_ids)
         _check_cache(cache, len(ids))
         cache.compress()
-        key = {**self._key(cache.model_config, cache.policy, cache.cache_config), **_describe_ids(ids)}
+        key = {**self._key(cache.model_config, cache.policy, cache.cache_config), **describe_ids(ids)}
         self._collect()
         for _ in range(_ATTEMPTS):
             path = self.folder / f"{token_hex(16)}.safetensors"
             # Stopped for longer than the grace, this process may find its file collected: once more then.
             with contextlib.suppress(FileNotFoundError):
                 cache.save(path, level=level, token_ids=ids)
-                return self._enter(path, key, _id_bytes(ids))
+                return self._enter(path, key, id_bytes(ids))
         msg = f"new files keep disappearing from {self.folder}"
         raise OSError(msg)
 
@@ -233,25 +159,17 @@ class PrefixStore:
             hashes = {"sha256": summary.sha256, "file_sha256": _hash_file(path)}
             row = {**key, **hashes, "file": path.name, "nbytes": summary.file_bytes + len(ids), "ids": ids}
             self._check_size(row["nbytes"])
-            with self._index.transaction(write=True) as db:
-                path.stat()  # files are collected under the same lock
-                gone = [file for (file,) in db.execute(_SAME, row)]
-                db.executemany(_DELETE, [(file,) for file in gone])
-                db.execute(_INSERT, row)
-                gone += self._evict(db)
+            gone = self._index.enter(row, self.max_bytes, path.stat)  # files are collected under the same lock
         except BaseException:
             self._withdraw(path)
             raise
-        for file in gone:
-            _discard(self.folder / file)
+        self._discard_all(gone)
         return StoreEntry(**{name: row[name] for name in StoreEntry.__dataclass_fields__})
 
     def _withdraw(self, path: Path) -> None:
         """Delete the file of a `put` that has failed, unless its row was committed; in doubt, `_collect` will."""
         with contextlib.suppress(FormatError, OSError):
-            with self._index.transaction() as db:
-                is_known = db.execute(_IDS, (path.name,)).fetchone() is not None
-            if not is_known:
+            if self._index.ids_of(path.name) is None:
                 _discard(path)
 
     def _check_size(self, nbytes: int) -> None:
@@ -259,34 +177,17 @@ class PrefixStore:
             msg = f"the entry takes {nbytes:,} bytes, the whole store may take {self.max_bytes:,} (max_bytes)"
             raise OptionError(msg)
 
-    def _evict(self, db: sqlite3.Connection) -> list[str]:
-        """Delete rows until the store is small enough; return their files.  The newest is never among them."""
-        if self.max_bytes is None:
-            return []
-        excess = _total_bytes(db) - self.max_bytes
-        oldest_first = iter(db.execute("SELECT file, nbytes FROM entries ORDER BY used").fetchall())
-        evicted: list[str] = []
-        while excess > 0:
-            file, nbytes = next(oldest_first)
-            db.execute(_DELETE, (file,))
-            evicted.append(file)
-            excess -= nbytes
-        return evicted
-
     def _collect(self) -> None:
         """Remove files of ours that have no row and are old enough."""
-        with self._index.transaction() as db:
-            known = {file for (file,) in db.execute("SELECT file FROM entries")}
+        known = self._index.files()
         found = [path for path in self.folder.iterdir() if _OURS.fullmatch(path.name) and path.name not in known]
         strays = [path for path in found if _age(path) > GRACE_SECONDS]
         if not strays:
             return
         # Under the lock of a `put` that may be about to enter one of them, and in a transaction that deletes no rows:
         # otherwise files would go before their rows are gone.
-        with self._index.transaction(write=True) as db:
-            for path in strays:
-                if db.execute(_IDS, (path.name,)).fetchone() is None:
-                    _discard(path)
+        with self._index.strays(path.name for path in strays) as files:
+            self._discard_all(files)
 
     def remove(
         self,
@@ -297,20 +198,17 @@ class PrefixStore:
         preset: str | CacheConfig | None = None,
     ) -> int:
         """Remove the entries of exactly these tokens; return how many there were.  Arguments as in `longest_prefix`."""
-        return self._remove(_SAME, {**self._key(config, policy, preset), **_describe_ids(_checked_ids(token_ids))})
+        gone = self._index.delete_same({**self._key(config, policy, preset), **describe_ids(_checked_ids(token_ids))})
+        self._discard_all(gone)
+        return len(gone)
 
     def clear(self) -> None:
         """Remove every entry, of all models and namespaces."""
-        self._remove("SELECT file FROM entries", {})
+        self._discard_all(self._index.delete_all())
 
-    def _remove(self, which: str, key: Mapping[str, Any]) -> int:
-        """Delete the rows that a query names, then their files; return how many there were."""
-        with self._index.transaction(write=True) as db:
-            gone = [file for (file,) in db.execute(which, key)]
-            db.executemany(_DELETE, [(file,) for file in gone])
-        for file in gone:
+    def _discard_all(self, files: list[str]) -> None:
+        for file in files:
             _discard(self.folder / file)
-        return len(gone)
 
     # Reading
 
@@ -342,15 +240,8 @@ class PrefixStore:
         if leave < 0:
             msg = f"leave must be 0 or more tokens, got {leave}"
             raise OptionError(msg)
-        key = {**self._key(config, policy, preset), "most": len(ids) - leave}
-        data = _id_bytes(ids)
-        with self._index.transaction() as db:
-            lengths = [length for (length,) in db.execute(_LENGTHS, key)]
-            for length, digest in reversed(list(_prefix_hashes(data, lengths))):
-                for *row, stored in db.execute(_CANDIDATES, {**key, "tokens": length, "ids_sha256": digest}):
-                    if stored == data[: length * _ID_BYTES]:
-                        return PrefixMatch(StoreEntry(*row), ids[:length], config, policy)
-        return None
+        entry = self._index.longest(self._key(config, policy, preset), id_bytes(ids), len(ids) - leave)
+        return None if entry is None else PrefixMatch(entry, ids[: entry.tokens], config, policy)
 
     def load(
         self,
@@ -388,8 +279,7 @@ class PrefixStore:
             self._drop(entry.file)
             warnings.warn(f"removed a damaged entry from {self.folder}, {entry.file}: {error}", stacklevel=2)
             return None
-        with self._index.transaction(write=True) as db:
-            db.execute(_TOUCH, (entry.file,))
+        self._index.touch(entry.file)
         return cache
 
     def _read(self, match: PrefixMatch, **options: Any) -> NexusQuantCache:  # noqa: ANN401 - those of `load`
@@ -409,8 +299,7 @@ class PrefixStore:
             return False
 
     def _drop(self, file: str) -> None:
-        with self._index.transaction(write=True) as db:
-            db.execute(_DELETE, (file,))
+        self._index.delete(file)
         _discard(self.folder / file)
 
     def get(  # noqa: PLR0913 - all but the ids have defaults
@@ -442,18 +331,15 @@ class PrefixStore:
 
     def entries(self) -> tuple[StoreEntry, ...]:
         """Return every entry, of all models and namespaces; that which was used longest ago comes first."""
-        with self._index.transaction() as db:
-            return tuple(StoreEntry(*row) for row in db.execute(_ENTRIES))
+        return self._index.entries()
 
     def __len__(self) -> int:
-        with self._index.transaction() as db:
-            return int(db.execute("SELECT count(*) FROM entries").fetchone()[0])
+        return len(self._index)
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all entries."""
-        with self._index.transaction() as db:
-            return _total_bytes(db)
+        return self._index.total_bytes()
 
     def verify(self, *, progress: Progress | None = None) -> dict[str, str]:
         """Read everything and return what is wrong, by name of the file; nothing is changed.
@@ -466,10 +352,8 @@ class PrefixStore:
             OSError: If something cannot be read.
         """
         wrong: dict[str, str] = {}
-        with self._index.transaction() as db:
-            found = [text for (text,) in db.execute("PRAGMA integrity_check")]
-        if found != ["ok"]:
-            wrong[_INDEX] = "; ".join(found)
+        if faults := self._index.faults():
+            wrong[_INDEX] = "; ".join(faults)
         entries = self.entries()
         done, total = 0, sum(entry.nbytes for entry in entries)
         for entry in entries:
@@ -482,25 +366,19 @@ class PrefixStore:
 
     def _fault(self, entry: StoreEntry) -> str:
         """Return what is wrong with an entry, or nothing."""
-        if (ids := self._stored_ids(entry)) is None:
+        if (ids := self._index.ids_of(entry.file)) is None:
             return ""  # evicted meanwhile
-        if hashlib.sha256(ids[1]).hexdigest() != ids[0] or len(ids[1]) != entry.tokens * _ID_BYTES:
+        if hashlib.sha256(ids[1]).hexdigest() != ids[0] or len(ids[1]) != entry.tokens * ID_BYTES:
             return "its token ids are damaged"
         if self._is_as_written(entry):
             return ""
         try:
             found = verify_file(self.folder / entry.file)
         except FileNotFoundError:
-            return "it is gone" if self._stored_ids(entry) else ""
+            return "it is gone" if self._index.ids_of(entry.file) else ""
         except FormatError as error:
             return str(error)
         return "" if found.sha256 == entry.sha256 else _OTHER  # `convert_file` keeps the content
-
-    def _stored_ids(self, entry: StoreEntry) -> tuple[str, bytes] | None:
-        """Return the hash of an entry's ids and the ids, as they stand in the index; None without a row."""
-        with self._index.transaction() as db:
-            row: tuple[str, bytes] | None = db.execute(_IDS, (entry.file,)).fetchone()
-        return row
 
     def _key(
         self, config: PretrainedConfig | None, policy: EvictionPolicy | None, preset: str | CacheConfig | None
@@ -515,98 +393,6 @@ class PrefixStore:
             "settings": None if settings is None else json.dumps(settings, sort_keys=True),
             "format": VERSION,
         }
-
-
-class _Index:
-    """The database.  Every transaction has a connection of its own, so that forks and threads need no care."""
-
-    def __init__(self, path: Path, *, create: bool) -> None:
-        self._path = path
-        self._create = create
-
-    @contextlib.contextmanager
-    def transaction(self, *, write: bool = False) -> Iterator[sqlite3.Connection]:
-        """Enter a transaction, which is committed at the end of the block, or rolled back on an error."""
-        try:
-            with contextlib.closing(self._begin(write=write)) as db:
-                yield db
-                db.execute("COMMIT")  # on an error, closing rolls back
-        except sqlite3.OperationalError as error:
-            kind = TimeoutError if _is_busy(error) else OSError
-            msg = f"the index {self._path} cannot be used: {error}"
-            raise kind(msg) from error
-        except sqlite3.DatabaseError as error:
-            msg = f"the index {self._path} is damaged ({error}): remove the folder, its caches can be made anew"
-            raise FormatError(msg) from error
-
-    def _begin(self, *, write: bool) -> sqlite3.Connection:
-        """Return a connection inside a transaction; a first one makes the tables."""
-        deadline = time.monotonic() + _PATIENCE
-        while True:
-            db = self._connect()
-            try:
-                if not self._has_tables(db):
-                    db.execute("PRAGMA auto_vacuum = FULL")  # deleted rows give their bytes back
-                    db.execute("PRAGMA journal_mode = WAL")  # the database remembers both
-                db.execute("PRAGMA synchronous = FULL")  # commits outlive the machine, not only the process
-                db.execute("BEGIN IMMEDIATE" if write else "BEGIN")
-                if self._has_tables(db):
-                    return db
-                if write:
-                    for statement in _SCHEMA:
-                        db.execute(statement)
-                    return db
-            except sqlite3.OperationalError as error:
-                # Around the first and the last connection of all, SQLite does not wait by itself.
-                if not _is_busy(error) or time.monotonic() > deadline:
-                    db.close()
-                    raise
-                time.sleep(_PAUSE)
-            except BaseException:
-                db.close()
-                raise
-            else:
-                write = True  # to make the tables
-            db.close()
-
-    def _connect(self) -> sqlite3.Connection:
-        if not self._create and not self._path.is_file():
-            raise FileNotFoundError(self._is_missing())
-        # "rw" would do for reading too, but "ro" would not: SQLite then leaves files of its own behind.
-        mode = "rwc" if self._create else "rw"
-        uri = f"{self._path.absolute().as_uri()}?mode={mode}"
-        return sqlite3.connect(uri, timeout=_PATIENCE, isolation_level=None, uri=True)
-
-    def _has_tables(self, db: sqlite3.Connection) -> bool:
-        """Tell whether the database is one of ours; if not, it is empty and may be made one.
-
-        Raises:
-            FormatError: If it is of a later version, or of something else.
-            FileNotFoundError: If it is empty and must stay so.
-        """
-        # In this order: tables come together with the version, perhaps between these two statements.
-        is_used = db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0] > 0
-        version = db.execute("PRAGMA user_version").fetchone()[0]
-        if version not in {0, _INDEX_VERSION}:
-            msg = f"the index {self._path} is of version {version}, this release knows {_INDEX_VERSION}"
-            raise FormatError(msg)
-        if version == 0 and is_used:
-            msg = f"{self._path} is a database of something else: choose another folder"
-            raise FormatError(msg)
-        if version == 0 and not self._create:
-            raise FileNotFoundError(self._is_missing())
-        return bool(version == _INDEX_VERSION)
-
-    def _is_missing(self) -> str:
-        return f"there is no prefix store in {self._path.parent}: it has no {self._path.name} with tables"
-
-
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    return "locked" in str(error) or "locking protocol" in str(error)
-
-
-def _total_bytes(db: sqlite3.Connection) -> int:
-    return int(db.execute("SELECT coalesce(sum(nbytes), 0) FROM entries").fetchone()[0])
 
 
 def _discard(path: Path) -> None:
@@ -660,21 +446,3 @@ def _checked_ids(token_ids: TokenIds) -> Int[Tensor, " n"]:
         msg = f"token_ids must be integers [tokens] or [1, tokens], got {ids.dtype} of shape {list(ids.shape)}"
         raise OptionError(msg)
     return ids.detach().to("cpu", torch.int64).flatten()
-
-
-def _id_bytes(ids: Int[Tensor, " n"]) -> bytes:
-    data: bytes = ids.numpy().astype("<i8").tobytes()
-    return data
-
-
-def _describe_ids(ids: Int[Tensor, " n"]) -> dict[str, Any]:
-    return {"tokens": len(ids), "ids_sha256": hashlib.sha256(_id_bytes(ids)).hexdigest()}
-
-
-def _prefix_hashes(data: bytes, lengths: Sequence[int]) -> Iterator[tuple[int, str]]:
-    """Yield the hashes of prefixes of these lengths, which ascend; every id is hashed once."""
-    running, done = hashlib.sha256(), 0
-    for length in lengths:
-        running.update(data[done * _ID_BYTES : length * _ID_BYTES])
-        done = length
-        yield length, running.copy().hexdigest()
