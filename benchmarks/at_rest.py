@@ -247,8 +247,8 @@ def _layouts(cache: NexusQuantCache, spec: FileTensor) -> list[CodeLayout]:
         return []
     layer: Any = cache.layers[int(spec.name.split(".")[1])]
     is_key = spec.kind == WORDS[0]
-    side = layer.body.keys if is_key else layer.body.values
-    return layouts_of(layer.key_codec if is_key else layer.value_codec, side.transform, spec.shape[1])
+    side = layer.state.body.keys if is_key else layer.state.body.values
+    return layouts_of(layer.state.codecs[0] if is_key else layer.state.codecs[1], side.transform, spec.shape[1])
 
 
 def measure_files(cache: NexusQuantCache, levels: Sequence[int | None]) -> list[dict[str, Any]]:

@@ -186,7 +186,7 @@ def count_bytes(name: str, place: Place, config: Any, states: States, tokens: in
         feed(cache, place, states, tokens, tokens + 1)
         prompt = {"fetched": bus.fetched, "sent": bus.sent}
         for layer in cache.layers:
-            layer.codes_are_read = True  # nobody will: decoding moves nothing, and takes most of the time
+            layer.state.codes_are_read = True  # nobody will: decoding moves nothing, and takes most of the time
         bus.fetched = bus.sent = 0
         for token in range(tokens + 1, last):
             feed(cache, place, states, token, token + 1)

@@ -20,7 +20,7 @@ def load_golden(path: Path) -> NexusQuantCache:
 
 def content_of(path: Path, cache: NexusQuantCache) -> dict[str, Any]:
     """Return the file's own hash, and what the loaded cache holds."""
-    pads = cache.padding.pads
+    pads = cache.shared.padding.pads
     return {
         "sha256": verify_file(path).sha256,
         "seen": cache.get_seq_length(),
@@ -32,11 +32,15 @@ def content_of(path: Path, cache: NexusQuantCache) -> dict[str, Any]:
 def _layer(layer: Any) -> dict[str, Any]:
     if not isinstance(layer, NexusQuantLayer):
         return {"class": type(layer).__name__, "keys": _hash(layer.keys), "values": _hash(layer.values)}
-    found = {"kept": layer.kept, "tail": [_hash(x) for x in layer.tail], "codecs": repr(layer.key_codec.layout)}
-    if layer.body is not None:
-        positions = layer.body.positions.positions(torch.device("cpu"))
-        found |= {"sinks": [_hash(x) for x in layer.sinks], "positions": _hash(positions)}
-        for name, side in (("keys", layer.body.keys), ("values", layer.body.values)):
+    found = {
+        "kept": layer.state.kept,
+        "tail": [_hash(x) for x in layer.state.tail],
+        "codecs": repr(layer.state.codecs[0].layout),
+    }
+    if layer.state.body is not None:
+        positions = layer.state.body.positions.positions(torch.device("cpu"))
+        found |= {"sinks": [_hash(x) for x in layer.state.sinks], "positions": _hash(positions)}
+        for name, side in (("keys", layer.state.body.keys), ("values", layer.state.body.values)):
             transform = side.transform
             tensors = [side.words.view(), side.scales.view(), transform.mean, transform.reference, transform.plans]
             tensors += [getattr(transform.rotation, part, None) for part in ("basis", "step")]

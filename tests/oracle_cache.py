@@ -134,6 +134,11 @@ class OracleLayer(CacheLayerMixin):
     # What is there
 
     @property
+    def state(self) -> "OracleLayer":
+        """What it holds, under the name that the real layer has for it."""
+        return self
+
+    @property
     def seen(self) -> int:
         return self.rows[0].alive.shape[1] if self.rows else 0
 

@@ -40,7 +40,7 @@ def converse(model: LlamaForCausalLM, cache: NexusQuantCache) -> dict[str, Any]:
     """Generate in two turns and return the text, and what each layer keeps of it."""
     text = generate(model, prompt(60, 2), cache, 16)
     text = generate(model, torch.cat([text, prompt(30, 2, seed=1)], -1), cache, 16)
-    body = cache.layers[0].body
+    body = cache.layers[0].state.body
     assert body is not None
     return {
         "text": text,

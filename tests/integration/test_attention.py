@@ -347,8 +347,8 @@ def test_policies_serve_whole_conversations(policy: EvictionPolicy, mode: str) -
 
     first, second = MODES[mode](model, make), MODES[mode](model, make)
     assert torch.equal(first, second)
-    assert all(layer.kept < layer.seen for cache in caches for layer in cache.layers)
-    assert all(layer.observed.queries is None for cache in caches for layer in cache.layers)
+    assert all(layer.state.kept < layer.state.seen for cache in caches for layer in cache.layers)
+    assert all(layer.state.observed.queries is None for cache in caches for layer in cache.layers)
 
 
 def test_without_passing_a_cache() -> None:
@@ -359,7 +359,7 @@ def test_without_passing_a_cache() -> None:
     with compressed_generation(model, policy=WindowAttentionPolicy(), **SMALL) as compressed:
         found = model.generate(prompt(60), do_sample=False, max_new_tokens=6)
     assert torch.equal(found, expected)
-    assert compressed.cache.layers[0].kept < compressed.cache.layers[0].seen
+    assert compressed.cache.layers[0].state.kept < compressed.cache.layers[0].state.seen
 
 
 class TestReconstruct:
@@ -385,7 +385,7 @@ class TestReconstruct:
             best = torch.stack(weights)[..., 50:, :50].amax(3).unflatten(2, (2, 2)).amax(3)
             expected = torch.maximum(expected, best)
         for layer, scores in zip(cache.layers, expected, strict=True):
-            torch.testing.assert_close(layer.observed.reconstruction, scores, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(layer.state.observed.reconstruction, scores, rtol=1e-3, atol=1e-5)
 
     @pytest.mark.parametrize(
         "name", ["llama", "gemma3", "gemma4", "gpt_oss", "qwen3_next", "falcon_h1", "lfm2", "gpt2"]
@@ -404,7 +404,7 @@ class TestReconstruct:
             plain = [key for key, value in now.items() if isinstance(value, (int, bool, type(None)))]
             assert [now[key] for key in plain] == [then[key] for key in plain]
         assert cache.get_seq_length() == untouched.get_seq_length()
-        assert cache.padding == untouched.padding
+        assert cache.shared.padding == untouched.padding
         nexts = [logits(model, torch.tensor([[5], [6]]), each) for each in (cache, untouched)]
         assert torch.equal(*nexts)
         assert model.config.get_text_config()._attn_implementation == FAMILIES[name].attentions[-1]
@@ -421,9 +421,9 @@ class TestReconstruct:
         ids, question = prompt(60), prompt(30, seed=1)
         cache = self.read(model, ids)
         attention.reconstruct(model, cache, ids)
-        scores = [layer.observed.reconstruction for layer in cache.layers]
+        scores = [layer.state.observed.reconstruction for layer in cache.layers]
         generate(model, torch.cat([ids, question], 1), cache, 2)
-        kept = SMALL["sink_tokens"] + cache.layers[0].body.positions.tokens
+        kept = SMALL["sink_tokens"] + cache.layers[0].state.body.positions.tokens
         for index, score in enumerate(scores):
             positions = kept_positions(cache, index)[0]
             for head in (0, 1):
@@ -431,7 +431,7 @@ class TestReconstruct:
                 assert set(range(60, 90)) <= found
                 best = 2 + score[0, head, 2:].argsort(descending=True, stable=True)
                 assert found - set(range(60, 95)) - {0, 1} == set(best[: kept - 2 - 22].tolist())
-            assert cache.layers[index].observed.reconstruction is None
+            assert cache.layers[index].state.observed.reconstruction is None
 
     def test_padded_rows_are_read_as_if_alone(self, model: LlamaForCausalLM) -> None:
         given = pad_left(model, (0, 11))
@@ -443,16 +443,16 @@ class TestReconstruct:
         alone = self.read(model, ids[1:, 11:])
         attention.reconstruct(model, alone, ids[1:, 11:], chunk=37)
         for both, one in zip(cache.layers, alone.layers, strict=True):
-            found = both.observed.reconstruction[1:]
+            found = both.state.observed.reconstruction[1:]
             assert (found[..., :11] == 0).all()
             # Their chunks begin elsewhere, so a token is read behind another part of its own chunk.
-            assert found.shape[2] == one.observed.reconstruction.shape[2] + 11
+            assert found.shape[2] == one.state.observed.reconstruction.shape[2] + 11
         rows = balanced(model, policy=ReconstructionPolicy(), attention_mask=mask)
         logits(model, ids, rows, attention_mask=mask, position_ids=positions)
         attention.reconstruct(model, rows, ids, chunk=1000)
         for both, one in zip(rows.layers, alone.layers, strict=True):
             torch.testing.assert_close(
-                both.observed.reconstruction[1:, :, 11:], one.observed.reconstruction, rtol=1e-3, atol=1e-5
+                both.state.observed.reconstruction[1:, :, 11:], one.state.observed.reconstruction, rtol=1e-3, atol=1e-5
             )
 
     def test_is_counted_until_the_compression(self, sdpa: LlamaForCausalLM) -> None:
@@ -480,15 +480,15 @@ class TestReconstruct:
         for model, cache in zip((sdpa, Wrapper(sdpa)), caches, strict=True):
             attention.reconstruct(model, cache, ids)
         pairs = zip(*(cache.layers for cache in caches), strict=True)
-        assert all(torch.equal(a.observed.reconstruction, b.observed.reconstruction) for a, b in pairs)
+        assert all(torch.equal(a.state.observed.reconstruction, b.state.observed.reconstruction) for a, b in pairs)
 
     def test_queries_of_the_prompt_stay(self, enabled: LlamaForCausalLM) -> None:
         ids = prompt(60)
         cache = balanced(enabled, policy=WindowAttentionPolicy())
         logits(enabled, ids, cache)
-        before = [layer.observed.queries for layer in cache.layers]
+        before = [layer.state.observed.queries for layer in cache.layers]
         attention.reconstruct(enabled, cache, ids)
-        assert all(layer.observed.queries is queries for layer, queries in zip(cache.layers, before, strict=True))
+        assert all(layer.state.observed.queries is queries for layer, queries in zip(cache.layers, before, strict=True))
 
     def test_nothing_to_do_where_all_layers_have_a_window(self) -> None:
         model = build("mistral")
@@ -503,7 +503,7 @@ class TestReconstruct:
         with pytest.raises(IndexError):
             attention.reconstruct(sdpa, cache, torch.full_like(ids, TINY["vocab_size"]))
         assert fingerprint(cache) == before
-        assert all(layer.observed.reconstruction is None for layer in cache.layers)
+        assert all(layer.state.observed.reconstruction is None for layer in cache.layers)
         assert sdpa.config._attn_implementation == "sdpa"
 
     def test_latent_keys_cannot_be_seen(self) -> None:

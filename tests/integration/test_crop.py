@@ -56,13 +56,13 @@ def test_while_recording_nothing_is_encoded_before_it_is_accepted(model: LlamaFo
     cache = grown(model, balanced(model), 20)
     cache.activate_past_recording()
     cache.crop(0)
-    coded = cache.layers[0].body.positions.tokens
+    coded = cache.layers[0].state.body.positions.tokens
     for accepted, rejected in ((5, 3), (9, 0), (2, 8)):
         logits(model, prompt(accepted + rejected, seed=accepted), cache)
-        assert cache.layers[0].body.positions.tokens == coded
+        assert cache.layers[0].state.body.positions.tokens == coded
         cache.crop(-rejected)
-        assert cache.layers[0].tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
-        coded = cache.layers[0].body.positions.tokens
+        assert cache.layers[0].state.tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
+        coded = cache.layers[0].state.body.positions.tokens
     assert cache.get_seq_length() == 60 + 20 + 16
 
 
@@ -71,14 +71,14 @@ def test_candidates_are_never_evicted_and_a_prompt_is(model: LlamaForCausalLM) -
     cache = balanced(model)
     cache.activate_past_recording()
     logits(model, prompt(60), cache)
-    assert cache.layers[0].kept == 60
+    assert cache.layers[0].state.kept == 60
     cache.crop(-4)
-    evicted = cache.layers[0].seen - cache.layers[0].kept
+    evicted = cache.layers[0].state.seen - cache.layers[0].state.kept
     assert evicted > 20
     for seed in range(4):
         logits(model, prompt(20, seed=seed), cache)
         cache.crop(-3)
-    assert cache.layers[0].seen - cache.layers[0].kept == evicted
+    assert cache.layers[0].state.seen - cache.layers[0].state.kept == evicted
 
 
 def test_going_on_without_crop_ends_the_recording(model: LlamaForCausalLM) -> None:
@@ -93,7 +93,7 @@ def test_going_on_without_crop_ends_the_recording(model: LlamaForCausalLM) -> No
         for tokens in (50, 1, 1):
             logits(model, prompt(tokens, seed=tokens), each)
     assert not any(layer.record_past for layer in cache.layers)
-    assert cache.layers[0].kept == usual.layers[0].kept < 0.7 * cache.layers[0].seen
+    assert cache.layers[0].state.kept == usual.layers[0].state.kept < 0.7 * cache.layers[0].state.seen
     assert all(torch.equal(a.keys, b.keys) for a, b in zip(cache.layers, usual.layers, strict=True))
 
 
@@ -125,17 +125,17 @@ def test_cut_where_tokens_were_evicted_it_is_a_mask_on_the_plain_cache(
 
     for turn in (60, *[1] * 15):
         both(turn, turn)
-    before = [layer.body.positions.positions(torch.device("cpu")) for layer in cache.layers]
+    before = [layer.state.body.positions.positions(torch.device("cpu")) for layer in cache.layers]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         cache.crop(-tokens)
     plain.crop(-tokens)
     assert [str(each.message)[:30] for each in caught] == ["the prompt was cut where token"] * uneven
-    assert len({layer.kept for layer in cache.layers}) == 1
+    assert len({layer.state.kept for layer in cache.layers}) == 1
     for layer, held in zip(cache.layers, before, strict=True):
-        after = layer.body.positions.positions(torch.device("cpu")).expand(1, 2, -1)
+        after = layer.state.body.positions.positions(torch.device("cpu")).expand(1, 2, -1)
         for head in range(2):
-            surviving = [position for position in held[0, head].tolist() if position < layer.seen]
+            surviving = [position for position in held[0, head].tolist() if position < layer.state.seen]
             assert after[0, head].tolist() == surviving[len(surviving) - after.shape[-1] :]
     for turn in (7, 1, 1):
         assert both(turn, turn) < ROUNDING
@@ -145,10 +145,10 @@ def test_cut_where_tokens_were_evicted_it_is_a_mask_on_the_plain_cache(
 def test_a_crop_encodes_nothing_anew(model: LlamaForCausalLM) -> None:
     """The codes that are left are those that were there."""
     cache = grown(model, balanced(model), 30)
-    words = [layer.body.keys.words.view().clone() for layer in cache.layers]
+    words = [layer.state.body.keys.words.view().clone() for layer in cache.layers]
     cache.crop(-20)
     for layer, before in zip(cache.layers, words, strict=True):
-        left = layer.body.keys.words.view()
+        left = layer.state.body.keys.words.view()
         assert 0 < left.shape[2] < before.shape[2]
         assert torch.equal(left, before[:, :, : left.shape[2]])
 
@@ -160,7 +160,7 @@ def test_a_prompt_taken_back_before_it_was_compressed(model: LlamaForCausalLM) -
     logits(model, prompt(30, seed=3), cache)
     cache.crop(-30)
     assert fingerprint(cache) == fingerprint(twin)
-    assert not cache.layers[0].pending
+    assert not cache.layers[0].state.turn.is_pending
 
 
 def test_croppable_says_so() -> None:
@@ -187,7 +187,7 @@ def test_assisted_without_loss_is_greedy(model: LlamaForCausalLM, mode: str) -> 
     }[mode]
     cache = lossless_cache(model.config)
     assert torch.equal(generate(model, ids, cache, 40, **options), expected)
-    assert all(layer.body is not None for layer in cache.layers)
+    assert all(layer.state.body is not None for layer in cache.layers)
     assert cache.get_seq_length() == expected.shape[1] - 1
 
 
@@ -199,12 +199,12 @@ def test_assisted_with_eviction_goes_on_in_a_second_turn(model: LlamaForCausalLM
     }[mode]
     cache = balanced(model)
     text = generate(model, lookup_prompt(), cache, 30, **options)
-    kept = cache.layers[0].kept
+    kept = cache.layers[0].state.kept
     assert kept < 0.75 * cache.get_seq_length()
     # transformers 5.23 feeds an assisted second turn whole, the first turn again included, to any cache.
     text = generate(model, torch.cat([text, prompt(40, seed=2)], 1), cache, 20)
     assert cache.get_seq_length() == text.shape[1] - 1
-    assert cache.layers[0].kept < kept + 50
+    assert cache.layers[0].state.kept < kept + 50
     assert reachable_bytes(cache) == cache.memory_report().held_bytes
 
 
@@ -216,4 +216,4 @@ def test_forward_after_forward_without_crop_frees_what_is_coded() -> None:
     cache.activate_past_recording()
     for seed in range(3):
         cache.update(*random_states((1, 2, 1, 16), seed), 0)
-    assert cache.layers[0].body is not None
+    assert cache.layers[0].state.body is not None

@@ -67,7 +67,7 @@ def test_each_layer_computes_and_stores_where_its_keys_are(model: LlamaForCausal
         for layer in spread.layers:
             layer.offload()
     assert torch.equal(*texts)
-    assert all(layer.kept < layer.seen for layer in alone.layers)
+    assert all(layer.state.kept < layer.state.seen for layer in alone.layers)
     assert fingerprint(spread) == fingerprint(alone)
 
 
@@ -102,7 +102,7 @@ def use_everything(cache: NexusQuantCache, states: Callable[[int, int], tuple[Te
     cache.compress()
     cache.batch_select_indices(torch.tensor([3, 1, 2], device="cpu"))
     outputs += [feed(tokens, 3) for tokens in (1, 1)]
-    assert all(layer.kept < layer.seen for layer in cache.layers)
+    assert all(layer.state.kept < layer.state.seen for layer in cache.layers)
     return [fingerprint(copy.deepcopy(cache)), cache.memory_report(), *((x.dtype, x.tolist()) for x in outputs)]
 
 
@@ -180,7 +180,7 @@ def test_offloaded_weights_change_no_token(model: LlamaForCausalLM, tmp_path: Pa
     assert any(x.is_meta for x in offloaded.parameters())  # weights are away between forwards
     assert torch.equal(results[0][0], results[1][0])
     assert fingerprint(results[0][1]) == fingerprint(results[1][1])
-    assert results[0][1].layers[0].kept < results[0][1].get_seq_length()
+    assert results[0][1].layers[0].state.kept < results[0][1].get_seq_length()
 
 
 # Two processes

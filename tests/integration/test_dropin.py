@@ -141,8 +141,8 @@ def test_a_block_is_a_cache_that_is_passed(model: LlamaForCausalLM, mode: str, p
         options = options | {"assistant_model": assistant_of(model)}
     ids = repetitive(60) if batch == 1 else prompt(60, batch)
     cache = check_against_passed(model, ids, preset, SMALL | {"when": when}, **options)
-    assert cache.layers[0].body is not None
-    assert (cache.layers[0].kept < cache.layers[0].seen) == (preset == "balanced")
+    assert cache.layers[0].state.body is not None
+    assert (cache.layers[0].state.kept < cache.layers[0].state.seen) == (preset == "balanced")
 
 
 @DRAFTS
@@ -158,7 +158,7 @@ def test_drafts_of_the_model_itself_cost_no_token(
     expected = generate(model, prompt(60), None, 20)
     with compressed_generation(model, "quant", **SMALL) as compressed:
         assert torch.equal(generate(model, prompt(60), None, 20, **options), expected)
-    assert all(layer.body is not None for layer in compressed.cache.layers)
+    assert all(layer.state.body is not None for layer in compressed.cache.layers)
 
 
 @DRAFTS
@@ -172,7 +172,7 @@ def test_an_assistant_may_have_a_block_of_its_own(model: LlamaForCausalLM, monke
     ):
         assert torch.equal(generate(model, prompt(60), None, 20, assistant_model=assistant), expected)
     for compressed in (main, draft):
-        assert all(layer.body is not None for layer in compressed.cache.layers)
+        assert all(layer.state.body is not None for layer in compressed.cache.layers)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,9 @@ def test_padding_is_seen_in_the_mask(model: LlamaForCausalLM, pads: tuple[int, .
     ids, mask = padded(pads)
     cache = check_against_passed(model, ids, "balanced", SMALL, attention_mask=mask, **options)
     assert cache.may_evict
-    assert torch.equal(cache.padding.pads, torch.tensor(pads).repeat_interleave(len(cache.padding.pads) // len(pads)))
+    assert torch.equal(
+        cache.shared.padding.pads, torch.tensor(pads).repeat_interleave(len(cache.shared.padding.pads) // len(pads))
+    )
 
 
 def test_padding_is_seen_in_each_chunk_while_compressing(sdpa: LlamaForCausalLM) -> None:
@@ -206,7 +208,7 @@ def test_a_prompt_without_mask_has_no_padding(sdpa: LlamaForCausalLM, batch: int
     ids[:, 0] += torch.arange(batch)
     with compressed_generation(sdpa, "balanced", **SMALL) as compressed:
         sdpa.generate(ids, max_new_tokens=5, do_sample=False)
-    assert compressed.cache.layers[0].kept < 0.7 * compressed.cache.layers[0].seen
+    assert compressed.cache.layers[0].state.kept < 0.7 * compressed.cache.layers[0].state.seen
 
 
 def test_embeddings_in_place_of_ids(sdpa: LlamaForCausalLM) -> None:
@@ -537,7 +539,7 @@ def test_options_reach_the_cache(sdpa: LlamaForCausalLM) -> None:
         generate(sdpa, prompt(20), None)
     cache = compressed.cache
     assert isinstance(cache, NexusQuantCache)
-    assert (cache.policy, cache.when, cache.cache_config.residual_length) == (policy, "during_prefill", 9)
+    assert (cache.policy, cache.shared.when, cache.cache_config.residual_length) == (policy, "during_prefill", 9)
     assert cache.model_config is sdpa.config
 
 
@@ -579,7 +581,7 @@ def test_wrappers_of_a_model(sdpa: LlamaForCausalLM) -> None:
             out = wrapped(input_ids=prompt(60), use_cache=True)
             assert out.past_key_values is compressed.cache
             assert wrapped(input_ids=prompt(1), past_key_values=out.past_key_values).past_key_values is compressed.cache
-        assert compressed.cache.layers[0].kept < compressed.cache.layers[0].seen == 61
+        assert compressed.cache.layers[0].state.kept < compressed.cache.layers[0].state.seen == 61
 
 
 # What is refused

@@ -96,7 +96,7 @@ def test_keeping_all_without_loss_is_the_plain_cache(name: str, mode: str, atten
     same_tokens(name, mode, attention, DynamicCache, ours)
     if (name, mode) not in REFUSED_BY_TRANSFORMERS:
         assert bool(ours.layers) == (name not in DELEGATED)
-        assert all(layer.body is not None and layer.kept == layer.seen for layer in ours.layers)
+        assert all(layer.state.body is not None and layer.state.kept == layer.state.seen for layer in ours.layers)
 
 
 @pytest.mark.filterwarnings("ignore:the prompt was cut where tokens had been evicted")
@@ -107,7 +107,7 @@ def test_codes_and_eviction_are_those_of_the_slow_model(name: str, mode: str, at
     ours = Maker(balanced(NexusQuantCache), build(name, attention).config)
     same_tokens(name, mode, attention, balanced(OracleCache), ours)
     if (name, mode) not in REFUSED_BY_TRANSFORMERS:
-        assert all(layer.body is not None and layer.kept < layer.seen for layer in ours.layers)
+        assert all(layer.state.body is not None and layer.state.kept < layer.state.seen for layer in ours.layers)
 
 
 class ByPosition(EvictionPolicy):
@@ -143,12 +143,12 @@ def test_evicted_tokens_are_out_of_sight_and_nothing_else_moves(name: str, atten
         new = {"input_ids": text[:, seen : seen + tokens]} | positions_of(model, seen, tokens)
         given = model(**new, past_key_values=cache, attention_mask=torch.ones_like(mask)).logits
         for layer in cache.layers:
-            if isinstance(layer, NexusQuantLayer) and layer.body is not None:
+            if isinstance(layer, NexusQuantLayer) and layer.state.body is not None:
                 kept = [
                     *range(2),
-                    *layer.body.positions.positions(torch.device("cpu")).expand(2, -1, -1)[0, 0].tolist(),
+                    *layer.state.body.positions.positions(torch.device("cpu")).expand(2, -1, -1)[0, 0].tolist(),
                 ]
-                mask[:, [at for at in range(layer.seen - layer.tail_tokens) if at not in kept]] = 0
+                mask[:, [at for at in range(layer.state.seen - layer.state.tail_tokens) if at not in kept]] = 0
         expected = model(**new, past_key_values=plain, attention_mask=mask).logits
         assert (given - expected).abs().max() < 1e-4 * expected.abs().max()
     assert bool((mask == 0).any()) == (name not in DELEGATED)
@@ -228,7 +228,7 @@ def test_a_mode_does_to_the_cache_what_its_name_says(mode: str) -> None:
     expected = {"several": 6, "beams": 6, "sampled_beams": 6, "padded": 3, "padded_beams": 6}
     expected |= dict.fromkeys((*DRAFTED, "streamed", "shared_prefix"), 1)
     assert batches == {expected.get(mode, 2)}
-    assert (cache.padding.pads is not None) == (mode in {"padded", "padded_beams"})
+    assert (cache.shared.padding.pads is not None) == (mode in {"padded", "padded_beams"})
 
 
 @pytest.mark.parametrize("mode", MOVED)

@@ -53,7 +53,7 @@ def test_keeping_all_without_loss_is_the_plain_cache(
         torch.manual_seed(1)
         results.append(generate(model, ids, each, **MODES[mode]))
     assert torch.equal(*results)
-    assert all(layer.body is not None for layer in cache.layers)
+    assert all(layer.state.body is not None for layer in cache.layers)
 
 
 @pytest.mark.parametrize("with_config", [False, True])
@@ -90,7 +90,7 @@ def test_eviction_without_loss_is_a_mask_on_the_plain_cache(model: LlamaForCausa
         assert (given - expected).abs().max() < ROUNDING
     assert len({tuple(row.tolist()) for index in range(2) for row in kept_positions(cache, index).flatten(0, 1)}) > 4
     assert cache.get_seq_length() == sum(turns)
-    assert cache.layers[0].kept < 0.6 * sum(turns)
+    assert cache.layers[0].state.kept < 0.6 * sum(turns)
 
 
 def test_the_reference_of_the_last_test_sees_a_difference(sdpa: LlamaForCausalLM) -> None:
@@ -124,8 +124,8 @@ def test_a_prompt_too_short_to_compress_stays_exact(model: LlamaForCausalLM) -> 
     cache = NexusQuantCache("max", config=model.config)
     plain = generate(model, prompt(150), DynamicCache(), 14)
     assert torch.equal(generate(model, prompt(150), cache, 14), plain)
-    assert all(layer.body is None for layer in cache.layers)
-    assert cache.layers[0].kept == cache.get_seq_length() == 163
+    assert all(layer.state.body is None for layer in cache.layers)
+    assert cache.layers[0].state.kept == cache.get_seq_length() == 163
     assert cache.memory_report().compression_factor == 0.5  # float32, against 16 bit
 
 
@@ -133,9 +133,9 @@ def test_a_long_answer_to_a_short_prompt_is_coded_and_not_evicted(sdpa: LlamaFor
     cache = NexusQuantCache("max", config=sdpa.config, **SMALL)
     generate(sdpa, prompt(12), cache, 100)
     for layer in cache.layers:
-        assert layer.kept == layer.seen == 111
-        assert layer.body is not None
-        assert layer.tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
+        assert layer.state.kept == layer.state.seen == 111
+        assert layer.state.body is not None
+        assert layer.state.tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"]
     assert reachable_bytes(cache) == cache.memory_report().held_bytes
 
 
@@ -159,7 +159,7 @@ def test_the_cache_as_a_sequence_of_layers(sdpa: LlamaForCausalLM) -> None:
     assert (len(cache), cache.get_seq_length(), cache.get_seq_length(1)) == (2, 64, 64)
     assert cache.is_sliding == [False, False]
     assert not cache.is_compileable
-    kept = cache.layers[0].kept
+    kept = cache.layers[0].state.kept
     for (keys, values, window), layer in zip(cache, cache.layers, strict=True):
         assert keys.shape == values.shape == (1, 2, kept, 16)
         assert torch.equal(keys, layer.keys)
@@ -223,7 +223,7 @@ def test_layers_with_a_sliding_window_are_left_to_transformers(make: Any, attent
             assert type(layer) is type(other)
         else:
             assert type(layer) is NexusQuantLayer
-            assert layer.body is not None
+            assert layer.state.body is not None
 
 
 def test_eviction_in_a_hybrid_model() -> None:

@@ -40,7 +40,7 @@ def model() -> LlamaForCausalLM:
 
 
 def codes_of(layer: Any) -> list[Tensor]:
-    return [buffer.data for buffer in layer.body.buffers]
+    return [buffer.data for buffer in layer.state.body.buffers]
 
 
 def code_bytes(cache: NexusQuantCache) -> int:
@@ -67,7 +67,7 @@ class TestOffloading:
                 assert {x.device for layer in cache.layers for x in codes_of(layer)} == {CPU}
                 cache.offload()
         assert torch.equal(*texts)
-        assert all(layer.kept < layer.seen for layer in alone.layers)
+        assert all(layer.state.kept < layer.state.seen for layer in alone.layers)
         assert fingerprint(away) == fingerprint(alone)
 
     @pytest.mark.usefixtures("fresh_tables")
@@ -76,13 +76,13 @@ class TestOffloading:
         with SimulatedDevices():
             logits(model, prompt(60), cache)
             first, last = cache.layers
-            assert last.tail[0].device == CPU, "the prompt waits in host memory"
-            assert first.tail[0].device.type == "xpu", "and the first layer is on its way already"
+            assert last.state.tail[0].device == CPU, "the prompt waits in host memory"
+            assert first.state.tail[0].device.type == "xpu", "and the first layer is on its way already"
             for _ in range(3):
                 logits(model, prompt(1), cache)
-                assert [layer.tail[0].device.index for layer in cache.layers] == [0, 1]
-                assert [buffer.fetched is None for buffer in last.body.buffers] == [True] * 4
-                assert [buffer.fetched is None for buffer in first.body.buffers] == [False] * 4
+                assert [layer.state.tail[0].device.index for layer in cache.layers] == [0, 1]
+                assert [buffer.fetched is None for buffer in last.state.body.buffers] == [True] * 4
+                assert [buffer.fetched is None for buffer in first.state.body.buffers] == [False] * 4
                 assert {x.device for layer in cache.layers for x in codes_of(layer)} == {CPU}
 
     @pytest.mark.usefixtures("fresh_tables")
@@ -94,11 +94,15 @@ class TestOffloading:
             flush = cache.cache_config.flush_length
             for _ in range(3 * flush):
                 before, fetched, sent = code_bytes(cache), bus.fetched, bus.sent
-                tokens = [layer.body.positions.tokens for layer in cache.layers]
+                tokens = [layer.state.body.positions.tokens for layer in cache.layers]
                 logits(model, prompt(1), cache)
-                new = [layer.body.positions.tokens - count for layer, count in zip(cache.layers, tokens, strict=True)]
+                new = [
+                    layer.state.body.positions.tokens - count for layer, count in zip(cache.layers, tokens, strict=True)
+                ]
                 assert new in ([0, 0], [flush, flush])
-                per_token = sum(buffer.stored()[0, :, 0].numel() for x in cache.layers for buffer in x.body.buffers)
+                per_token = sum(
+                    buffer.stored()[0, :, 0].numel() for x in cache.layers for buffer in x.state.body.buffers
+                )
                 assert bus.sent - sent == per_token * new[0]
                 assert before <= bus.fetched - fetched <= code_bytes(cache)
 
@@ -200,7 +204,7 @@ class TestOffloading:
                 assert bus.sent == 0
                 for layer in loaded.layers:
                     assert layer.device == torch.device("xpu", 0)
-                    assert layer.tail[0].device.type == ("cpu" if waiting else "xpu")
+                    assert layer.state.tail[0].device.type == ("cpu" if waiting else "xpu")
                     assert waiting or {x.device for x in codes_of(layer)} == {CPU}
                 report = loaded.memory_report()
                 assert report.host_bytes == sum(x.exact_bytes if waiting else x.code_bytes for x in report.layers)
@@ -221,12 +225,12 @@ class TestOffloading:
             logits(model, prompt(1), cache)
             for act in (cache.compress, lambda: look(cache), cache.prefetch, failing):
                 act()
-                assert [buffer.fetched for buffer in last.body.buffers] == [None] * 4
+                assert [buffer.fetched for buffer in last.state.body.buffers] == [None] * 4
             logits(model, prompt(60), cache)
-            assert last.pending
+            assert last.state.turn.is_pending
             before = bus.fetched
             cache.prefetch()
-            assert last.tail[0].device == CPU, "a prompt waits in host memory"
+            assert last.state.tail[0].device == CPU, "a prompt waits in host memory"
             assert bus.fetched == before
 
     @pytest.mark.usefixtures("fresh_tables")
@@ -241,11 +245,11 @@ class TestOffloading:
             cache.crop(0)
             for index in range(2):
                 cache.update(keys, values, index)
-            tokens = cache.layers[1].body.positions.tokens
+            tokens = cache.layers[1].state.body.positions.tokens
             with monkeypatch.context() as patch:
                 patch.delattr(TokenBuffer, "fetch")
                 cache.crop(-1)
-            assert cache.layers[1].body.positions.tokens > tokens
+            assert cache.layers[1].state.body.positions.tokens > tokens
 
     @pytest.mark.usefixtures("fresh_tables")
     def test_a_failed_forward_leaves_no_trace(self, model):
@@ -391,9 +395,9 @@ class TestOffload:
             assert {x.device for layer in cache.layers for x in stored(layer)} == {CPU}
             cache.prefetch()
             for layer in cache.layers:
-                assert layer.tail[0].device.type == "xpu"
+                assert layer.state.tail[0].device.type == "xpu"
                 assert {x.device for x in codes_of(layer)} == {CPU}
-                assert all(buffer.fetched is None for buffer in layer.body.buffers)
+                assert all(buffer.fetched is None for buffer in layer.state.body.buffers)
             more = generate(model, torch.cat([text, prompt(9, seed=1)], 1), cache, 4)
         assert torch.equal(text, generate(model, prompt(60), alone, 4))
         assert torch.equal(more, generate(model, torch.cat([text, prompt(9, seed=1)], 1), alone, 4))
@@ -409,7 +413,7 @@ class TestOffload:
                 logits(model, prompt(1, seed=seed), cache)
             if is_away:
                 cache.offload()
-                assert all(layer.is_away for layer in cache.layers)
+                assert all(layer.residency.is_away for layer in cache.layers)
             results.append(result_of(save(cache, tmp_path) if operation == "save" else operation(cache)))
         assert results[0] == results[1]
 
@@ -565,7 +569,7 @@ class TestStreams:
         cache = SpreadCache("balanced", config=model.config, offloading=True, **SMALL)
         logits(model, prompt(60), cache)
         logits(model, prompt(1), cache)
-        assert [layer._coming for layer in cache.layers] == ["side 0", None]
+        assert [layer.residency.coming for layer in cache.layers] == ["side 0", None]
         return cache
 
     @pytest.mark.usefixtures("fresh_tables")
@@ -662,12 +666,12 @@ class TestFailures:
             for index in range(2):
                 cache.update(keys, values, index)
                 cache.observe_queries(Placed.of(keys.repeat(1, 2, 1, 1), torch.device("xpu", index)), index)
-            before = cache.layers[0].observed.queries.as_subclass(Tensor).clone()
+            before = cache.layers[0].state.observed.queries.as_subclass(Tensor).clone()
             cache.update(keys[:, :, :30], values[:, :, :30], 0)
             cache.observe_queries(Placed.of(keys[:, :, :30].repeat(1, 2, 1, 1), torch.device("xpu", 0)), 0)
             with pytest.raises(ValueError, match="head_dim"):
                 cache.update(keys[:, :, :30, :8], values[:, :, :30], 1)
-        assert torch.equal(cache.layers[0].observed.queries.as_subclass(Tensor), before)
+        assert torch.equal(cache.layers[0].state.observed.queries.as_subclass(Tensor), before)
 
 
 @pytest.mark.gpu

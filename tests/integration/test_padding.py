@@ -76,7 +76,7 @@ def test_the_pad_token_changes_no_logit(model: LlamaForCausalLM, pads: Any, pres
         ids, mask = padded(pads, pad)
         cache = NexusQuantCache(preset, config=model.config, attention_mask=mask, when=when, **SMALL)
         results.append(answers(model, ids, mask, cache))
-        assert all(layer.body is not None for layer in cache.layers)
+        assert all(layer.state.body is not None for layer in cache.layers)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
@@ -99,7 +99,7 @@ def test_a_row_equals_that_row_alone_with_the_same_kept_count(
         single = NexusQuantCache("balanced", config=config, **settings)
         alone = answers(model, ids[row : row + 1, count:], mask[row : row + 1, count:], single)
         real = min(kept, candidates)
-        coded = [each.layers[0].body.positions.tokens for each in (single, cache)]
+        coded = [each.layers[0].state.body.positions.tokens for each in (single, cache)]
         assert coded[0] - real == coded[1] - kept
         assert torch.equal(alone[0][0], together[0][row])
         assert (alone[1][0] - together[1][row]).abs().max() < ROUNDING
@@ -121,9 +121,9 @@ def test_no_real_token_is_evicted_before_the_last_pad(model: LlamaForCausalLM, p
     cache = NexusQuantCache("quant", config=model.config, attention_mask=mask, **(SMALL | {"keep_ratio": 0.5}))
     answers(model, ids, mask, cache, 2)
     for layer in cache.layers:
-        body = layer.body.positions.positions(torch.device("cpu"))
+        body = layer.state.body.positions.positions(torch.device("cpu"))
         for row, count in enumerate(pads):
-            place = layer.sink_place[row]
+            place = layer.state.sink_place[row]
             for head in body[row]:
                 real = int((head >= count).sum())
                 in_sinks = max(SINKS - max(count - int(place[0]), 0), 0)
@@ -162,7 +162,7 @@ def test_a_second_turn_of_several_tokens(model: LlamaForCausalLM) -> None:
         text = torch.cat([text, prompt(30, 3, seed=5)], 1)
         full = torch.cat([mask, torch.ones(3, text.shape[1] - TOKENS, dtype=torch.int64)], 1)
         results.append(generate(model, text, cache, 12, attention_mask=full)[:, TOKENS:])
-        assert cache.layers[0].kept < 0.8 * cache.layers[0].seen
+        assert cache.layers[0].state.kept < 0.8 * cache.layers[0].state.seen
     assert torch.equal(*results)
 
 
@@ -259,7 +259,7 @@ def test_a_batch_that_cannot_be_told_is_kept_whole_with_a_warning(model: LlamaFo
     with pytest.warns(UserWarning, match="cannot be told which tokens of this batch are padding"):
         given = generate(model, ids, cache, attention_mask=mask)
     assert torch.equal(plain, given)
-    assert all(layer.body is not None and layer.kept == layer.seen for layer in cache.layers)
+    assert all(layer.state.body is not None and layer.state.kept == layer.state.seen for layer in cache.layers)
 
 
 def test_the_warning_comes_once_and_not_where_nothing_would_be_evicted(recwarn: pytest.WarningsRecorder) -> None:
@@ -313,7 +313,7 @@ def test_a_mask_that_comes_later() -> None:
     cache = NexusQuantCache("balanced", **SMALL)
     cache.update(*states, 0)
     cache.set_attention_mask(ids_mask)
-    assert cache.padding.pads.tolist() == [0, 9]
+    assert cache.shared.padding.pads.tolist() == [0, 9]
     cache.update(*random_states((2, 2, 1, 16), 1), 0)
     cache.set_attention_mask(torch.nn.functional.pad(ids_mask, (0, 1), value=1))
     with pytest.raises(CacheStateError, match="says otherwise"):
@@ -324,7 +324,7 @@ def test_reset_forgets_the_mask() -> None:
     cache = NexusQuantCache("balanced", attention_mask=torch.ones(2, 60), **SMALL)
     cache.reset()
     cache.update(*random_states((3, 2, 60, 16), 0), 0)
-    assert cache.padding.stated is None
+    assert cache.shared.padding.stated is None
 
 
 # What policies and codecs see

@@ -89,7 +89,7 @@ def test_a_pipeline_is_generate(model: LlamaForCausalLM, tokenizer: Any, pipelin
     cache = balanced(model)
     given = pipeline(text, cache)[0]["generated_token_ids"]
     assert given == generate(model, ids, balanced(model))[0].tolist()
-    assert cache.layers[0].kept < cache.get_seq_length()
+    assert cache.layers[0].state.kept < cache.get_seq_length()
     plain = pipeline(text, DynamicCache())[0]["generated_token_ids"]
     assert pipeline(text, lossless_cache(model.config))[0]["generated_token_ids"] == plain
 
@@ -101,7 +101,7 @@ def test_a_pipeline_over_a_padded_batch(model: LlamaForCausalLM, tokenizer: Any,
     assert batch.attention_mask.sum(1).tolist() == [60, 44, 53]
     cache = balanced(model, attention_mask=batch.attention_mask)
     given = [row[0]["generated_token_ids"] for row in pipeline(texts, cache, batch_size=3)]
-    assert cache.layers[0].kept < cache.get_seq_length()
+    assert cache.layers[0].state.kept < cache.get_seq_length()
     expected = balanced(model, attention_mask=batch.attention_mask)
     rows = generate(model, batch.input_ids, expected, attention_mask=batch.attention_mask)
     assert given == [row.tolist() for row in rows]
@@ -189,7 +189,7 @@ def test_models_in_half_precision(dtype: torch.dtype) -> None:
     text = generate(model, prompt(60), cache, 12)
     generate(model, torch.cat([text, prompt(30, seed=1)], -1), cache, 12)
     assert [x.dtype for x in cache.layers[0].dense()] == [dtype, dtype]
-    assert cache.layers[0].kept < cache.get_seq_length()
+    assert cache.layers[0].state.kept < cache.get_seq_length()
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -206,8 +206,8 @@ def test_autocast_gives_keys_and_values_of_two_dtypes(attention: str) -> None:
     assert torch.equal(texts[0], texts[1])
     for cache in caches[1:]:
         assert [x.dtype for x in cache.layers[0].dense()] == [torch.float32, torch.bfloat16]
-        assert [x.dtype for x in cache.layers[0].sinks] == [torch.float32, torch.bfloat16]
-    assert caches[2].layers[0].kept < caches[2].get_seq_length()
+        assert [x.dtype for x in cache.layers[0].state.sinks] == [torch.float32, torch.bfloat16]
+    assert caches[2].layers[0].state.kept < caches[2].get_seq_length()
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_everything_that_generate_can_return(model: LlamaForCausalLM) -> None:
     assert torch.equal(result.sequences, generate(model, prompt(60), balanced(model), 6))
     assert torch.equal(torch.stack(result.logits, 1).argmax(-1), result.sequences[:, 60:])
     # Attention weights are those to the kept tokens; the prompt's are of the time before anything was evicted.
-    kept = cache.layers[0].kept
+    kept = cache.layers[0].state.kept
     assert [step[0].shape[-1] for step in result.attentions] == [60, *range(kept - 4, kept + 1)]
 
 
@@ -347,7 +347,7 @@ def test_a_compressed_prefix_serves_several_questions(model: LlamaForCausalLM) -
     logits(model, prompt(80), prefix)
     prefix.compress()
     before = fingerprint(prefix)
-    assert prefix.layers[0].kept < 80
+    assert prefix.layers[0].state.kept < 80
     for seed, tokens in ((1, 9), (2, 1), (3, 40)):
         question = torch.cat([prompt(80), prompt(tokens, seed=seed)], -1)
         clone, fresh = copy.deepcopy(prefix), balanced(model)

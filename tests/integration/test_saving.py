@@ -82,7 +82,7 @@ def saved(cache: Any, path: Any, **options: Any) -> Any:
 
 def assert_goes_on_alike(model: Any, one: Any, other: Any, steps: int = 14) -> None:
     """Feed a later turn and single tokens to both."""
-    batch = one.layers[0].tail[0].shape[0]
+    batch = one.layers[0].state.tail[0].shape[0]
     for step in range(steps):
         ids = prompt(3 if step == steps // 2 else 1, batch=batch, seed=step + 1)
         assert torch.equal(logits(model, ids, one), logits(model, ids, other)), step
@@ -112,7 +112,7 @@ def test_a_named_preset_keeps_its_name(sdpa, tmp_path):
     cache = NexusQuantCache("max", config=sdpa.config)
     logits(sdpa, prompt(30), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
-    assert (loaded.preset, loaded.cache_config, loaded.when) == ("max", cache.cache_config, "post_prefill")
+    assert (loaded.preset, loaded.cache_config, loaded.shared.when) == ("max", cache.cache_config, "post_prefill")
 
 
 def test_which_implementation_computes_is_the_readers_choice(sdpa, tmp_path):
@@ -121,7 +121,7 @@ def test_which_implementation_computes_is_the_readers_choice(sdpa, tmp_path):
     generate(sdpa, prompt(60), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
     assert loaded.cache_config == replace(cache.cache_config, impl="auto")
-    assert loaded.layers[0].key_codec.impl == "auto"
+    assert loaded.layers[0].state.codecs[0].impl == "auto"
 
 
 def test_an_empty_cache(sdpa, tmp_path):
@@ -136,7 +136,7 @@ def test_a_prompt_that_waits_for_its_compression(sdpa, tmp_path):
     cache = balanced(sdpa)
     logits(sdpa, prompt(60), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
-    assert loaded.layers[0].pending
+    assert loaded.layers[0].state.turn.is_pending
     assert_goes_on_alike(sdpa, cache, loaded)
 
 
@@ -151,9 +151,9 @@ def test_compressed_during_the_prefill(sdpa, tmp_path):
     cache = balanced(sdpa, when="during_prefill")
     for seed in range(3):
         logits(sdpa, prompt(30, seed=seed), cache)
-    assert cache.layers[0].body is not None
+    assert cache.layers[0].state.body is not None
     loaded = saved(cache, tmp_path, config=sdpa.config)
-    assert loaded.when == "during_prefill"
+    assert loaded.shared.when == "during_prefill"
     assert_goes_on_alike(sdpa, cache, loaded)
 
 
@@ -167,7 +167,7 @@ def test_a_compressed_cache_can_be_loaded_without_the_config_it_was_made_with(sd
     cache = balanced(sdpa)
     generate(sdpa, prompt(60), cache)
     loaded = saved(cache, tmp_path)
-    assert loaded.layers[0].phase is loaded.layers[1].phase is not None
+    assert loaded.layers[0].state.phase is loaded.layers[1].state.phase is not None
     assert_goes_on_alike(sdpa, cache, loaded)
 
 
@@ -190,16 +190,16 @@ def test_padding(sdpa, how, tmp_path):
         pad = [x.expand(2, -1, 7, -1) for x in random_states((1, 2, 1, 16), 0)]
         for layer in range(2):
             cache.update(*pad, layer)
-        assert cache.padding.beginning is not None
+        assert cache.shared.padding.beginning is not None
         loaded = saved(cache, tmp_path, config=sdpa.config)
         for layer in range(2):
             new = random_states((2, 2, 40, 16), layer + 1)
             for each in (cache, loaded):
                 each.update(*new, layer)
-        assert cache.padding.pads is not None
+        assert cache.shared.padding.pads is not None
     else:
         generate(sdpa, ids, cache, attention_mask=mask)
-        assert cache.layers[0].sink_place is not None
+        assert cache.layers[0].state.sink_place is not None
         loaded = saved(cache, tmp_path, config=sdpa.config)
     assert fingerprint(loaded) == fingerprint(cache)
     for step in range(9):
@@ -235,16 +235,16 @@ def test_queries_that_were_observed(sdpa, tmp_path):
             queries = torch.randn(1, 4, keys.shape[2], 16, generator=torch.Generator().manual_seed(seed))
             cache.observe_queries(queries, layer)
         cache.layers[layer].observe_reconstruction(torch.rand(1, 2, 53))
-    assert cache.layers[0].observed.before is not None
+    assert cache.layers[0].state.observed.before is not None
     loaded = saved(cache, tmp_path, config=sdpa.config, policy=policy)
     for count, layer in ((-3, 0), (-3, 1)):
         for each in (cache, loaded):
             each.layers[layer].crop(count)
     for layer in range(2):
-        assert torch.equal(cache.layers[layer].observed.queries, loaded.layers[layer].observed.queries)
+        assert torch.equal(cache.layers[layer].state.observed.queries, loaded.layers[layer].state.observed.queries)
         for each in (cache, loaded):
             each.update(*states[2], layer)
-    assert cache.layers[0].body is not None
+    assert cache.layers[0].state.body is not None
     assert fingerprint(loaded) == fingerprint(cache)
 
 
@@ -255,7 +255,7 @@ def test_recording(sdpa, tmp_path):
     loaded = saved(cache, tmp_path, config=sdpa.config)
     for each in (cache, loaded):
         each.crop(-2)
-    assert cache.layers[0].body is not None
+    assert cache.layers[0].state.body is not None
     assert_goes_on_alike(sdpa, cache, loaded)
 
 
@@ -284,7 +284,7 @@ def test_transforms_of_another_prompt(sdpa, tmp_path):
             ids = prompt(1, batch=2, seed=step)
             assert torch.equal(logits(sdpa, ids, cache), logits(sdpa, ids, loaded))
         assert torch.equal(
-            loaded.layers[0].body.keys.transform.rotation.basis[:1], first.transforms[0].keys.rotation.basis
+            loaded.layers[0].state.body.keys.transform.rotation.basis[:1], first.transforms[0].keys.rotation.basis
         )
 
 
@@ -332,10 +332,13 @@ def test_rotary_phases_are_kept_apart(tmp_path):
     for layer, phase in zip(cache.layers, phases, strict=True):
         layer.update(*random_states((1, 1, 50, 16), 0))
         layer.compress()
-        layer.phase = phase
+        layer.state.phase = phase
     cache.model_config = None
     loaded = saved(cache, tmp_path)
-    assert [layer.phase.matches(phase) for layer, phase in zip(loaded.layers, phases, strict=True)] == [True, True]
+    assert [layer.state.phase.matches(phase) for layer, phase in zip(loaded.layers, phases, strict=True)] == [
+        True,
+        True,
+    ]
 
 
 def test_codecs_of_ones_own(tmp_path):
@@ -344,7 +347,7 @@ def test_codecs_of_ones_own(tmp_path):
     generate(model, prompt(50), cache)
     loaded = saved(cache, tmp_path, config=model.config)
     assert isinstance(loaded, LosslessCache)
-    assert isinstance(loaded.layers[0].key_codec, LosslessCodec)
+    assert isinstance(loaded.layers[0].state.codecs[0], LosslessCodec)
     plain = DynamicCache(config=model.config)
     logits(model, generate(model, prompt(50), None)[:, :-1], plain)
     ids = prompt(1, seed=3)
@@ -374,7 +377,7 @@ class TestCannotBeSaved:
 
         cache = balanced(sdpa)
         generate(sdpa, prompt(50), cache)
-        side = cache.layers[1].body.keys
+        side = cache.layers[1].state.body.keys
         Turned.__abstractmethods__ = frozenset()
         side.transform = replace(side.transform, rotation=Turned())
         with pytest.raises(UnsupportedError, match="a rotation of the class Turned"):
@@ -392,13 +395,13 @@ class TestCannotBeSaved:
     def test_numbers_that_are_none(self, sdpa, tmp_path):
         cache = balanced(sdpa)
         generate(sdpa, prompt(50), cache)
-        cache.layers[1].tail[0][0, 0, 0, 0] = torch.nan
+        cache.layers[1].state.tail[0][0, 0, 0, 0] = torch.nan
         with pytest.raises(NonFiniteError, match=r"layers\.1\.keys\.tail holds NaN"):
             cache.save(tmp_path / "a")
 
     def test_a_broken_cache(self, sdpa, tmp_path):
         cache = balanced(sdpa)
-        cache._is_broken = True
+        cache._forward.is_broken = True
         with pytest.raises(CacheStateError, match="there is nothing to save"):
             cache.save(tmp_path / "a")
 
@@ -498,9 +501,9 @@ def test_another_dtype(sdpa, dtype, tmp_path):
     generate(sdpa, prompt(50), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config, dtype=dtype)
     for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
-        assert torch.equal(ours.tail[0], theirs.tail[0].to(dtype))
-        assert torch.equal(ours.body.keys.words.view(), theirs.body.keys.words.view())
-        assert ours.body.keys.transform.reference.dtype == torch.float32
+        assert torch.equal(ours.state.tail[0], theirs.state.tail[0].to(dtype))
+        assert torch.equal(ours.state.body.keys.words.view(), theirs.state.body.keys.words.view())
+        assert ours.state.body.keys.transform.reference.dtype == torch.float32
         assert ours.keys.dtype == dtype
     model = tiny_llama().to(dtype)
     assert logits(model, prompt(1), loaded).dtype == dtype
@@ -520,7 +523,12 @@ def test_another_device(sdpa, tmp_path):
     generate(sdpa, prompt(50), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config, device="meta")
     layer = loaded.layers[0]
-    for x in (*layer.tail, *layer.sinks, layer.body.keys.words.data, layer.body.keys.transform.mean):
+    for x in (
+        *layer.state.tail,
+        *layer.state.sinks,
+        layer.state.body.keys.words.data,
+        layer.state.body.keys.transform.mean,
+    ):
         assert x.device.type == "meta"
     assert layer.device == torch.device("meta")
 
@@ -536,7 +544,7 @@ def test_from_device_to_device(tmp_path):
     here = NexusQuantCache.load(tmp_path / "a", config=model.config)
     there = NexusQuantCache.load(tmp_path / "a", config=model.config, device="cuda")
     here.save(tmp_path / "b")
-    assert torch.equal(cache.layers[0].tail[0].cpu(), here.layers[0].tail[0])
+    assert torch.equal(cache.layers[0].state.tail[0].cpu(), here.layers[0].state.tail[0])
     assert inspect_file(tmp_path / "a").kinds == inspect_file(tmp_path / "b").kinds
     for seed in range(9):
         ids = prompt(1, seed=seed).cuda()

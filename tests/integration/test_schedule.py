@@ -53,7 +53,7 @@ def test_chunks_without_loss_or_eviction_are_the_plain_cache(model: LlamaForCaus
     plain = generate(model, ids, DynamicCache(), 16)
     cache = lossless_cache(model.config, when="during_prefill")
     assert torch.equal(generate(model, ids, cache, 16, prefill_chunk_size=chunk), plain)
-    assert all(layer.body is not None for layer in cache.layers)
+    assert all(layer.state.body is not None for layer in cache.layers)
 
 
 def test_the_layers_never_part(model: LlamaForCausalLM) -> None:
@@ -64,8 +64,8 @@ def test_the_layers_never_part(model: LlamaForCausalLM) -> None:
         sizes = {layer.get_mask_sizes(2) for layer in cache.layers}
         assert len(sizes) == 1
     cache.compress()
-    assert len({layer.kept for layer in cache.layers}) == 1
-    assert cache.layers[0].kept < 0.7 * cache.layers[0].seen
+    assert len({layer.state.kept for layer in cache.layers}) == 1
+    assert cache.layers[0].state.kept < 0.7 * cache.layers[0].state.seen
 
 
 def exact_layers(model: LlamaForCausalLM, cache: NexusQuantCache, tokens: int, chunk: int) -> list[float]:
@@ -75,7 +75,7 @@ def exact_layers(model: LlamaForCausalLM, cache: NexusQuantCache, tokens: int, c
 
     def measured(keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> Any:
         held = update(keys, values, layer_idx, *args)
-        exact = [layer.tail for layer in cache.layers if layer.tail is not None]
+        exact = [layer.state.tail for layer in cache.layers if layer.state.tail is not None]
         layer_bytes = (keys.nbytes + values.nbytes) / keys.shape[2] * chunk
         sizes.append(sum(x.nbytes for pair in exact for x in pair) / layer_bytes)
         return held
@@ -145,25 +145,25 @@ def test_a_long_answer_costs_the_bits_of_the_preset_and_is_encoded_once(preset: 
     keys, values = random_states((1, HEADS, 4000, HEAD_DIM), 1, torch.bfloat16)
     held, calls = [], []
     for step in range(4000):
-        before = len(cache.layers[0].key_codec.encoded)
+        before = len(cache.layers[0].state.codecs[0].encoded)
         cache.update(keys[:, :, step : step + 1], values[:, :, step : step + 1], 0)
-        calls.append(len(cache.layers[0].key_codec.encoded) - before)
+        calls.append(len(cache.layers[0].state.codecs[0].encoded) - before)
         if step in (991, 3999):  # with equally long tails
             held.append(cache.memory_report().held_bytes)
     bits = 8 * (held[1] - held[0]) / 3008 / (2 * HEADS * HEAD_DIM)
     layer = cache.layers[0]
     # The preset's bits, or those that a prompt too short for principal axes gets in their place.
-    sides = [codec.inner.layout.bits_per_channel for codec in (layer.key_codec, layer.value_codec)]
+    sides = [codec.inner.layout.bits_per_channel for codec in (layer.state.codecs[0], layer.state.codecs[1])]
     assert 0 <= sum(sides) - settings.key_bits - settings.value_bits < 1.5
     # Besides these, a byte of scale per vector; the buffers' spare room varies by a fraction of that.
     assert bits == pytest.approx(sum(sides) / 2 + 8 / HEAD_DIM, rel=0.02)
     assert calls[0] == 1  # the prompt, at the first step
     assert set(calls[1:]) == {0, 1}
     assert sum(calls[1:]) == (4000 - 1) // settings.flush_length
-    for codec in (layer.key_codec, layer.value_codec):
+    for codec in (layer.state.codecs[0], layer.state.codecs[1]):
         assert codec.counter.fitted_rows == 1
         assert set(codec.encoded[1:]) == {settings.flush_length}
-        assert sum(codec.encoded) == layer.body.positions.tokens
+        assert sum(codec.encoded) == layer.state.body.positions.tokens
     candidates = 2000 - settings.sink_tokens - settings.residual_length
-    assert layer.seen - layer.kept == candidates - ceil(settings.keep_ratio * candidates)
-    assert layer.seen == 6000
+    assert layer.state.seen - layer.state.kept == candidates - ceil(settings.keep_ratio * candidates)
+    assert layer.state.seen == 6000

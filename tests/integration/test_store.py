@@ -157,16 +157,16 @@ class TestPrefixes:
     def test_a_waiting_prompt_is_compressed_first(self, sdpa, kept):
         cache, book = balanced(sdpa), prompt(60)
         logits(sdpa, book, cache)
-        assert cache.layers[0].pending
+        assert cache.layers[0].state.turn.is_pending
         kept.put(cache, book)
-        assert not cache.layers[0].pending
-        assert not kept.get(book, config=sdpa.config, leave=0)[0].layers[0].pending
+        assert not cache.layers[0].state.turn.is_pending
+        assert not kept.get(book, config=sdpa.config, leave=0)[0].layers[0].state.turn.is_pending
 
     def test_dtype_and_device(self, kept):
         fill(kept, 40)
         loaded, _ = kept.get(token_ids(41), device="cpu", dtype=torch.bfloat16, offloading=True)
         assert loaded.offloading
-        assert loaded.layers[0].tail[0].dtype == torch.bfloat16
+        assert loaded.layers[0].state.tail[0].dtype == torch.bfloat16
 
     def test_a_class_of_your_own_comes_back(self, kept):
         class Mine(NexusQuantCache):

@@ -69,8 +69,8 @@ def test_a_preset_of_ones_own(model: LlamaForCausalLM) -> None:
     named = NexusQuantCache("careful", config=model.config)
     generate(model, prompt(100), named, 4)
     assert named.memory_report().preset == "careful"
-    assert named.layers[0].body.keys.words.view().shape[-1] == 4 * 16 // 8
-    assert named.layers[0].body.values.words.view().shape[-1] == 3 * 16 // 8
+    assert named.layers[0].state.body.keys.words.view().shape[-1] == 4 * 16 // 8
+    assert named.layers[0].state.body.values.words.view().shape[-1] == 3 * 16 // 8
     by_option = NexusQuantCache("careful", keep_ratio=0.6)
     assert by_option.cache_config == replace(PRESETS["careful"], keep_ratio=0.6)
 
@@ -96,7 +96,9 @@ def test_a_cache_of_ones_own(model: LlamaForCausalLM) -> None:
     text = generate(model, prompt(100), cache, 4)
     assert text.shape == (1, 104)
     first, second = cache.memory_report().layers
-    assert first.code_bytes - second.code_bytes == 2 * 2 * 4 * (first.kept_tokens - 2 - cache.layers[0].tail_tokens)
+    assert first.code_bytes - second.code_bytes == 2 * 2 * 4 * (
+        first.kept_tokens - 2 - cache.layers[0].state.tail_tokens
+    )
 
 
 def test_a_policy_per_layer(model: LlamaForCausalLM) -> None:
@@ -111,4 +113,4 @@ def test_a_policy_per_layer(model: LlamaForCausalLM) -> None:
 def test_a_codec_of_ones_own_needs_no_more_than_four_methods(model: LlamaForCausalLM) -> None:
     cache = LosslessCache("quant", **SMALL)
     generate(model, prompt(60), cache, 4)
-    assert cache.layers[0].body.keys.words.view().shape[-1] == 4 * 16
+    assert cache.layers[0].state.body.keys.words.view().shape[-1] == 4 * 16

@@ -73,13 +73,15 @@ class TestHandedOn:
             assert isinstance(used.rotation, PrincipalRotation)
             assert torch.equal(used.rotation.basis, given.rotation.basis)
             assert not torch.equal(used.rotation.basis, fitted.rotation.basis)
-        assert second.layers[0].kept == own.layers[0].kept
+        assert second.layers[0].state.kept == own.layers[0].state.kept
 
     def test_they_take_no_memory_of_their_own(self) -> None:
         """The axes of one prompt serve all: the storage is the same."""
         first = filled(principal(), *states(100))
         second = filled(principal(transforms=first.transforms), *states(100, seed=1))
-        shared = [cache.layers[0].body.keys.transform.rotation.basis.untyped_storage() for cache in (first, second)]
+        shared = [
+            cache.layers[0].state.body.keys.transform.rotation.basis.untyped_storage() for cache in (first, second)
+        ]
         assert shared[0].data_ptr() == shared[1].data_ptr()
 
     def test_a_short_prompt_has_the_axes_of_a_long_one(self) -> None:
@@ -176,9 +178,9 @@ class TestProtectedLayers:
         logits(model, prompt(80), cache)
         cache.compress()
         for index, layer in enumerate(cache.layers):
-            sizes = [side.words.view().shape[-1] for side in (layer.body.keys, layer.body.values)]
+            sizes = [side.words.view().shape[-1] for side in (layer.state.body.keys, layer.state.body.values)]
             assert sizes == ([8, 8] if index in raised else [4, 5])  # 2.25 and 2.625 bits in 2 blocks
-        assert len({layer.kept for layer in cache.layers}) == 1
+        assert len({layer.state.kept for layer in cache.layers}) == 1
 
     def test_need_the_number_of_layers(self) -> None:
         with pytest.raises(OptionError, match=r"protect_boundary counts layers from .* needs config=model\.config"):
@@ -202,12 +204,12 @@ class TestBits:
         for each in (cache, free):
             each.compress()
         errors = [[row.code_error for row in each.memory_report().layers] for each in (cache, free)]
-        bits = [[layer.key_codec.layout.bits_per_channel for layer in each.layers] for each in (cache, free)]
+        bits = [[layer.state.codecs[0].layout.bits_per_channel for layer in each.layers] for each in (cache, free)]
         assert max(errors[0]) <= 0.5 < max(errors[1])
         for index in range(3):
             assert (bits[0][index] > bits[1][index]) == (errors[1][index] > 0.5)
         assert bits[0][2] == bits[1][2]
-        assert len({layer.kept for layer in (*cache.layers, *free.layers)}) == 1
+        assert len({layer.state.kept for layer in (*cache.layers, *free.layers)}) == 1
         sizes = [[row.code_bytes for row in each.memory_report().layers] for each in (cache, free)]
         assert sizes[0][2] == sizes[1][2]
         assert sizes[0][1] > sizes[1][1]
@@ -215,13 +217,13 @@ class TestBits:
     def test_stay_raised_for_later_tokens(self) -> None:
         cache = NexusQuantCache("quant", key_bits=1, value_bits=1, **(SMALL | {"most_code_error": 0.3}))
         filled(cache, *states(200))
-        width = cache.layers[0].body.keys.words.view().shape[-1]
+        width = cache.layers[0].state.body.keys.words.view().shape[-1]
         assert width > NexusQuantCache("quant", key_bits=1).make_codec("keys", HEAD_DIM, 0).bytes_per_vector
         keys, values = states(20, seed=1)
         for step in range(20):
             cache.update(keys[:, :, step : step + 1], values[:, :, step : step + 1], 0)
-        assert cache.layers[0].body.keys.words.view().shape[-1] == width
-        assert cache.layers[0].body.positions.tokens > 200 - 10
+        assert cache.layers[0].state.body.keys.words.view().shape[-1] == width
+        assert cache.layers[0].state.body.positions.tokens > 200 - 10
 
     def test_begin_anew_when_nothing_is_left(self) -> None:
         """After a crop to nothing, and after a reset, bits and error are those of the next prompt alone."""
@@ -229,14 +231,14 @@ class TestBits:
         fresh = filled(NexusQuantCache("quant", **(options | {"most_code_error": 1e9})), *states(200))
         for clear in (lambda cache: cache.crop(-200), lambda cache: cache.reset()):
             cache = filled(NexusQuantCache("quant", **options), *states(200))
-            assert cache.layers[0].key_codec != fresh.layers[0].key_codec
+            assert cache.layers[0].state.codecs[0] != fresh.layers[0].state.codecs[0]
             clear(cache)
-            assert cache.layers[0].code_error is None
+            assert cache.layers[0].state.code_error is None
             assert cache.transforms == (None,)
             cache.cache_config = fresh.cache_config
             filled(cache, *states(200))
-            assert cache.layers[0].key_codec == fresh.layers[0].key_codec
-            assert cache.layers[0].code_error == fresh.layers[0].code_error
+            assert cache.layers[0].state.codecs[0] == fresh.layers[0].state.codecs[0]
+            assert cache.layers[0].state.code_error == fresh.layers[0].state.code_error
 
     def test_a_warning_where_four_do_not_suffice(self) -> None:
         keys, values = states(200)
@@ -249,8 +251,8 @@ class TestBits:
             cache.compress()
         assert [str(each.message)[38:58] for each in caught] == ["output of layer 0 by", "output of layer 1 by"]
         for layer in cache.layers:
-            assert layer.key_codec.layout.block_bits == layer.value_codec.layout.block_bits == (4, 4)
-            assert layer.code_error > 1e-3
+            assert layer.state.codecs[0].layout.block_bits == layer.state.codecs[1].layout.block_bits == (4, 4)
+            assert layer.state.code_error > 1e-3
 
     def test_no_warning_without_need(self) -> None:
         with warnings.catch_warnings():
@@ -267,9 +269,10 @@ class TestBits:
         values[1, :, :30] *= 1000
         cache = NexusQuantCache("quant", attention_mask=mask, **SMALL)
         filled(cache, keys, values)
-        assert cache.layers[0].code_error < 0.7
+        assert cache.layers[0].state.code_error < 0.7
         assert (
-            cache.layers[0].key_codec.layout == NexusQuantCache("quant").make_codec("keys", 16, 0).for_tokens(50).layout
+            cache.layers[0].state.codecs[0].layout
+            == NexusQuantCache("quant").make_codec("keys", 16, 0).for_tokens(50).layout
         )
 
 
@@ -280,12 +283,14 @@ class TestReport:
         assert cache.memory_report().layers[0].code_error is None
         cache.compress()
         (row,) = cache.memory_report().layers
-        assert row.code_error == cache.layers[0].code_error
+        assert row.code_error == cache.layers[0].state.code_error
         assert 0.01 < row.code_error < 0.7
 
     def test_more_bits_move_them_less(self) -> None:
         errors = [
-            filled(NexusQuantCache("quant", key_bits=bits, value_bits=bits, **FREE), *states(300)).layers[0].code_error
+            filled(NexusQuantCache("quant", key_bits=bits, value_bits=bits, **FREE), *states(300))
+            .layers[0]
+            .state.code_error
             for bits in (1, 2, 3, 4)
         ]
         assert errors == sorted(errors, reverse=True)
@@ -319,21 +324,21 @@ class TestPrincipalAxes:
         together = generate(model, ids, cache, 12, attention_mask=mask)
         alone = NexusQuantCache("quant", config=model.config, **options)
         assert torch.equal(generate(model, ids[1:, 20:], alone, 12)[0], together[1, 20:])
-        ours, theirs = (each.layers[0].body.keys.transform.rotation for each in (cache, alone))
+        ours, theirs = (each.layers[0].state.body.keys.transform.rotation for each in (cache, alone))
         assert torch.equal(ours.basis[1], theirs.basis[0])
 
     def test_a_second_turn(self, model: LlamaForCausalLM) -> None:
         """Is encoded with the axes of the first, which nothing changes any more."""
         cache = principal(config=model.config)
         first = generate(model, prompt(80), cache, 6)
-        basis = cache.layers[0].body.keys.transform.rotation.basis.clone()
-        words = cache.layers[0].body.keys.words.view().clone()
+        basis = cache.layers[0].state.body.keys.transform.rotation.basis.clone()
+        words = cache.layers[0].state.body.keys.words.view().clone()
         turn = torch.cat([first, prompt(60, seed=3)], 1)
         assert generate(model, turn, cache, 6).shape == (1, 152)
-        assert torch.equal(cache.layers[0].body.keys.transform.rotation.basis, basis)
-        assert torch.equal(cache.layers[0].body.keys.words.view()[:, :, : words.shape[2]], words)
-        assert cache.layers[0].body.positions.tokens > words.shape[2]
-        assert len({layer.kept for layer in cache.layers}) == 1
+        assert torch.equal(cache.layers[0].state.body.keys.transform.rotation.basis, basis)
+        assert torch.equal(cache.layers[0].state.body.keys.words.view()[:, :, : words.shape[2]], words)
+        assert cache.layers[0].state.body.positions.tokens > words.shape[2]
+        assert len({layer.state.kept for layer in cache.layers}) == 1
 
     def test_a_crop(self, model: LlamaForCausalLM) -> None:
         """Leaves the codes and axes that were there; the same tokens again give the same logits."""
@@ -343,7 +348,7 @@ class TestPrincipalAxes:
         cache.crop(-5)
         assert (logits(model, prompt(5, seed=2), cache) - expected[1]).abs().max() < ROUNDING
         cache.crop(-40)
-        assert cache.layers[0].kept == 50
+        assert cache.layers[0].state.kept == 50
 
     @pytest.mark.parametrize("beams", [2, 3])
     def test_beams(self, model: LlamaForCausalLM, beams: int) -> None:
@@ -356,7 +361,7 @@ class TestPrincipalAxes:
         order = torch.arange(2 * beams).flip(0)
         cache.reorder_cache(order)
         torch.testing.assert_close(layer.keys, before[order], rtol=1e-5, atol=1e-5)
-        assert layer.body.keys.transform.rotation.basis.shape[0] == 2 * beams
+        assert layer.state.body.keys.transform.rotation.basis.shape[0] == 2 * beams
 
     def test_copies(self) -> None:
         cache = filled(principal(), *states(100, batch=2))

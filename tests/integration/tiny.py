@@ -137,15 +137,27 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
         transform = packed.transform
         return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
 
-    pads = cache.padding.pads
+    pads = cache.shared.padding.pads
     rows: list[object] = [cache.may_evict, None if pads is None else pads.tolist()]
     for layer in cache.layers:
-        flags = (layer.record_past, layer._expects_prompt, layer._updated_since_crop, layer._pending_from)
-        row = [layer.is_initialized, layer.seen, layer.kept, flags, frozen(layer.sinks), frozen(layer.tail)]
-        row.append(frozen(layer.sink_place))
-        if layer.body is not None:
-            positions = layer.body.positions.positions(torch.device("cpu"))
-            row += [side(layer.body.keys), side(layer.body.values), frozen(positions)]
+        flags = (
+            layer.record_past,
+            layer.state.turn.expects_prompt,
+            layer.state.turn.updated_since_crop,
+            layer.state.turn.pending_from,
+        )
+        row = [
+            layer.is_initialized,
+            layer.state.seen,
+            layer.state.kept,
+            flags,
+            frozen(layer.state.sinks),
+            frozen(layer.state.tail),
+        ]
+        row.append(frozen(layer.state.sink_place))
+        if layer.state.body is not None:
+            positions = layer.state.body.positions.positions(torch.device("cpu"))
+            row += [side(layer.state.body.keys), side(layer.state.body.values), frozen(positions)]
         rows.append(row)
     return rows
 
@@ -153,14 +165,14 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
 def kept_positions(cache: NexusQuantCache, layer_idx: int) -> Tensor:
     """Return the original positions of all kept tokens, ``[batch, kv_heads, kept]``, pads included in the count."""
     layer = cache.layers[layer_idx]
-    shape = layer.tail[0].shape[:2]
-    tail = torch.arange(layer.seen - layer.tail_tokens, layer.seen).expand(*shape, -1)
-    if layer.body is None:
+    shape = layer.state.tail[0].shape[:2]
+    tail = torch.arange(layer.state.seen - layer.state.tail_tokens, layer.state.seen).expand(*shape, -1)
+    if layer.state.body is None:
         return tail
-    body = layer.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
-    sinks = torch.arange(layer.sinks[0].shape[2]).expand(*shape, -1)
-    if layer.sink_place is not None:  # each row's sinks are its first real tokens
-        sinks = sinks + layer.sink_place[:, :1, None]
+    body = layer.state.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
+    sinks = torch.arange(layer.state.sinks[0].shape[2]).expand(*shape, -1)
+    if layer.state.sink_place is not None:  # each row's sinks are its first real tokens
+        sinks = sinks + layer.state.sink_place[:, :1, None]
     return torch.cat([sinks, body, tail], -1).sort(-1).values
 
 

@@ -205,11 +205,11 @@ def check_goes_on(cache: NexusQuantCache) -> None:
     """Check what every layer of ours holds, and give it a token more."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, NexusQuantLayer) and layer.is_initialized:
-            assert layer.keys.shape[:3] == layer.values.shape[:3] == (*layer.tail[0].shape[:2], layer.kept)
+            assert layer.keys.shape[:3] == layer.values.shape[:3] == (*layer.state.tail[0].shape[:2], layer.state.kept)
             for x in (layer.keys, layer.values):
                 assert x.dtype not in {torch.float32, torch.float64} or bool(x.isfinite().all())
             try:
-                cache.update(*(x.new_ones(*x.shape[:2], 1, x.shape[3]) for x in layer.tail), index)
+                cache.update(*(x.new_ones(*x.shape[:2], 1, x.shape[3]) for x in layer.state.tail), index)
             except NexusQuantError:  # exact tokens may be as large as their dtype allows, and too large to be coded
                 return
 

@@ -120,11 +120,11 @@ class ObservationMachine(RuleBasedStateMachine):
 
     @property
     def waiting(self) -> bool:
-        return any(layer.pending for layer in self.layers)
+        return any(layer.state.turn.is_pending for layer in self.layers)
 
     def check(self) -> None:
         for layer in self.layers:
-            found = layer.observed.last_queries(QUERY_WINDOW, self.seen)
+            found = layer.state.observed.last_queries(QUERY_WINDOW, self.seen)
             assert (0 if found is None else found.shape[2]) == self.known
 
     @rule(tokens=st.one_of(st.integers(2, 20), st.integers(2, 150)), shown=st.sampled_from(["all", "none", "few"]))
@@ -152,7 +152,7 @@ class ObservationMachine(RuleBasedStateMachine):
         else:
             self.check()
 
-    @precondition(lambda self: self.waiting and all(layer.body is None for layer in self.layers))
+    @precondition(lambda self: self.waiting and all(layer.state.body is None for layer in self.layers))
     @rule()
     def reconstruct(self) -> None:
         attention = (self.numbers / 2**20)[:, None].expand(-1, HEADS, -1)
@@ -162,11 +162,11 @@ class ObservationMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.seen)
     @rule(tokens=st.integers(0, 80))
     def crop(self, tokens: int) -> None:
-        tokens = min(tokens, self.layers[0].tail_tokens)
+        tokens = min(tokens, self.layers[0].state.tail_tokens)
         self.cache.crop(-tokens)
         self.numbers = self.numbers[:, : self.seen - tokens]
         # At least what is left of them; all that were there before the last update, if just that goes.
-        left = self.layers[0].observed.last_queries(QUERY_WINDOW, self.seen)
+        left = self.layers[0].state.observed.last_queries(QUERY_WINDOW, self.seen)
         least = max(self.known - tokens, 0) if self.waiting else 0
         self.known = least if left is None else left.shape[2]
         assert self.known >= least
@@ -220,7 +220,7 @@ class ObservationMachine(RuleBasedStateMachine):
         held = self.cache.memory_report().held_bytes
         assert held <= reachable_bytes(self.cache)
         self.cache.compress()
-        assert all(layer.observed.queries is layer.observed.reconstruction is None for layer in self.layers)
+        assert all(layer.state.observed.queries is layer.state.observed.reconstruction is None for layer in self.layers)
 
 
 TestObservationMachine = ObservationMachine.TestCase
@@ -246,7 +246,7 @@ def test_the_second_reading_goes_where_its_tokens_go(name: str) -> None:
         machine.take(rows)
     else:
         machine.move(name)
-    assert all(layer.observed.reconstruction is not None for layer in machine.layers)
+    assert all(layer.state.observed.reconstruction is not None for layer in machine.layers)
     machine.compress()
     assert WITNESS.shown
 

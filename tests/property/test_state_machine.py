@@ -116,7 +116,7 @@ def config_of(model: dict[str, Any]) -> PreTrainedConfig:
 def state_of(cache: Any) -> list[object]:
     """Return all that the compressed layers of a cache hold and count."""
     layers = [layer for layer in cache.layers if isinstance(layer, NexusQuantLayer)]
-    return fingerprint(SimpleNamespace(may_evict=cache.may_evict, padding=cache.padding, layers=layers))
+    return fingerprint(SimpleNamespace(may_evict=cache.may_evict, padding=cache.shared.padding, layers=layers))
 
 
 class CacheMachine(RuleBasedStateMachine):
@@ -355,7 +355,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.cache.counter = cache.counter
         for layer in self.cache.layers:
             if isinstance(layer, NexusQuantLayer) and layer.is_initialized:
-                for codec in (*layer._asked, layer.key_codec, layer.value_codec):
+                for codec in (*layer.state.asked, layer.state.codecs[0], layer.state.codecs[1]):
                     codec.counter = cache.counter
 
     # What must be true
@@ -367,13 +367,13 @@ class CacheMachine(RuleBasedStateMachine):
             if not isinstance(expected, OracleLayer):
                 assert type(layer) is type(expected)
                 continue
-            assert (layer.seen, layer.kept, layer.pending) == (
+            assert (layer.state.seen, layer.state.kept, layer.state.turn.is_pending) == (
                 expected.seen,
                 expected.kept,
                 expected.pending_from is not None,
             )
             assert layer.get_seq_length() == expected.seen
-            assert layer.tail_tokens == expected.seen - expected.tail_from
+            assert layer.state.tail_tokens == expected.seen - expected.tail_from
             for tokens in (1, 2, 7):
                 assert layer.get_mask_sizes(tokens) == expected.get_mask_sizes(tokens)
             if expected.seen:
@@ -384,10 +384,13 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check_codes(self, layer: Any, expected: Any) -> None:
         """Stored codes are those first written: never decoded and encoded again."""
-        if layer.body is None:
+        if layer.state.body is None:
             assert expected.first
             return
-        sides = [(side.words.view(), side.scales.view()[..., None]) for side in (layer.body.keys, layer.body.values)]
+        sides = [
+            (side.words.view(), side.scales.view()[..., None])
+            for side in (layer.state.body.keys, layer.state.body.values)
+        ]
         assert torch.equal(torch.cat([part for side in sides for part in side], -1), expected.body_codes())
 
     def check_padding(self, expected: Any) -> None:

@@ -262,7 +262,7 @@ class TestObserveQueries:
         self.feed(cache, 100)
         queries = torch.randn(1, 4, 100, 8)
         cache.observe_queries(queries, 0)
-        observed = cache.layers[0].observed.queries
+        observed = cache.layers[0].state.observed.queries
         assert torch.equal(observed, queries[:, :, -64:])
         assert observed.untyped_storage().nbytes() == 4 * 64 * 8 * 4
 
@@ -271,15 +271,15 @@ class TestObserveQueries:
         for part in parts:
             self.feed(cache, 30)
             cache.observe_queries(part, 0)
-        assert torch.equal(cache.layers[0].observed.queries, torch.cat(parts, 2)[:, :, -64:])
+        assert torch.equal(cache.layers[0].state.observed.queries, torch.cat(parts, 2)[:, :, -64:])
 
     def test_forgets_them_with_the_compression(self, cache: NexusQuantCache) -> None:
         self.feed(cache, 30)
         cache.observe_queries(torch.randn(1, 4, 30, 8), 0)
         assert cache.memory_report().layers[0].exact_bytes == 4 * (2 * 2 * 30 * 8 + 4 * 30 * 8)
         cache.compress()
-        assert cache.layers[0].observed.queries is None
-        assert cache.layers[0].kept < 30
+        assert cache.layers[0].state.observed.queries is None
+        assert cache.layers[0].state.kept < 30
 
     def test_ignores_them_when_nothing_waits(self, cache: NexusQuantCache) -> None:
         self.feed(cache, 30)
@@ -287,7 +287,7 @@ class TestObserveQueries:
             cache.observe_queries(torch.randn(1, 4, 30, 8), 0)
             cache.compress()
         cache.observe_queries(torch.randn(1, 4, 30, 8), 0)
-        assert cache.layers[0].observed.queries is None
+        assert cache.layers[0].state.observed.queries is None
 
     @pytest.mark.parametrize(
         "options", [{"policy": KeyNormPolicy()}, {"policy": WindowAttentionPolicy(), "keep_ratio": 1.0}]
@@ -297,7 +297,7 @@ class TestObserveQueries:
         self.feed(cache, 30)
         assert not cache.layers[0].wants_queries
         cache.observe_queries(torch.randn(1, 4, 30, 8), 0)
-        assert cache.layers[0].observed.queries is None
+        assert cache.layers[0].state.observed.queries is None
 
     def test_layers_of_transformers_ignore_them(self) -> None:
         config = build("mistral").config
@@ -403,4 +403,4 @@ def test_a_policy_that_requires_queries_says_what_to_do() -> None:
     with pytest.raises(RuntimeError, match=r"nexusquant_cache\.attention\.enable\(model\)"):
         generate(model, prompt(60), cache)
     assert cache.get_seq_length() == 60  # as before the failing step
-    assert cache.layers[0].pending
+    assert cache.layers[0].state.turn.is_pending

@@ -31,10 +31,10 @@ def test_latents_are_coded_as_they_come():
     cache = NexusQuantCache(config=DeepseekV3Config(num_hidden_layers=2))
     cache.update(torch.randn(1, 1, 300, 512), torch.randn(1, 1, 300, 64), 0)
     cache.compress()
-    assert cache.layers[0].phase is None
+    assert cache.layers[0].state.phase is None
     assert [x.shape for x in (cache.layers[0].keys, cache.layers[0].values)] == [
-        (1, 1, cache.layers[0].kept, 512),
-        (1, 1, cache.layers[0].kept, 64),
+        (1, 1, cache.layers[0].state.kept, 512),
+        (1, 1, cache.layers[0].state.kept, 64),
     ]
 
 
@@ -61,8 +61,8 @@ def test_a_window_that_no_layer_has_is_no_hindrance():
 
 def test_layers_share_one_rotary_phase():
     cache = compressed(NexusQuantCache(config=LLAMA))
-    assert len({id(layer.phase) for layer in cache.layers}) == 1
-    assert cache.layers[0].phase is not None
+    assert len({id(layer.state.phase) for layer in cache.layers}) == 1
+    assert cache.layers[0].state.phase is not None
 
 
 def test_the_rotary_phase_stays_where_asked_for_or_unknown(caplog):
@@ -74,7 +74,7 @@ def test_the_rotary_phase_stays_where_asked_for_or_unknown(caplog):
     assert [record.getMessage() for record in caplog.records] == [
         "keys are coded with their rotary phase; config=model.config lets the cache remove it"
     ]
-    assert [layer.phase for cache in (kept, unknown, learned) for layer in cache.layers] == [None] * 9
+    assert [layer.state.phase for cache in (kept, unknown, learned) for layer in cache.layers] == [None] * 9
 
 
 def test_there_is_no_maximum_length():

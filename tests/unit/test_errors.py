@@ -209,7 +209,7 @@ def test_a_bad_generated_token_changes_no_tokens(name: str, stage: str, bad_laye
         cache.update(*states(1, 7), index)
     with pytest.raises(error, match=message):
         cache.update(*make(1), bad_layer)
-    assert [layer.seen for layer in cache.layers] == [seen] * LAYERS
+    assert [layer.state.seen for layer in cache.layers] == [seen] * LAYERS
     feed(cache, 1, 9)
     feed(twin, 1, 9)
     assert fingerprint(cache) == fingerprint(twin)
@@ -224,7 +224,7 @@ def test_a_failing_second_turn_does_not_make_the_layers_part() -> None:
     with pytest.raises(NonFiniteError):
         cache.update(*nan_in(states(5)), 1)
     feed(cache, 1, 99)
-    assert [layer.kept for layer in cache.layers] == [27] * LAYERS
+    assert [layer.state.kept for layer in cache.layers] == [27] * LAYERS
 
 
 def test_nan_among_generated_tokens_is_found_when_they_are_encoded() -> None:
@@ -296,7 +296,7 @@ def test_a_policy_that_raises_leaves_the_cache_usable(bad_layer: int) -> None:
         cache.compress()
     with pytest.raises(ZeroDivisionError):
         feed(cache, 1, 5)
-    assert [layer.seen for layer in cache.layers] == [60] * LAYERS
+    assert [layer.state.seen for layer in cache.layers] == [60] * LAYERS
     policy.bad_layer = -1
     cache.compress()
     undisturbed.compress()
@@ -366,7 +366,7 @@ def test_crop_into_the_first_tokens_of_a_padded_row_is_refused_and_changes_nothi
         cache.crop(-30)
     assert cache.get_seq_length() == 31
     cache.crop(-99)
-    assert cache.get_seq_length() == cache.layers[0].kept == 0
+    assert cache.get_seq_length() == cache.layers[0].state.kept == 0
 
 
 def test_a_forward_that_fails_half_compressed_leaves_nothing_silently_wrong() -> None:
@@ -395,9 +395,9 @@ def test_a_first_forward_that_fails_does_not_end_the_recording() -> None:
     with pytest.raises(NonFiniteError):
         cache.update(*nan_in(states(60)), 2)
     feed(cache, 60)
-    assert [layer.kept for layer in cache.layers] == [60] * LAYERS
+    assert [layer.state.kept for layer in cache.layers] == [60] * LAYERS
     cache.crop(-3)
-    assert all(layer.kept < 57 for layer in cache.layers)
+    assert all(layer.state.kept < 57 for layer in cache.layers)
 
 
 def test_a_first_forward_that_fails_half_compressed_changes_nothing() -> None:
@@ -439,4 +439,4 @@ def test_a_refused_batch_does_not_decide_about_the_next() -> None:
         cache.update(*nan_in((keys, values)), 0)
     feed(cache, 60)
     cache.compress()
-    assert cache.layers[0].kept < 60
+    assert cache.layers[0].state.kept < 60

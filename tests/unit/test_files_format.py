@@ -79,8 +79,8 @@ class TestContainer:
         cache = NexusQuantCache.load(path)
         with safetensors.safe_open(path, "pt") as file:
             assert file.metadata()["format"] == "nexusquant-cache"
-            assert torch.equal(file.get_tensor("layers.0.keys.tail"), cache.layers[0].tail[0])
-            assert torch.equal(file.get_tensor("layers.1.values.words"), cache.layers[1].body.values.words.view())
+            assert torch.equal(file.get_tensor("layers.0.keys.tail"), cache.layers[0].state.tail[0])
+            assert torch.equal(file.get_tensor("layers.1.values.words"), cache.layers[1].state.body.values.words.view())
 
     @pytest.mark.parametrize("name", ["compressed", "padded", "mixed"])
     @pytest.mark.parametrize("level", [None, 3])
@@ -541,7 +541,7 @@ class TestSavingWhatLoadingRefuses:
             cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
         cache.save(tmp_path / "a")
         loaded = NexusQuantCache.load(tmp_path / "a")
-        assert cache.layers[0].body is not None
+        assert cache.layers[0].state.body is not None
         assert torch.equal(loaded.layers[0].keys, cache.layers[0].keys)
         assert torch.equal(loaded.layers[0].values, cache.layers[0].values)
 
@@ -576,7 +576,7 @@ class TestSavingWhatLoadingRefuses:
         cache = self.cache(E8Codec(CodeLayout.flat(16, 2)))
         for tokens in (60, 1):
             cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
-        words = cache.layers[0].body.keys.words
+        words = cache.layers[0].state.body.keys.words
         monkeypatch.setattr(words, "data", words.data[..., :-1])
         self.refused(tmp_path, cache, r"layers.0.keys.words is torch.uint8 .*, not uint8")
 

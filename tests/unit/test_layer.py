@@ -82,7 +82,7 @@ def test_equals_the_slow_model_over_a_long_conversation(with_rope: bool) -> None
             assert torch.equal(kept_positions(pair.cache, index), expected.positions())
     assert pair.cache.counter.encoded_vectors == pair.oracle.encoded_vectors
     assert pair.cache.get_seq_length() > 256
-    assert 0 < pair.cache.layers[0].kept < pair.cache.get_seq_length()
+    assert 0 < pair.cache.layers[0].state.kept < pair.cache.get_seq_length()
 
 
 # By hand: 2 sinks, 3 recent tokens, half of the others.  Keys of small norm stay.
@@ -143,7 +143,7 @@ def test_by_hand_a_prompt_is_compressed_at_the_first_generation_step(make: Any) 
     for _ in range(4):
         feed(cache, [9])
     assert positions(cache) == [[0, 1, 2, 3, 5, 7, *range(9, 17)]]
-    assert [cache.layers[0].seen, cache.layers[0].kept] == [17, 14]
+    assert [cache.layers[0].state.seen, cache.layers[0].state.kept] == [17, 14]
 
 
 @both
@@ -157,7 +157,7 @@ def test_by_hand_a_short_second_turn_is_not_evicted_from(make: Any) -> None:
     before = positions(cache)
     feed(cache, [9])
     assert positions(cache) == [[*before[0], 16]]
-    assert cache.layers[0].seen - cache.layers[0].kept == 3
+    assert cache.layers[0].state.seen - cache.layers[0].state.kept == 3
 
 
 @both
@@ -190,7 +190,7 @@ def test_by_hand_no_text_goes_while_a_row_keeps_pads(make: Any) -> None:
     feed(cache, NORMS, NORMS)
     feed(cache, [9], [9])
     assert positions(cache) == [[*range(3, 26)], [0, 1, 2, 3, 5, 7, *range(9, 26)]]
-    assert cache.layers[0].seen - cache.layers[0].kept == 3
+    assert cache.layers[0].state.seen - cache.layers[0].state.kept == 3
 
 
 @both
@@ -252,7 +252,7 @@ def test_by_hand_the_sinks_of_a_padded_row_cannot_be_cut(make: Any) -> None:
     cache.crop(5 - 13)
     assert positions(cache) == [[3, 4]]
     cache.crop(-5)
-    assert [cache.layers[0].seen, cache.layers[0].kept] == [0, 0]
+    assert [cache.layers[0].state.seen, cache.layers[0].state.kept] == [0, 0]
 
 
 @both
@@ -361,7 +361,7 @@ def test_the_tail_is_flushed_in_groups() -> None:
     tails = []
     for step in range(12):
         cache.update(*random_states((1, HEADS, 1, HEAD_DIM), step), 0)
-        tails.append(cache.layers[0].tail_tokens)
+        tails.append(cache.layers[0].state.tail_tokens)
     assert tails == [9, 10, 11, 12, 9, 10, 11, 12, 9, 10, 11, 12]
     assert cache.counter.encoded_vectors == 2 * HEADS * (50 + 8)
 
@@ -371,19 +371,19 @@ def test_a_short_second_turn_is_kept_exact_at_first() -> None:
     cache = NexusQuantCache("quant", **(SMALL | {"keep_ratio": 0.5}))
     cache.update(*random_states((1, HEADS, 60, HEAD_DIM), 0), 0)
     cache.compress()
-    evicted = cache.layers[0].seen - cache.layers[0].kept
+    evicted = cache.layers[0].state.seen - cache.layers[0].state.kept
     cache.update(*random_states((1, HEADS, 10, HEAD_DIM), 1), 0)
     for step in range(8):
         cache.update(*random_states((1, HEADS, 1, HEAD_DIM), step), 0)
-    assert cache.layers[0].seen - cache.layers[0].kept == evicted
-    assert cache.layers[0].tail_tokens <= 12
+    assert cache.layers[0].state.seen - cache.layers[0].state.kept == evicted
+    assert cache.layers[0].state.tail_tokens <= 12
 
 
 def test_cropping_to_nothing_and_going_on() -> None:
     cache, fresh = (NexusQuantCache("balanced", config=CONFIG, **SMALL) for _ in range(2))
     cache.update(*random_states((1, HEADS, 30, HEAD_DIM), 0), 0)
     cache.crop(-99)
-    assert (cache.get_seq_length(), cache.layers[0].kept) == (0, 0)
+    assert (cache.get_seq_length(), cache.layers[0].state.kept) == (0, 0)
     for each in (cache, fresh):
         each.update(*random_states((1, HEADS, 50, HEAD_DIM), 1), 0)
         each.update(*random_states((1, HEADS, 1, HEAD_DIM), 2), 0)

@@ -19,7 +19,7 @@ from nexusquant_cache.codec.operands import Softmax
 from nexusquant_cache.codec.torch.attend import attend, can_read
 from nexusquant_cache.codec.triton import attention as fused
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.layer.observations import take_layer_of
+from nexusquant_cache.layer.observations import scaled, take_layer_of
 from nexusquant_cache.states import HeldStates
 from nexusquant_cache.uncompiled import uncompiled
 
@@ -41,25 +41,25 @@ _AXES = 4  # batch, heads, queries, tokens
 Attention = Callable[..., Any]
 
 
-class Listener(ABC):
+class Observer(ABC):
     """Sees what some attention modules, each with the index of its cache layer, compute from."""
 
     def __init__(self, modules: dict[nn.Module, int]) -> None:
         self.modules = modules
 
     @abstractmethod
-    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
-        """Take note of one attention of one of the modules."""
+    def observe(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+        """See the queries and keys of one attention of one of the modules."""
 
 
-class _Listeners(threading.local):
-    """Who listens to the forwards of this thread."""
+class _Observers(threading.local):
+    """Who sees the forwards of this thread."""
 
     def __init__(self) -> None:
-        self.all: list[Listener] = []
+        self.all: list[Observer] = []
 
 
-LISTENERS = _Listeners()
+OBSERVERS = _Observers()
 _found: dict[tuple[type, str], Attention] = {}
 
 
@@ -94,7 +94,7 @@ def _attention_on(stock: str) -> Attention:
         attention_mask: Any = None,  # noqa: ANN401 - of a type for each implementation
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401
-        show_queries(module, query, key, kwargs.get("scaling"))
+        observe(module, query, key, kwargs.get("scaling"))
         held = held_tokens(key, value)
         if held is not None:
             read = read_codes(stock, query, held, attention_mask, kwargs)
@@ -179,27 +179,14 @@ def _is_understood(mask: object, queries: int, tokens: int) -> bool:
 
 
 @uncompiled
-def show_queries(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
-    """Hand the queries to the cache layer that these keys come from, and to whoever listens."""
+def observe(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
+    """Let the cache layer that these keys come from, and whoever else observes, see the queries."""
     layer = take_layer_of(keys)
     if layer is not None:
-        layer.codes_are_read = True
-        if not layer.wants_queries:
-            layer = None
-    listeners = [each for each in LISTENERS.all if module in each.modules]
-    if layer is None and not listeners:
-        return
-    scaled = _scaled(queries.detach(), scaling)
-    if layer is not None:
-        layer.observe_queries(scaled)
-    for listener in listeners:
-        listener.hear(listener.modules[module], scaled, keys)
-
-
-def _scaled(queries: Tensor, scaling: float | None) -> Tensor:
-    """Return queries whose logits are those of the model when they are divided by ``head_dim ** 0.5``."""
-    factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
-    return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
+        layer.observe(queries, scaling, reads_codes=True)
+    for each in OBSERVERS.all:
+        if module in each.modules:
+            each.observe(each.modules[module], scaled(queries.detach(), scaling), keys)
 
 
 def has_interface(attention: type) -> bool:

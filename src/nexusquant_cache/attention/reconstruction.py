@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from nexusquant_cache.attention.enable import attention_modules
-from nexusquant_cache.attention.function import Listener
-from nexusquant_cache.attention.recording import listening
+from nexusquant_cache.attention.function import Observer
+from nexusquant_cache.attention.recording import observing
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
-from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import CompressedPart, compressed
 
 _BLOCK = 1 << 25  # logits computed at once, over all heads: 128 MiB in float32
 
@@ -65,22 +65,23 @@ def reconstruct(
         runs over the whole prompt.
     """
     _check(cache, input_ids, chunk)
-    if not any(isinstance(layer, NexusQuantLayer) for layer in cache.layers):
+    ours = {part.index: part for part in compressed(cache.parts())}
+    if not ours:
         return  # sliding windows only
     context = _real(cache, input_ids)
     readers = [
-        _Reader(layer) if isinstance(layer, NexusQuantLayer) and layer.is_initialized else layer
-        for layer in cache.layers
+        _Reader(ours[index]) if index in ours and ours[index].layer.is_initialized else layer
+        for index, layer in enumerate(cache.layers)
     ]
-    listener = _GreatestAttention(attention_modules(model), [each for each in readers if isinstance(each, _Reader)])
+    observer = _GreatestAttention(attention_modules(model), [each for each in readers if isinstance(each, _Reader)])
     instruction = input_ids[:, :0]
     if repeat_prompt_ids is not None:
         instruction = repeat_prompt_ids.to(input_ids.device).reshape(1, -1).expand(len(input_ids), -1)
-    with listening(model, listener):
+    with observing(model, observer):
         for ids, real in zip(input_ids.split(chunk, 1), context.split(chunk, 1), strict=True):
-            listener.real = torch.cat([context, torch.ones_like(instruction, dtype=torch.bool), real], 1)
-            _read(model, readers, torch.cat([instruction, ids], 1), listener.real)
-    listener.store()
+            observer.real = torch.cat([context, torch.ones_like(instruction, dtype=torch.bool), real], 1)
+            _read(model, readers, torch.cat([instruction, ids], 1), observer.real)
+    observer.store()
 
 
 def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
@@ -91,20 +92,20 @@ def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
     if chunk < 1:
         msg = f"chunk must be at least 1 token, got {chunk}"
         raise OptionError(msg)
-    if cache.when != "post_prefill":
-        msg = f"reconstruct needs the whole prompt exact, and this cache compresses early: when={cache.when!r}"
+    if cache.shared.when != "post_prefill":
+        msg = f"reconstruct needs the whole prompt exact, and this cache compresses early: when={cache.shared.when!r}"
         raise UnsupportedError(msg)
-    layers = [layer for layer in cache.layers if isinstance(layer, NexusQuantLayer) and layer.is_initialized]
-    if any(layer.body is not None for layer in layers):
+    parts = [part for part in compressed(cache.parts()) if part.layer.is_initialized]
+    if any(part.state.body is not None for part in parts):
         msg = "the cache is compressed already: call reconstruct between the prompt and the first generation step"
         raise CacheStateError(msg)
-    if any(layer.record_past for layer in layers):
+    if any(part.layer.record_past for part in parts):
         msg = "the cache records a past, as in assisted decoding: call reconstruct before that"
         raise CacheStateError(msg)
-    if cache.get_seq_length() == 0 or not all(layer.pending for layer in layers):
+    if cache.get_seq_length() == 0 or not all(part.is_pending for part in parts):
         msg = "no prompt waits for its compression: let the model read it into the cache first"
         raise CacheStateError(msg)
-    expected = [(layer.dense()[0].shape[0], layer.seen) for layer in layers]
+    expected = [(part.rows, part.seen) for part in parts]
     if any(tuple(input_ids.shape) != shape for shape in expected):
         msg = f"input_ids must be what the cache has seen, {list(expected[0])}, got shape {tuple(input_ids.shape)}"
         raise ShapeError(msg)
@@ -112,7 +113,7 @@ def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
 
 def _real(cache: NexusQuantCache, input_ids: Tensor) -> Bool[Tensor, "b n"]:
     """Tell which tokens are not padding."""
-    pads = cache.padding.pads
+    pads = cache.shared.padding.pads
     order = torch.arange(input_ids.shape[1], device=input_ids.device)
     return torch.ones_like(input_ids, dtype=torch.bool) if pads is None else order >= pads.to(order.device)[:, None]
 
@@ -133,31 +134,31 @@ def _read(model: Any, layers: list[Any], ids: Tensor, real: Bool[Tensor, "b n"])
 class _Reader(DynamicLayer):
     """Shows the exact tokens of a layer, and new ones for the time of one attention."""
 
-    def __init__(self, layer: NexusQuantLayer) -> None:
+    def __init__(self, part: CompressedPart) -> None:
         """Read from a layer that is not compressed."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self.layer = layer
+        self.part = part
         self.is_initialized = True
         self.returned: weakref.ref[Tensor] | None = None
         self.attention: Tensor | None = None
 
     def get_seq_length(self) -> int:
         """Return the number of tokens seen."""
-        return self.layer.seen
+        return self.part.seen
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (seen + new tokens, 0)."""
-        return self.layer.seen + query_length, 0
+        return self.part.seen + query_length, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Return the prompt's keys and values and the new ones behind them; store nothing."""
-        keys, values = self.layer.dense()
+        keys, values = self.part.dense()
         joined = torch.cat([keys, key_states], 2)
         self.returned = weakref.ref(joined)
         return joined, torch.cat([values, value_states], 2)
 
 
-class _GreatestAttention(Listener):
+class _GreatestAttention(Observer):
     """Notes in each reader the greatest attention that was paid to its tokens."""
 
     def __init__(self, modules: dict[nn.Module, int], readers: list[_Reader]) -> None:
@@ -165,13 +166,13 @@ class _GreatestAttention(Listener):
         self.readers = readers
         self.real: Bool[Tensor, "b n"] | None = None  # of all tokens of the coming forward
 
-    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+    def observe(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
         """Look at the attention to keys that a reader has returned; layers may share them."""
         del layer_idx
         for reader in self.readers:
             if reader.returned is not None and reader.returned() is keys:
                 assert self.real is not None
-                found = greatest_attention(queries, keys, self.real)[..., : reader.layer.seen]
+                found = greatest_attention(queries, keys, self.real)[..., : reader.part.seen]
                 reader.attention = found if reader.attention is None else torch.maximum(reader.attention, found)
 
     def store(self) -> None:
@@ -185,7 +186,7 @@ class _GreatestAttention(Listener):
             raise UnsupportedError(msg)
         for reader in self.readers:
             assert reader.attention is not None
-            reader.layer.observe_reconstruction(reader.attention)
+            reader.part.observe_reconstruction(reader.attention)
 
 
 def greatest_attention(

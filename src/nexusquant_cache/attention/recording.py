@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from nexusquant_cache.attention.enable import attention_modules, disable, enable, is_enabled
-from nexusquant_cache.attention.function import LISTENERS, Listener
+from nexusquant_cache.attention.function import OBSERVERS, Observer
 from nexusquant_cache.errors import OptionError
 
 
@@ -39,25 +39,25 @@ def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tenso
         msg = f"window must be at least 1 query, got {window}"
         raise OptionError(msg)
     recorder = _Recorder(attention_modules(model), window)
-    with listening(model, recorder):
+    with observing(model, recorder):
         yield recorder.queries
 
 
 @contextmanager
-def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
-    """Let a listener hear what a model computes attention from in this thread inside a ``with`` block."""
+def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
+    """Let an observer see what a model computes attention from in this thread inside a ``with`` block."""
     was_enabled = is_enabled(model)
     enable(model)
-    LISTENERS.all.append(listener)
+    OBSERVERS.all.append(observer)
     try:
         yield
     finally:
-        LISTENERS.all.remove(listener)
+        OBSERVERS.all.remove(observer)
         if not was_enabled:
             disable(model)
 
 
-class _Recorder(Listener):
+class _Recorder(Observer):
     """Keeps the last queries of each layer."""
 
     def __init__(self, modules: dict[nn.Module, int], window: int) -> None:
@@ -65,7 +65,7 @@ class _Recorder(Listener):
         self.window = window
         self.queries: dict[int, Tensor] = {}
 
-    def hear(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
+    def observe(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
         """Append queries to those of the layer."""
         del keys
         known = self.queries.get(layer_idx, queries[:, :, :0])

@@ -12,8 +12,9 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, Static
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
-from nexusquant_cache.layer.layer import When
 from nexusquant_cache.layer.padding import is_left_padding
+from nexusquant_cache.layer.parts import compressed
+from nexusquant_cache.layer.shared import When
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
 
@@ -198,8 +199,8 @@ class _ServedCache(NexusQuantCache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the newest tokens; right behind the first forward, take it for the beginning of a recording."""
         if self.recording_shows_at == self.get_seq_length():
-            for layer in self._compressed_layers():
-                layer.activate_past_recording()
+            for part in compressed(self.parts()):
+                part.layer.activate_past_recording()
         self.recording_shows_at = None
         super().crop(tokens_to_remove)
 

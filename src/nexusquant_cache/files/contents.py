@@ -209,6 +209,22 @@ class _Layer:
             if any(part is not None for part in parts) or meta.seen or meta.tail or meta.sink_place:
                 self._wrong("holds something before its first update")
             return
+        self._check_counts(shape)
+        facts = layer_facts(meta, self.codecs)
+        for declared, size in expected(facts):
+            yield _file_tensor(self.name, declared, size, facts)
+        if meta.given is not None:
+            self._check_given(shape, meta.given)
+            facts = given_facts(meta.given, shape, self.codecs)
+            for side in SIDES:
+                for declared in transform_tensors(side, "", "given."):
+                    given_size = declared.shape(facts)
+                    if given_size is not None:
+                        yield _file_tensor(self.name, declared, given_size, facts)
+
+    def _check_counts(self, shape: ShapeMeta) -> None:
+        """Check all that can be told without a tensor."""
+        meta = self.meta
         self._check_shape(shape)
         if (meta.body is None) != (meta.sinks is None) or (meta.sink_place and meta.body is None):
             self._wrong("must have sinks when tokens are packed, and only then")
@@ -226,17 +242,6 @@ class _Layer:
             self._wrong("names a tensor that no layer has")
         for name, dtype in (meta.more or {}).items():
             _among(f"{self.name}.{name}", dtype, tuple(DTYPES))
-        facts = layer_facts(meta, self.codecs)
-        for declared, size in expected(facts):
-            yield _file_tensor(self.name, declared, size, facts)
-        if meta.given is not None:
-            self._check_given(shape, meta.given)
-            facts = given_facts(meta.given, shape, self.codecs)
-            for side in SIDES:
-                for declared in transform_tensors(side, "", "given."):
-                    given_size = declared.shape(facts)
-                    if given_size is not None:
-                        yield _file_tensor(self.name, declared, given_size, facts)
 
     def _wrong(self, what: str) -> None:
         msg = f"{self.name} {what}"

@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 from math import isfinite
-from typing import Any
 
+import torch
 from torch import Tensor
 
 from nexusquant_cache.codec.held import Side
@@ -38,7 +38,7 @@ from nexusquant_cache.layer.state import (
 )
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, TokenBuffer
 
-_UNFILLED: Any = None  # in the place of a tensor that is put there next
+_UNFILLED = torch.empty(0, device="cpu")  # in the place of a tensor that is put there next
 
 
 def layer_state(state: LayerState, shared: Shared, lists: Lists) -> tuple[LayerMeta, Tensors]:
@@ -160,8 +160,8 @@ def _body(meta: BodyMeta, name: str, facts: Facts, source: Source) -> PackedToke
     keys = _transform(meta.keys, name, "keys", facts, source)
     values = _transform(meta.values, name, "values", facts, source)
     return PackedTokens(
-        PackedSide(keys, _UNFILLED, _UNFILLED),
-        PackedSide(values, _UNFILLED, _UNFILLED),
+        PackedSide(keys, *(TokenBuffer(_UNFILLED, 0) for _ in range(2))),
+        PackedSide(values, *(TokenBuffer(_UNFILLED, 0) for _ in range(2))),
         PositionMap(meta.start, meta.covered, meta.kept, meta.dense),
     )
 

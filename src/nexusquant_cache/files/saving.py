@@ -1,4 +1,4 @@
-"""A whole cache as metadata and tensors, and back; `cache.state` does its parts."""
+"""A whole cache as metadata and tensors, and back."""
 
 import json
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import TokenIds, check_model, describe_model, hash_tokens
+from nexusquant_cache.files.layers import layer_state, restore_given, restore_layer
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta, StockMeta, from_json, to_json
 from nexusquant_cache.files.state import (
     Lists,
@@ -20,11 +21,12 @@ from nexusquant_cache.files.state import (
     padding_state,
     phases_state,
     policy_name,
-    restore_given,
     restore_padding,
-    restore_stock,
-    stock_state,
 )
+from nexusquant_cache.files.stock import restore_stock, stock_state
+from nexusquant_cache.layer.parts import CompressedPart, Part
+from nexusquant_cache.layer.shared import Shared
+from nexusquant_cache.layer.state import LayerState
 
 _MOST_TEXT = 1 << 20  # bytes of all texts given as metadata: a header that is longer than some MiB is not read
 

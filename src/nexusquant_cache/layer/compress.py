@@ -15,7 +15,7 @@ from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.checks import check_finite
 from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
-from nexusquant_cache.layer.schedule import candidates, is_pending, kept_of
+from nexusquant_cache.layer.schedule import candidates, kept_of
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Codecs, LayerState, own
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens
@@ -30,11 +30,13 @@ def make_room(state: LayerState, shared: Shared) -> None:
     settings, count = shared.settings, candidates(state, shared)
     compression = Compression(state, shared)
     with torch.autocast(state.home.type, enabled=False):
-        if is_pending(state) and count >= settings.min_tokens:
+        if state.turn.is_pending and count >= settings.min_tokens:
             if not shared.padding.may_evict(state.seen) and ceil(settings.keep_ratio * count) < count:
                 shared.warn_kept_whole()
             compression.encode_oldest(count, kept_of(count, state, shared))
-        elif not is_pending(state) and count >= (settings.min_tokens if state.body is None else settings.flush_length):
+        elif not state.turn.is_pending and count >= (
+            settings.min_tokens if state.body is None else settings.flush_length
+        ):
             compression.encode_oldest(count, count)
     stop_waiting(state)
 

@@ -67,7 +67,7 @@ class NexusQuantLayer(CacheLayerMixin):
         self.is_initialized = True
 
     @property
-    def record_past(self) -> bool:  # type: ignore[override]
+    def record_past(self) -> bool:
         """Whether a `crop` is expected after each update; transformers sets it to False as well."""
         return self.state.turn.record_past
 

@@ -1,6 +1,5 @@
 """One face for all layers of a cache: ours, and those of transformers' own classes."""
 
-from abc import ABC
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -8,16 +7,18 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
+from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.layer.compress import fitted_transforms
 from nexusquant_cache.layer.crop import check_crop, kept_before, remove
 from nexusquant_cache.layer.host import to_device, to_host
 from nexusquant_cache.layer.layer import NexusQuantLayer
-from nexusquant_cache.layer.schedule import is_due, is_due_early, is_pending
+from nexusquant_cache.layer.reading import dense, held
+from nexusquant_cache.layer.schedule import is_due, is_due_early
 from nexusquant_cache.layer.state import LayerState, own
 from nexusquant_cache.layer.tokens import LayerTransforms
 
 
-class Part(ABC):
+class Part:
     """A layer as its cache sees it.  What is here is what most of transformers' layers do: nothing.
 
     Attributes:
@@ -37,6 +38,12 @@ class Part(ABC):
     def seen(self) -> int:
         """Tokens seen."""
         return 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the batch that it has seen; 1 before the first update."""
+        keys = getattr(self.layer, "keys", None)
+        return 1 if keys is None else len(keys)
 
     @property
     def may_leave(self) -> bool:
@@ -131,6 +138,11 @@ class CompressedPart(Part):
         return self.layer.state.seen
 
     @property
+    def rows(self) -> int:
+        """Rows of the batch that it has seen; 1 before the first update."""
+        return 1 if self.layer.state.tail is None else len(self.layer.state.tail[0])
+
+    @property
     def may_leave(self) -> bool:
         """Yes: it comes back by itself."""
         return True
@@ -170,10 +182,18 @@ class CompressedPart(Part):
 
     # What only layers of ours do
 
+    def held(self) -> HeldTokens:
+        """Return all kept tokens as they are now, for attention."""
+        return held(self.layer.state, self.layer.shared, self.layer.residency)
+
+    def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
+        """Return all kept keys and values, decoded, in the dtypes they came in, oldest first."""
+        return dense(self.layer.state, self.layer.shared, self.layer.residency)
+
     @property
     def is_pending(self) -> bool:
         """Whether a prompt, or a later turn, waits for its compression."""
-        return is_pending(self.layer.state)
+        return self.layer.state.turn.is_pending
 
     def is_due(self, query_length: int) -> bool:
         """Tell whether an update of so many tokens begins with a compression."""

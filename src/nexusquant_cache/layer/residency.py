@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from nexusquant_cache.layer.host import arrive, beside, side_stream, to_device, to_host
-from nexusquant_cache.layer.schedule import is_pending
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
@@ -80,7 +79,7 @@ class Residency:
         self.arrive()
         for buffer in self.state.buffers:
             buffer.release()
-        if is_pending(self.state) and self.state.tail is not None:
+        if self.state.turn.is_pending and self.state.tail is not None:
             self.state.tail = (to_host(self.state.tail[0]), to_host(self.state.tail[1]))
 
     @contextmanager
@@ -106,7 +105,7 @@ class Residency:
     def _move_here(self, *, codes: bool = True, prompt: bool = True) -> None:
         """Move or copy to the device what is not there.  After an error it can be called again."""
         state, home = self.state, self.state.home
-        stays = state.exact if is_pending(state) and not prompt else ()
+        stays = state.exact if state.turn.is_pending and not prompt else ()
         if self.is_parked or state.exact[0].device != home:
             state.map(_moved_to(home, stays), "exact", "positions", "transform", also_staying=False)
         if codes and not self.shared.offloading:

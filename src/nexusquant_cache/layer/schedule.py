@@ -6,11 +6,6 @@ from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
 
-def is_pending(state: LayerState) -> bool:
-    """Tell whether a prompt, or a later turn, waits for its compression."""
-    return state.turn.pending_from is not None
-
-
 def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
     """Tell whether an update of so many tokens begins by making room in the tail."""
     if state.seen == 0 or state.turn.is_recording:
@@ -21,7 +16,7 @@ def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
 def is_due_early(state: LayerState, shared: Shared) -> bool:
     """Tell whether to compress before the prefill is over: if enough tokens wait, and all pads will go."""
     padding = shared.padding
-    if shared.when == "post_prefill" or not is_pending(state) or not padding.is_settled(state.seen):
+    if shared.when == "post_prefill" or not state.turn.is_pending or not padding.is_settled(state.seen):
         return False
     waiting = candidates(state, shared)
     if waiting < shared.settings.min_tokens:
@@ -50,11 +45,11 @@ def kept_of(count: int, state: LayerState, shared: Shared) -> int:
 def planned_eviction(state: LayerState, shared: Shared, query_length: int) -> int:
     """Return how many tokens the next update, of so many tokens, will evict."""
     count = candidates(state, shared)
-    if not is_pending(state) or not is_due(state, shared, query_length) or count < shared.settings.min_tokens:
+    if not state.turn.is_pending or not is_due(state, shared, query_length) or count < shared.settings.min_tokens:
         return 0
     return count - kept_of(count, state, shared)
 
 
 def wants_queries(state: LayerState, shared: Shared) -> bool:
     """Tell whether tokens wait for a compression in which the policy will look at their queries."""
-    return is_pending(state) and shared.evicts and state.policy is not None and state.policy.wants_queries
+    return state.turn.is_pending and shared.evicts and state.policy is not None and state.policy.wants_queries

@@ -102,8 +102,8 @@ class Declared:
         name: What files call it.
         path: Where a `LayerState` has it: attributes, and places in tuples.
         axes: Names of its axes in the layer's facts, or lengths.
-        dtype: Torch's name of its dtype, or the name of a fact that is one; a layer has no such tensor where a fact that
-            is asked for is None.  Where it is the tensor's own name, a file says of each layer whether it has the tensor.
+        dtype: Torch's name of its dtype, or the name of a fact that is one.  A layer has no such tensor where a fact
+            that is asked for is None.  If this is the tensor's own name, a file says of each layer whether it is there.
         kind: What it is.
         check: What its values must satisfy; None if all are possible.
         stays: Whether it is on the CPU wherever the layer is.
@@ -212,6 +212,11 @@ class Turn:
     expects_prompt: bool = False
     updated_since_crop: bool = False
     undo: tuple[int | None, bool, bool] = (None, False, False)
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a prompt, or a later turn, waits for its compression."""
+        return self.pending_from is not None
 
     @property
     def is_recording(self) -> bool:

@@ -31,7 +31,6 @@ from nexusquant_cache.files.container import VERSION
 from nexusquant_cache.files.fingerprint import TokenIds, describe_model
 from nexusquant_cache.files.state import describe_settings, policy_name
 from nexusquant_cache.files.writer import Progress
-from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.store.index import ID_BYTES, StoreEntry, StoreIndex, describe_ids, id_bytes
@@ -418,7 +417,7 @@ def _hash_file(path: Path) -> str:
 
 
 def _check_cache(cache: NexusQuantCache, tokens: int) -> None:
-    rows = max((_rows(layer) for layer in cache.layers), default=1)
+    rows = max((part.rows for part in cache.parts()), default=1)
     if rows != 1:
         msg = f"a stored cache must have one row, this one has {rows}: take them apart with batch_select_indices"
         raise OptionError(msg)
@@ -426,12 +425,6 @@ def _check_cache(cache: NexusQuantCache, tokens: int) -> None:
     if seen != tokens:
         msg = f"the cache has seen {seen} tokens, token_ids are {tokens}: give the ids of all that it has seen"
         raise OptionError(msg)
-
-
-def _rows(layer: object) -> int:
-    """Return the rows of the batch that a layer has seen; 1 before the first."""
-    states = layer.tail if isinstance(layer, NexusQuantLayer) else (getattr(layer, "keys", None),)
-    return 1 if states is None or states[0] is None else len(states[0])
 
 
 def _checked_ids(token_ids: TokenIds) -> Int[Tensor, " n"]:
