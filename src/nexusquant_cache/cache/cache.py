@@ -31,7 +31,7 @@ from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.padding import BatchPadding, leading_pads
-from nexusquant_cache.layer.parts import CompressedPart, Part, compressed, part_of
+from nexusquant_cache.layer.parts import Part, compressed, part_of
 from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
@@ -117,7 +117,7 @@ class NexusQuantCache(DynamicCache):
             make_phase=self.make_phase,
             given_transforms=_checked_transforms(transforms),
         )
-        self._forward = Forward(self.shared, self.model_config)
+        self._forward = Forward(self.shared, self.model_config, spares_sliding=offload_only_non_sliding)
         self._parts: list[Part] = []
         # Whether past recording was asked for before there were layers to tell.
         self._records_from_start = False
@@ -156,9 +156,6 @@ class NexusQuantCache(DynamicCache):
         if len(known) != len(self.layers) or any(a.layer is not b for a, b in zip(known, self.layers, strict=True)):
             self._parts = [part_of(layer, index) for index, layer in enumerate(self.layers)]
         return self._parts
-
-    def _ours(self) -> Iterator[CompressedPart]:
-        return compressed(self.parts())
 
     def reach_layer(self, layer_idx: int) -> None:
         """Make the layers up to this one, if there is no config to say how many there are."""
@@ -252,14 +249,7 @@ class NexusQuantCache(DynamicCache):
         self.reach_layer(layer_idx)
         given = (key_states, value_states)
         layer: Any = self.layers[layer_idx]
-        return self._forward.update(
-            self.parts(), layer_idx, given, lambda: layer.update(*given, *args, **kwargs), is_away=self._is_away
-        )
-
-    def _is_away(self, part: Part) -> bool:
-        """Tell whether a layer is kept in host memory between its updates."""
-        is_spared = self.only_non_sliding and getattr(part.layer, "is_sliding", False)
-        return self.offloading and part.may_leave and not is_spared
+        return self._forward.update(self.parts(), layer_idx, given, lambda: layer.update(*given, *args, **kwargs))
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
@@ -278,7 +268,7 @@ class NexusQuantCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
-        for part in self._ours():
+        for part in compressed(self.parts()):
             part.compress_early()  # the last one may still wait, and would now wait longer than the others
         self._records_from_start = not self.layers
         super().activate_past_recording()  # type: ignore[no-untyped-call]
@@ -297,7 +287,7 @@ class NexusQuantCache(DynamicCache):
             CacheStateError: If tokens have been compressed already and the mask says otherwise than was known.
         """
         pads = leading_pads(attention_mask)
-        states = [part.state for part in self._ours()]
+        states = [part.state for part in compressed(self.parts())]
         tails = [state.tail for state in states if state.tail is not None]
         if not tails:
             self.shared.padding.take_stated(pads, None)
@@ -328,7 +318,7 @@ class NexusQuantCache(DynamicCache):
         compression, or with too few, this does nothing.
         """
         self._forward.note_peak(self.parts())
-        for part in self._ours():
+        for part in compressed(self.parts()):
             part.compress()
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
@@ -347,7 +337,7 @@ class NexusQuantCache(DynamicCache):
             RuntimeError: From transformers' own layers, if they cannot go back so far.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
-        ours = list(self._ours())
+        ours = list(compressed(self.parts()))
         count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
         for part in ours:
             part.check_crop(count)
@@ -398,7 +388,7 @@ class NexusQuantCache(DynamicCache):
                 part.layer.reset()
         self.shared.padding = BatchPadding()
         self.shared.phases, self.shared.has_warned = [], False
-        self._forward = Forward(self.shared, self.model_config)
+        self._forward = Forward(self.shared, self.model_config, spares_sliding=self.only_non_sliding)
         self._records_from_start = False
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -433,7 +423,7 @@ class NexusQuantCache(DynamicCache):
         if removed:
             msg = f"offload() got an unexpected keyword argument {min(removed)!r}"
             raise TypeError(msg)
-        for part in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+        for part in _leaving(self.parts(), layer_idx, only_non_sliding=only_non_sliding):
             part.offload()
 
     def prefetch(self, layer_idx: int | None = None, only_non_sliding: bool = False) -> None:
@@ -446,13 +436,8 @@ class NexusQuantCache(DynamicCache):
                 memory.
             only_non_sliding: Leave sliding-window layers where they are.
         """
-        for part in self._which_may_leave(layer_idx, only_non_sliding=only_non_sliding):
+        for part in _leaving(self.parts(), layer_idx, only_non_sliding=only_non_sliding):
             part.prefetch(whole=layer_idx is not None)
-
-    def _which_may_leave(self, layer_idx: int | None, *, only_non_sliding: bool) -> list[Part]:
-        parts = self.parts()
-        chosen = parts if layer_idx is None else [parts[layer_idx]]
-        return [part for part in chosen if part.may_leave and not (only_non_sliding and part.layer.is_sliding)]
 
     # At rest
 
@@ -585,6 +570,12 @@ class NexusQuantCache(DynamicCache):
             preset=self.preset,
             at_rest=measure(*export_cache(self._whole())) if at_rest else None,
         )
+
+
+def _leaving(parts: list[Part], layer_idx: int | None, *, only_non_sliding: bool) -> list[Part]:
+    """Return the layers, or the one layer, that may be in host memory."""
+    chosen = parts if layer_idx is None else [parts[layer_idx]]
+    return [part for part in chosen if part.may_leave and not (only_non_sliding and part.layer.is_sliding)]
 
 
 def _checked_transforms(transforms: object) -> tuple[LayerTransforms | None, ...]:

@@ -27,9 +27,15 @@ class Forward:
         peak_bytes: The most that was held at once.
     """
 
-    def __init__(self, shared: Shared, config: PretrainedConfig | None) -> None:
-        """Start with an empty cache."""
-        self.shared, self.config = shared, config
+    def __init__(self, shared: Shared, config: PretrainedConfig | None, *, spares_sliding: bool) -> None:
+        """Start with an empty cache.
+
+        Args:
+            shared: What its layers share.
+            config: The model's, for text.
+            spares_sliding: Whether sliding-window layers of an offloading cache stay on the device.
+        """
+        self.shared, self.config, self.spares_sliding = shared, config, spares_sliding
         self.padding_before: BatchPadding = copy.copy(shared.padding)
         self.is_broken = False
         self.peak_bytes = 0
@@ -50,8 +56,6 @@ class Forward:
         index: int,
         states: tuple[Tensor, Tensor],
         store: Callable[[], tuple[Tensor, Tensor]],
-        *,
-        is_away: Callable[[Part], bool],
     ) -> tuple[Tensor, Tensor]:
         """Do what an update of a layer asks for, and the update itself.
 
@@ -60,7 +64,6 @@ class Forward:
             index: The one to update.
             states: What it is given.
             store: The update.
-            is_away: Tells whether a layer is kept in host memory between its updates.
         """
         self.check()
         part, key_states = parts[index], states[0]
@@ -71,7 +74,7 @@ class Forward:
             if isinstance(part, CompressedPart):
                 self._make_way(parts, part, key_states)
             part.fetch()
-            held = self._store(parts, index, store, leaves=is_away(part))
+            held = self._store(parts, index, store)
         except Exception:
             if part.state is not None:
                 self._roll_back(parts, before)
@@ -81,7 +84,7 @@ class Forward:
         return held
 
     def _store(
-        self, parts: list[Part], index: int, store: Callable[[], tuple[Tensor, Tensor]], *, leaves: bool
+        self, parts: list[Part], index: int, store: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Update a layer with the next one on its way to the device, and send it away again."""
         if not self.shared.offloading:
@@ -92,7 +95,7 @@ class Forward:
                 following.fetch_beside()
             return store()
         finally:
-            if leaves:
+            if not (self.spares_sliding and getattr(parts[index].layer, "is_sliding", False)):
                 parts[index].release()
 
     def _make_way(self, parts: list[Part], part: CompressedPart, key_states: Tensor) -> None:

@@ -24,7 +24,7 @@ from nexusquant_cache.files.schema import (
     TensorMeta,
     TransformMeta,
 )
-from nexusquant_cache.layer.state import SIDES, TENSORS, Declared, Facts, expected, transform_tensors
+from nexusquant_cache.layer.state import SIDES, Declared, Facts, expected, listed, transform_tensors
 
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "float64": ("F64", torch.float64),
@@ -237,8 +237,7 @@ class _Layer:
             self._wrong("must say where the first tokens of padded rows are, and of no others")
         self._check_body(shape)
         self._check_observed(shape)
-        more = {declared.name for declared in TENSORS if declared.is_listed}
-        if meta.more is not None and not set(meta.more) <= more:
+        if meta.more is not None and not set(meta.more) <= listed():
             self._wrong("names a tensor that no layer has")
         for name, dtype in (meta.more or {}).items():
             _among(f"{self.name}.{name}", dtype, tuple(DTYPES))
@@ -363,7 +362,7 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
         facts |= {f"{side[:-1]}_bytes": codecs[index].bytes_per_vector - 1}
         facts |= _transform_facts(side, transform, shape, codecs[index])
     more = meta.more or {}
-    return facts | {declared.name: more.get(declared.name) for declared in TENSORS if declared.is_listed}
+    return facts | {name: more.get(name) for name in listed()}
 
 
 def _transforms(body: BodyMeta | None) -> tuple[TransformMeta | None, TransformMeta | None]:

@@ -192,6 +192,11 @@ def expected(facts: Facts) -> Iterator[tuple[Declared, tuple[int, ...]]]:
             yield declared, shape
 
 
+def listed() -> set[str]:
+    """Return the names of the tensors of which a file says, for each layer, whether they are there."""
+    return {declared.name for declared in TENSORS if declared.is_listed}
+
+
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
 
 
