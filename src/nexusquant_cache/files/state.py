@@ -11,16 +11,16 @@ from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.positions import PositionMap
-from nexusquant_cache.codec.registry import describe_codec, make_codec
+from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
 from nexusquant_cache.codec.rope import RotaryPhase
-from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
+from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
+from nexusquant_cache.codec.transform import Rotation, VectorTransform
 from nexusquant_cache.errors import FormatError, NonFiniteError, UnsupportedError
 from nexusquant_cache.files.contents import DTYPES
 from nexusquant_cache.files.schema import (
     BeginningMeta,
     BodyMeta,
     CacheMeta,
-    CodecMeta,
     GivenMeta,
     LayerMeta,
     ObservedMeta,
