@@ -12,9 +12,10 @@ import torch
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
-from nexusquant_cache.codec.e8 import E8Codec, GainRule
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
-from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.evaluation import Candidate, describe
 
@@ -88,7 +89,6 @@ class LloydMaxCodec(VectorCodec):
     Args:
         head_dim: Channels per vector.
         bits: Bits per channel, 1 to 4.
-        gain: Which scale is stored; see `nexusquant_cache.codec.e8.E8Codec`.
         center: Whether `fit` removes the mean over tokens.
 
     Raises:
@@ -104,7 +104,6 @@ class LloydMaxCodec(VectorCodec):
 
     head_dim: int
     bits: int
-    gain: GainRule = "norm"
     center: bool = False
 
     def __post_init__(self) -> None:
@@ -136,8 +135,9 @@ class LloydMaxCodec(VectorCodec):
         y = y / rms.clamp_min(_TINY)
         cuts = torch.tensor(_middles(lloyd_max_levels(self.bits)), device=y.device)
         codes = torch.bucketize(y.contiguous(), cuts)
-        gains = self._gains(y, self._levels(y)[codes]) * rms[..., 0]
-        return PackedVectors(pack_bits(codes.to(torch.uint8), self.bits), encode_scales(gains, transform.reference))
+        power, norm = y.square().sum(-1), self._levels(y)[codes].square().sum(-1)
+        scales = torch.where(power > 0, (power / norm).sqrt(), 0.0) * rms[..., 0]  # keeps the vector's norm
+        return PackedVectors(pack_bits(codes.to(torch.uint8), self.bits), encode_scales(scales, transform.reference))
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
         """Return the levels, scaled and rotated back."""
@@ -147,11 +147,6 @@ class LloydMaxCodec(VectorCodec):
 
     def _levels(self, like: Tensor) -> Float[Tensor, "levels"]:
         return torch.tensor(lloyd_max_levels(self.bits), device=like.device)
-
-    def _gains(self, y: Float[Tensor, "b h n d"], q: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n"]:
-        power, inner, square = (product.sum(-1) for product in (y * y, y * q, q * q))
-        rules = {"least_squares": inner / square, "norm": (power / square).sqrt(), "unbiased": power / inner}
-        return torch.where(power > 0, rules[self.gain], 0.0)
 
 
 @dataclass(frozen=True)
@@ -220,8 +215,8 @@ class ScalarCache(NexusQuantCache):
         del layer_idx
         settings = self.cache_config
         if side == "keys":
-            return LloydMaxCodec(head_dim, settings.key_bits, settings.key_gain, settings.center_keys)
-        return LloydMaxCodec(head_dim, settings.value_bits, settings.value_gain)
+            return LloydMaxCodec(head_dim, settings.key_bits, settings.center_keys)
+        return LloydMaxCodec(head_dim, settings.value_bits)
 
 
 class ExactCache(NexusQuantCache):

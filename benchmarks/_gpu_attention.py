@@ -28,8 +28,7 @@ from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import CodedSide
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.codec.operands import Softmax
-from nexusquant_cache.codec.triton import attention
+from nexusquant_cache.codec.softmax import Softmax
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,13 +154,14 @@ def _time_codes(shape: Shape, preset: str, keys: Keys, device: torch.device) -> 
 
     The first includes positions of kept tokens, sinks and tail, and the joining of both.
     """
-    from nexusquant_cache.codec.triton.attend import attend_packed  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton.attend import attend  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton.kernels_attend import attend_packed  # noqa: PLC0415 - imports triton
 
     held = [random_held(shape, keys, preset, _MODEL_DTYPE, device)]
     nbytes = packed_bytes(held[0])
     held += [random_held(shape, keys, preset, _MODEL_DTYPE, device) for _ in range(copies_for(nbytes, device) - 1)]
     query, options = _query(shape, device), Softmax(shape.head_dim**-0.5)
-    whole = time_calls([lambda each=each: attention.attend(query, each, None, options) for each in held], device)
+    whole = time_calls([lambda each=each: attend(query, each, None, options) for each in held], device)
 
     def kernel(each: HeldTokens) -> Callable[[], object]:
         assert each.keys is not None
@@ -216,7 +216,7 @@ def _time_encoding(
     codec: E8Codec, transform: VectorTransform, size: tuple[int, ...], device: torch.device
 ) -> dict[str, Any]:
     """Return the time of the kernel, and of the codec, which makes the kernel's tables each time."""
-    from nexusquant_cache.codec.triton import encode as kernel  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton import kernels_encode as kernel  # noqa: PLC0415 - imports triton
 
     batch, heads, tokens, head_dim = size
     nbytes = batch * heads * tokens * (2 * head_dim + codec.bytes_per_vector)
@@ -229,7 +229,7 @@ def _time_encoding(
     given = kernel.encode_operand(out.plan, rotation.rotate(unit), transform.reference, rotation.block_variances)
 
     def call(each: Tensor) -> Callable[[], object]:
-        return lambda: kernel.encode(each, given, codec.candidates, codec.gain, out)
+        return lambda: kernel.encode(each, given, codec.candidates, out)
 
     timing = time_calls([call(each) for each in vectors], device)
     codec.encode(vectors[0], transform)

@@ -32,9 +32,9 @@ from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.blocks import decode_blocks
 from nexusquant_cache.codec.held import CodedSide
 from nexusquant_cache.codec.layout import COMPANDER, CodeLayout, block_code
-from nexusquant_cache.codec.operands import Softmax, side_plan
+from nexusquant_cache.codec.operands import side_plan
 from nexusquant_cache.codec.packing import pack
-from nexusquant_cache.codec.triton import attention
+from nexusquant_cache.codec.softmax import Softmax
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -245,8 +245,7 @@ def _attention(check: Check, device: torch.device) -> Iterator[Finding]:
     options = Softmax(head_dim**-0.5)
     for group in check.groups:
         query = torch.randn(batch, heads * group, 1, head_dim, device=device).to(check.dtype)
-        found = attention.attend(query, held, None, options)
-        assert found is not None
+        found = _attend(query, held, options)
         expected = attended(query, held, options.scaling)
         yield _distance(f"attention, {group} queries for each head", found, expected, _ATTENTION[check.dtype])
         if device.type == "cuda":
@@ -254,11 +253,18 @@ def _attention(check: Check, device: torch.device) -> Iterator[Finding]:
             yield Finding("a captured step, different numbers", float((again != found).sum()), 0.0)
 
 
+def _attend(query: Tensor, held: HeldTokens, options: Softmax) -> Tensor:
+    from nexusquant_cache.codec.triton.attend import attend  # noqa: PLC0415 - imports triton
+
+    found = attend(query, held, None, options)
+    assert found is not None
+    return found[0]
+
+
 def _replayed(query: Tensor, held: HeldTokens, options: Softmax) -> Tensor:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = attention.attend(query, held, None, options)
-    assert out is not None
+        out = _attend(query, held, options)
     out.fill_(torch.nan)
     graph.replay()
     torch.cuda.synchronize()
@@ -286,7 +292,7 @@ def _apart(side: CodedSide) -> CodedSide:
 
 def _decode(check: Check, device: torch.device) -> Iterator[Finding]:
     """Compare decoded keys, with their phase, and decoded values."""
-    from nexusquant_cache.codec.triton import decode as dense  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton import kernels_decode as dense  # noqa: PLC0415 - imports triton
 
     held = random_held(check.shape, check.keys, check.preset, torch.float16, device)
     if check.far_apart:

@@ -5,7 +5,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from nexusquant_cache.codec.triton import codes
+from nexusquant_cache.codec.triton import kernels_codes as codes
 
 
 @triton.jit

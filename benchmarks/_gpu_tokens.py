@@ -16,7 +16,7 @@ from nexusquant_cache.codec.held import CodedSide, HeldTokens, Side
 from nexusquant_cache.codec.operands import PackedOperand, Places, RopeOperand
 from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.codec.rope import RotaryPhase
-from nexusquant_cache.codec.triton import coding as fused
+from nexusquant_cache.codec.triton.support import operand
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float64, UInt8
@@ -138,14 +138,14 @@ def _random_bitmap(covered: int, kept: int) -> UInt8[Tensor, " bytes"]:
 def operand_of(side: CodedSide) -> PackedOperand:
     """Return one side as kernels read it."""
     assert isinstance(side.codec, E8Codec)
-    return fused.operand(side.codec.layouts, side.packed, side.transform)
+    return operand(side.packed, side.transform, side.codec.layouts)
 
 
 def rope_of(held: HeldTokens) -> tuple[RopeOperand | None, Places | None]:
     """Return the phase and the places as kernels read them."""
     if held.phase is None:
         return None, None
-    from nexusquant_cache.codec.triton.positions import kept_positions  # noqa: PLC0415 - imports triton
+    from nexusquant_cache.codec.triton.kernels_positions import kept_positions  # noqa: PLC0415 - imports triton
 
     where, device = held.positions, held.tail[0].device
     assert where is not None

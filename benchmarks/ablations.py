@@ -134,8 +134,6 @@ ROWS = {
     "Hadamard rotation and scalar codes": Row(replace(CODES, transform="hadamard"), ScalarCache),
     "one scale tried": Row(replace(CODES, scale_candidates=(1.0,))),
     "four scales tried": Row(replace(CODES, scale_candidates=(0.9, 1.0, 1.12, 1.3))),
-    "gains: least squares": Row(replace(CODES, key_gain="least_squares", value_gain="least_squares")),
-    "gains: unbiased": Row(replace(CODES, key_gain="unbiased", value_gain="unbiased")),
     "keys 3 bits": Row(replace(CODES, key_bits=3)),
     "values 3 bits": Row(replace(CODES, value_bits=3)),
     **{
@@ -162,8 +160,6 @@ ROWS = {
     "tokens merged, keys too": Row(EVICTING, policy=MergingPolicy(keys=True)),
     "keys sharpened 2 %": Row(EVICTING, SharpenedCache),
     "keys sharpened 5 %": Row(EVICTING, MoreSharpenedCache),
-    "protect_boundary 1": Row(replace(EVICTING, protect_boundary=1)),
-    "protect_boundary 2": Row(replace(EVICTING, protect_boundary=2)),
 }
 
 

@@ -38,7 +38,7 @@ from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout, block_code
 from nexusquant_cache.codec.packing import unpack
-from nexusquant_cache.codec.transform import HadamardRotation
+from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.evaluation import (
     Candidate,
     LoadedModel,

@@ -29,9 +29,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.compiler import compile as compile_kernel
 
-from nexusquant_cache.codec.triton import attend as attention
-from nexusquant_cache.codec.triton import decode as dense
-from nexusquant_cache.codec.triton import encode
+from nexusquant_cache.codec.triton import kernels_attend as attention
+from nexusquant_cache.codec.triton import kernels_decode as dense
+from nexusquant_cache.codec.triton import kernels_encode as encode
 from nexusquant_cache.evaluation import environment, read_json, write_json
 
 if TYPE_CHECKING:

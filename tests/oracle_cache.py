@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from nexusquant_cache import DEFAULT_POLICY, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
-from nexusquant_cache.codec.transform import PrincipalRotation, VectorTransform
+from nexusquant_cache.codec.rotation import PrincipalRotation
+from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import resolve_preset

@@ -4,14 +4,45 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
-from nexusquant_cache.codec.e8 import GainRule, TransformRule
+from nexusquant_cache.codec.e8 import TransformRule
 from nexusquant_cache.codec.impl import Impl
 from nexusquant_cache.codec.layout import MAX_BITS, Bits
+from nexusquant_cache.codec.registry import check_codec_name
 from nexusquant_cache.errors import OptionError, suggest
 
-_LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "protect_boundary": 0}
-_CHOICES = {"key_gain": GainRule, "value_gain": GainRule, "transform": TransformRule, "impl": Impl}
+_LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1}
+_CHOICES = {"transform": TransformRule, "impl": Impl}
 _LEAST_BITS = 0.5  # per channel: a head of 16 channels then has one coded block
+
+
+@dataclass(frozen=True)
+class Removed:
+    """An option that is no more.
+
+    Attributes:
+        remains: The value whose effect every cache now has.
+        advice: What to do without the option.
+    """
+
+    remains: str | int
+    advice: str
+
+    def is_what_remains(self, value: object) -> bool:
+        """Tell whether a value asks for what every cache does."""
+        return type(value) is type(self.remains) and value == self.remains
+
+
+_ONE_GAIN = "decoded vectors always keep their norm, which no other rule improved on; leave it out"
+REMOVED: dict[str, Removed] = {
+    "key_gain": Removed("norm", _ONE_GAIN),
+    "value_gain": Removed("norm", _ONE_GAIN),
+    "protect_boundary": Removed(
+        0,
+        "no layers are special by their place, and one that coding harms gets more bits by itself (most_code_error); "
+        "to give a layer more, override make_codec",
+    ),
+}
+"""Options of earlier releases by name: callers get the advice, and files may say what remains."""
 
 
 @dataclass(frozen=True)
@@ -33,14 +64,14 @@ class CacheConfig:
         transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
             Where ``"auto"`` finds a prompt too short for principal axes, it takes the other and some more bits than
             `key_bits` and `value_bits` say, so that quality stays and bytes are least.
-        key_gain: Gain rule of keys, see `codec.e8.E8Codec`.
-        value_gain: Gain rule of values.
         scale_candidates: Scales to try per vector, relative to its root mean square.
         most_code_error: A layer whose attention output would move by more than this part of its length when the first
             tokens are coded gets one more bit per channel, and again, up to 4.  `MemoryReport` says what it was.
-        protect_boundary: So many layers at the beginning and at the end of the model get 4 bits per channel.
+        codec: Name of the codec of keys and values; ``"e8"``, or one of your own (`register_codec`), which makes what
+            it likes of bits, transform and candidates: it is not told them.
         impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that has them and in plain torch, with
-            a line in the log, on one that has not.  ``"torch"`` never uses kernels; ``"triton"`` insists on them.
+            a line in the log, on one that has not.  ``"torch"`` never uses Triton kernels; ``"triton"`` insists on
+            them.
 
     Raises:
         OptionError: If a value is outside its range.
@@ -56,11 +87,9 @@ class CacheConfig:
     center_keys: bool = True
     remove_rope: bool = True
     transform: TransformRule = "auto"
-    key_gain: GainRule = "norm"
-    value_gain: GainRule = "norm"
     scale_candidates: tuple[float, ...] = (0.92, 1.1)
     most_code_error: float = 0.7
-    protect_boundary: int = 0
+    codec: str = "e8"
     impl: Impl = "auto"
 
     def __post_init__(self) -> None:
@@ -80,6 +109,7 @@ class CacheConfig:
         if not isinstance(scales, tuple) or not scales or not all(_is_positive(scale) for scale in scales):
             msg = f"scale_candidates must be positive numbers, at least one, in a tuple; got {scales!r}"
             raise OptionError(msg)
+        check_codec_name(self.codec)
         for name, rules in _CHOICES.items():
             given = getattr(self, name)
             if given not in get_args(rules):
@@ -100,10 +130,14 @@ class CacheConfig:
         """Return a copy with these options changed.
 
         Raises:
-            OptionError: If an option does not exist; the message names the nearest that does.
+            OptionError: If an option does not exist; the message names the nearest that does, or says why the option
+                was removed and what to do.
         """
         known = [field.name for field in fields(self)]
         for name in options:
+            if name in REMOVED:
+                msg = f"the option {name!r} was removed: {REMOVED[name].advice}"
+                raise OptionError(msg)
             if name not in known:
                 msg = f"unknown option {name!r}. {suggest(name, known)}"
                 raise OptionError(msg)

@@ -17,10 +17,9 @@ from triton.runtime import driver
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec import e8
 from nexusquant_cache.codec import impl as support
-from nexusquant_cache.codec.operands import Softmax
-from nexusquant_cache.codec.triton import attend as attention
-from nexusquant_cache.codec.triton import attention as fused
-from nexusquant_cache.codec.triton import decode as dense
+from nexusquant_cache.codec.softmax import Softmax
+from nexusquant_cache.codec.triton import kernels_attend as attention
+from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.layer.layer import NexusQuantLayer
 
 

@@ -17,7 +17,7 @@ from nexusquant_cache import EvictionPolicy, LeveragePolicy, NexusQuantCache, Sc
 from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import HeldTokens
-from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer

@@ -9,10 +9,11 @@ from integration.packed import codec_of, correlated, packed_side, phase_of, side
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from nexusquant_cache.codec.operands import ExactTokens, PackedOperand, Softmax
+from nexusquant_cache.codec.operands import ExactTokens, PackedOperand
 from nexusquant_cache.codec.positions import PositionMap
-from nexusquant_cache.codec.triton import attend as kernel
-from nexusquant_cache.codec.triton import positions as positions_kernel
+from nexusquant_cache.codec.softmax import Softmax
+from nexusquant_cache.codec.triton import kernels_attend as kernel
+from nexusquant_cache.codec.triton import kernels_positions as positions_kernel
 from nexusquant_cache.codec.triton.compile_case import CompileCase
 from nexusquant_cache.errors import ShapeError, UnsupportedError
 

@@ -21,8 +21,8 @@ SOME = ("attend d=128 after the phase", "decode d=128, with phase", "encode d=64
 AMD = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from nexusquant_cache.codec.triton import attend as attention
-from nexusquant_cache.codec.triton import decode as dense
+from nexusquant_cache.codec.triton import kernels_attend as attention
+from nexusquant_cache.codec.triton import kernels_decode as dense
 
 for case in (list(attention.compile_cases())[1], list(dense.compile_cases())[0]):
     names, given = list(case.signature), {**case.constexprs, "ASM": False}

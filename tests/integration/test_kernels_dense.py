@@ -10,7 +10,7 @@ from integration.packed import codec_of, packed_side, phase_of
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from nexusquant_cache.codec.operands import PackedOperand
-from nexusquant_cache.codec.triton import decode as kernel
+from nexusquant_cache.codec.triton import kernels_decode as kernel
 from nexusquant_cache.errors import ShapeError, UnsupportedError
 
 interpreted = pytest.mark.skipif(

@@ -11,7 +11,7 @@ from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import DISTORTION, CodeLayout
 from nexusquant_cache.codec.operands import PackedOperand, side_plan
-from nexusquant_cache.codec.triton import encode as kernel
+from nexusquant_cache.codec.triton import kernels_encode as kernel
 from nexusquant_cache.errors import ShapeError
 
 pytestmark = pytest.mark.skipif(

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
 from nexusquant_cache.codec.e8 import E8Codec
-from nexusquant_cache.codec.triton import attention as fused
 from nexusquant_cache.errors import UnsupportedError
 
 pytest.importorskip("triton")
@@ -19,9 +18,9 @@ pytest.importorskip("triton")
 from triton.runtime.errors import OutOfResources
 
 from nexusquant_cache.codec import impl as support
-from nexusquant_cache.codec.triton import attend as kernel
-from nexusquant_cache.codec.triton import decode as dense
-from nexusquant_cache.codec.triton import encode as encode_kernel
+from nexusquant_cache.codec.triton import kernels_attend as kernel
+from nexusquant_cache.codec.triton import kernels_decode as dense
+from nexusquant_cache.codec.triton import kernels_encode as encode_kernel
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nexusquant_cache import LayerTransforms, NexusQuantCache, OptionError
-from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation
+from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
 
 HEADS, HEAD_DIM, LAYERS = 2, 16, 4
 FREE: dict[str, Any] = SMALL | {"most_code_error": 1e9}  # bits stay what they are

@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
-from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+from nexusquant_cache.codec.rotation import HadamardRotation
+from nexusquant_cache.codec.transform import VectorTransform
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,

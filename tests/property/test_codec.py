@@ -13,12 +13,13 @@ from torch import Tensor
 import strategies
 from nexusquant_cache.codec import e8
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.codec.e8 import E8Codec, _ScaleSearch
+from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import BLOCK, CodeLayout
 from nexusquant_cache.codec.packing import pack
+from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.scale import STEPS_PER_OCTAVE
 from nexusquant_cache.codec.tables import decode_rows
-from nexusquant_cache.codec.transform import HadamardRotation, Rotation, VectorTransform
+from nexusquant_cache.codec.transform import Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
 
 BITS = (1, 2, 3, 4)
@@ -249,7 +250,7 @@ class TestError:
 
 def codes_and_gains(codec: E8Codec, y: Tensor) -> tuple[Tensor, Tensor]:
     """Return the codewords ``[n, d]`` chosen for rotated vectors ``y [n, d]`` and their gains, in float64."""
-    codes, gains = _ScaleSearch(codec.layout, None).encode(y.T.contiguous(), codec.candidates, codec.gain)
+    codes, gains = ScaleSearch(codec.layout, None).encode(y.T.contiguous(), codec.candidates, codec.gain)
     return decode_rows(pack(codes, codec.layout), codec.layout).double(), gains.double()[:, None]
 
 

@@ -15,7 +15,7 @@ from nexusquant_cache.codec.hadamard import (
     hadamard_stages,
     random_signs,
 )
-from nexusquant_cache.codec.transform import HadamardRotation
+from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.errors import ShapeError
 
 EPS = torch.finfo(torch.float32).eps

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.blocks import decode_blocks
-from nexusquant_cache.codec.e8 import E8Codec, _ScaleSearch
+from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import BLOCK, DISTORTION, CodeLayout, sloped_layouts
 from nexusquant_cache.codec.packing import pack, unpack
+from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.scale import decode_scales
 from nexusquant_cache.codec.tables import decode_rows
-from nexusquant_cache.codec.transform import PrincipalRotation
 from nexusquant_cache.errors import OptionError
 
 HEAD_DIMS = (8, 40, 64, 80, 96, 128, 256)
@@ -292,7 +292,7 @@ class TestError:
         layout = CodeLayout(32, (4, 2, 1, 0))
         weights = torch.tensor([1.0, 0.2, 0.05, 0.01])[:, None].expand(-1, 100)
         y = torch.randn(32, 100)
-        codes, gains = _ScaleSearch(layout, weights).encode(y, (0.92, 1.1), "least_squares")
+        codes, gains = ScaleSearch(layout, weights).encode(y, (0.92, 1.1), "least_squares")
         q = decode_rows(pack(codes, layout), layout).T
 
         def error(gains: Tensor) -> Tensor:
@@ -300,7 +300,7 @@ class TestError:
 
         for other in (0.98, 1.02):
             assert (error(gains) <= error(other * gains)).all()
-        unweighted = _ScaleSearch(layout, None).encode(y, (0.92, 1.1), "least_squares")[1]
+        unweighted = ScaleSearch(layout, None).encode(y, (0.92, 1.1), "least_squares")[1]
         assert not torch.equal(unweighted, gains)
 
 

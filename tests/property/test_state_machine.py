@@ -30,10 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
-from nexusquant_cache.codec.registry import describe_codec, make_codec
+from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.files import register_codec
-from nexusquant_cache.files.schema import CodecMeta
 from nexusquant_cache.layer.layer import NexusQuantLayer
 
 register_codec(

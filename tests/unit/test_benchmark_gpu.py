@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", reason="triton is for Linux")
 
 from nexusquant_cache.codec.held import CodedSide
-from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch.attend import attend
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"

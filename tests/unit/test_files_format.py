@@ -45,7 +45,7 @@ from nexusquant_cache.files import (
 from nexusquant_cache.files.container import header_bytes, read_header
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.reader import read_file
-from nexusquant_cache.files.schema import BodyMeta, CodecMeta, Seed, TransformMeta, from_json, to_json
+from nexusquant_cache.files.schema import BodyMeta, Seed, TransformMeta, from_json, to_json
 from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.stock import restore_stock, stock_state
 

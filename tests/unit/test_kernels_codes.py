@@ -13,7 +13,7 @@ from nexusquant_cache.errors import ShapeError
 
 triton = pytest.importorskip("triton", reason="triton is for Linux")
 tl = pytest.importorskip("triton.language")
-codes = pytest.importorskip("nexusquant_cache.codec.triton.codes")
+codes = pytest.importorskip("nexusquant_cache.codec.triton.kernels_codes")
 
 interpreted = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",

@@ -12,8 +12,9 @@ from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl as support
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
-from nexusquant_cache.codec.triton import coding as fused
+from nexusquant_cache.codec.rotation import HadamardRotation
+from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.codec.triton import support
 from nexusquant_cache.errors import OptionError, UnsupportedError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

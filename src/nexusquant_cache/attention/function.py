@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.held import HeldTokens
-from nexusquant_cache.codec.operands import Softmax
-from nexusquant_cache.codec.torch.attend import attend, can_read
-from nexusquant_cache.codec.triton import attention as fused
+from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.observations import scaled, take_layer_of
 from nexusquant_cache.states import HeldStates
@@ -152,7 +151,7 @@ def read_codes(
     if query.shape[2] > MOST_QUERIES:
         return None
     unknown = {name for name, given in options.items() if given is not None} - _UNDERSTOOD
-    if unknown or not can_read(held) or not _is_understood(mask, query.shape[2], held.tokens):
+    if unknown or held.keys is None or not _is_understood(mask, query.shape[2], held.tokens):
         return None
     scaling = options.get("scaling")
     bounded = stock != "sdpa"  # which passes over softcap and sinks
@@ -162,13 +161,10 @@ def read_codes(
         sinks=options.get("s_aux") if bounded else None,
     )
     visible = mask if isinstance(mask, Tensor) else None
-    # Eager attention tells its weights, and numbers may be added to the logits: both are for plain torch.
-    if stock != "eager" and (visible is None or visible.dtype == torch.bool) and fused.can_attend(held):
-        read = fused.attend(query, held, visible, softmax)
-        if read is not None and fused.is_right(held, read, lambda: attend(query, held, visible, softmax)[0]):
-            return read.transpose(1, 2).contiguous(), None
-    out, weights = attend(query, held, visible, softmax)
-    return out.to(query.dtype).transpose(1, 2).contiguous(), weights.to(query.dtype) if stock == "eager" else None
+    is_eager = stock == "eager"  # which tells its weights
+    out, weights = impl.attend(query, held, visible, softmax, weights=is_eager)
+    told = weights.to(query.dtype) if is_eager and weights is not None else None
+    return out.to(query.dtype).transpose(1, 2).contiguous(), told
 
 
 def _is_understood(mask: object, queries: int, tokens: int) -> bool:

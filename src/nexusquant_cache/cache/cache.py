@@ -19,7 +19,8 @@ from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import Side
-from nexusquant_cache.codec.layout import MAX_BITS, CodeLayout
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.registry import new_codec
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
 from nexusquant_cache.files.checks import settings_of
@@ -133,9 +134,6 @@ class NexusQuantCache(DynamicCache):
     def _make_layers(self) -> list[Any]:
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
-            if self.cache_config.protect_boundary:
-                msg = "protect_boundary counts layers from the model's end and needs config=model.config"
-                raise OptionError(msg)
             return []
         counts = counts_kept_tokens(self.model_config)
         if counts is not None and self.cache_config.keep_ratio < 1:
@@ -178,23 +176,19 @@ class NexusQuantCache(DynamicCache):
         Raises:
             ShapeError: If ``head_dim`` is not a multiple of 8.
         """
+        del layer_idx
         settings = self.cache_config
+        if settings.codec != "e8":
+            return new_codec(settings.codec, head_dim)
         keys = side == "keys"
-        bits = settings.key_bits if keys else settings.value_bits
         return E8Codec(
-            CodeLayout.flat(head_dim, MAX_BITS if self._is_protected(layer_idx) else bits),
+            CodeLayout.flat(head_dim, settings.key_bits if keys else settings.value_bits),
             transform=settings.transform,
             axes_save=_AXES_SAVE[side],
-            gain=settings.key_gain if keys else settings.value_gain,
             candidates=settings.scale_candidates,
             center=keys and settings.center_keys,
             impl=settings.impl,
         )
-
-    def _is_protected(self, layer_idx: int) -> bool:
-        """Tell whether a layer is so near the beginning or the end of the model that it gets all bits."""
-        count = self.cache_config.protect_boundary
-        return count > 0 and not count <= layer_idx < len(self.layers) - count
 
     def make_phase(self, layer_idx: int, seen_tokens: int) -> RotaryPhase | None:
         """Return the rotary phase to take off a layer's keys, or None to code them as they are.
@@ -473,7 +467,7 @@ class NexusQuantCache(DynamicCache):
             OptionError: If the level or the number of threads is none, the token ids are not ``[batch, tokens]``, or
                 the metadata are no texts or too long.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
-                (`nexusquant_cache.files.register_codec`), rotations and layers of other classes, layers that
+                (`nexusquant_cache.register_codec`), rotations and layers of other classes, layers that
                 have seen different numbers of tokens, or anything else that `load` would refuse.
             CacheStateError: If an earlier forward failed half-way through a compression.
             NonFiniteError: If an exact token, or a layer of transformers' own, holds NaN or infinity.

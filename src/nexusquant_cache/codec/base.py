@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 
@@ -45,7 +46,20 @@ class VectorCodec(ABC):
     `fit` looks at the tokens of the first compression and freezes what all tokens share; `encode` and
     `decode` then treat every vector on its own, so that encoding a concatenation is the concatenation of
     encodings and no stored code is ever touched again.
+
+    Attributes:
+        impl: Which implementation computes, see `codec.impl.Impl`; a codec of your own computes as it likes.
     """
+
+    impl: str = "torch"
+
+    @property
+    def layouts(self) -> tuple[CodeLayout, ...]:
+        """The layouts that heads may have, if rows are laid out as in `codec.layout`; none if not.
+
+        Only such rows are read by other implementations than plain torch.
+        """
+        return ()
 
     @abstractmethod
     def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
@@ -61,7 +75,11 @@ class VectorCodec(ABC):
 
     @property
     def has_channels(self) -> bool:
-        """Whether `decode` is `VectorTransform.inverse` of `coded_channels`, so that attention can read the codes."""
+        """Whether `decode` is `VectorTransform.inverse` of `coded_channels`.
+
+        Attention then works on coded channels and rotates what it has summed; otherwise it decodes some tokens at a
+        time.
+        """
         return False
 
     def coded_channels(

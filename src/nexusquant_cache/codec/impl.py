@@ -1,106 +1,238 @@
-"""Whether the kernels can be used, and what is said where they cannot."""
+"""The one place that knows the implementations of the codec, and chooses between them.
+
+An implementation is a folder beside this file and its name in `Impl`.  The folder has
+
+- ``support.py``: ``is_wanted(device)``, ``why_not(layouts, transform)`` and ``specialisation(layouts, transform)``;
+- ``encode.py``, ``decode.py`` and ``attend.py``, each with the function of that name and the signature of the one in
+  `codec.torch`; the last with ``specialisation(queries, held)`` too.  ``attend`` may return None for a mask that it
+  does not know, and raise `UnsupportedError` where the device cannot do the work after all.
+
+`codec.triton` is the example.  Nothing of a folder is imported before it is chosen, or asked why not.
+"""
 
 import logging
-import os
 from collections.abc import Callable, Hashable
 from functools import lru_cache
-from importlib.util import find_spec
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.held import HeldTokens
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.softmax import Softmax
+from nexusquant_cache.codec.torch import attend as plain_attend
+from nexusquant_cache.codec.torch import decode as plain_decode
+from nexusquant_cache.codec.torch import encode as plain_encode
+from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 
 Impl = Literal["auto", "torch", "triton"]
-"""Kernels where they can run, never, or always."""
+"""``"torch"``, or the name of another folder, insists on that implementation.  ``"auto"`` takes the first one after
+``"torch"`` that is wanted on the device, if it can do the work, and else plain torch."""
 
 _LOG = logging.getLogger("nexusquant_cache")
-_LEAST_CAPABILITY = (8, 0)  # bfloat16 and the matrix instructions that the kernels are made of
-MOST_CHANNELS = 256
-"""The largest head dimension that the kernels cover."""
+_OTHERS = get_args(Impl)[2:]
+# The largest errors that rounding explains, relative to plain torch.
+_MOST_ERROR = 2e-3
+_MOST_ATTENTION_ERROR = 0.03  # products may have float16 operands, and outputs be bfloat16
+_MOST_TIES = 0.05  # vectors of which rounding may have decided
 
 
-def why_not(device: torch.device, *head_dims: int) -> str | None:
-    """Return why kernels cannot run on this device for these head dimensions; None if they can."""
-    too_wide = [head_dim for head_dim in head_dims if head_dim > MOST_CHANNELS]
-    if too_wide:
-        return f"the kernels cover head dimensions up to {MOST_CHANNELS}, not {too_wide[0]}"
-    return _why_no_kernels(device)
+def _module(name: str, what: str) -> Any:  # noqa: ANN401 - see the top of this file
+    return import_module(f"{__package__}.{name}.{what}")
 
 
-@lru_cache(maxsize=16)
-def _why_no_kernels(device: torch.device) -> str | None:
-    if not _has_triton():
-        return "triton is not installed (pip install 'nexusquant-cache[triton]')"
-    if device.type != "cuda":
-        # The interpreter runs kernels on the CPU, slowly, for tests.
-        is_interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-        return None if is_interpreted else f"a {device.type} device has no kernels"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _LEAST_CAPABILITY:
-        least = ".".join(map(str, _LEAST_CAPABILITY))
-        own = ".".join(map(str, torch.cuda.get_device_capability(device)))
-        return f"the kernels need compute capability {least}, this card has {own}"
-    return None
-
-
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
-
-
-def are_wanted(impl: Impl, device: torch.device) -> bool:
-    """Tell whether kernels were asked for; by default on every device but a CPU, which has none."""
-    return impl == "triton" or (impl == "auto" and device.type != "cpu")
-
-
-def refuse(impl: Impl, reason: str) -> None:
-    """Say, once for each reason, why plain torch computes where kernels were wanted; results are the same.
-
-    Args:
-        impl: What was asked for.
-        reason: Why kernels cannot be used, see `why_not`.
+def choose(codec: VectorCodec, transform: VectorTransform) -> str:
+    """Return the name of the implementation that computes with this codec and this transform.
 
     Raises:
-        UnsupportedError: If ``impl`` is ``"triton"``.
+        UnsupportedError: If the codec insists on one that cannot.
     """
-    if impl == "triton":
-        msg = f"impl='triton' was asked for, but {reason}. impl='auto' computes the same in plain torch."
+    if not codec.layouts:
+        return "torch"
+    for name in _OTHERS:
+        if codec.impl != name and not (codec.impl == "auto" and _module(name, "support").is_wanted(_device(transform))):
+            continue
+        reason = _module(name, "support").why_not(codec.layouts, transform)
+        if reason is None:
+            return name
+        refuse(codec.impl, reason)
+    return "torch"
+
+
+def _device(transform: VectorTransform) -> torch.device:
+    return transform.reference.device
+
+
+def encode(
+    codec: VectorCodec,
+    vectors: Float[Tensor, "b h n d"],
+    transform: VectorTransform,
+    candidates: tuple[float, ...],
+) -> PackedVectors:
+    """Return the codes of finite vectors; see `codec.torch.encode.encode`."""
+    name, layouts = choose(codec, transform), codec.layouts
+    if name != "torch":
+        packed: PackedVectors = _module(name, "encode").encode(vectors, transform, layouts, candidates)
+
+        def error() -> float:
+            plain = plain_encode.encode(vectors, transform, layouts, candidates)
+            return _code_error(vectors, packed, plain, transform, layouts)
+
+        key = (name, "encode", vectors.device, vectors.dtype, _specialisation(name, layouts, transform))
+        if not vectors.numel() or is_right(codec.impl, key, error, _MOST_ERROR):
+            return packed
+    return plain_encode.encode(vectors, transform, layouts, candidates)
+
+
+def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
+    """Return the vectors of the codes as a new float32 tensor."""
+    name, layouts = choose(codec, transform), codec.layouts
+    if name != "torch":
+        vectors: Tensor = _module(name, "decode").decode(packed, transform, layouts)
+
+        def error() -> float:
+            return distance(vectors, plain_decode.decode(packed, transform, layouts))
+
+        key = (name, "decode", vectors.device, vectors.dtype, _specialisation(name, layouts, transform))
+        if not vectors.numel() or is_right(codec.impl, key, error, _MOST_ERROR):
+            return vectors
+    return plain_decode.decode(packed, transform, layouts)
+
+
+def attend(
+    queries: Float[Tensor, "b q m d"],
+    held: HeldTokens,
+    mask: Bool[Tensor, "#b #q m n"] | Float[Tensor, "#b #q m n"] | None,
+    softmax: Softmax,
+    *,
+    weights: bool = False,
+) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b q m n"] | None]:
+    """Return the attention output and perhaps its weights, in any floating dtype.
+
+    Args:
+        queries: Queries of the newest tokens.
+        held: What they attend to; some of it is packed.
+        mask: True for what may be seen, or numbers to add to the logits; None if all may be seen.
+        softmax: What varies between models.
+        weights: Whether the weights are needed, which only plain torch has.
+
+    Raises:
+        UnsupportedError: If a codec insists on an implementation that cannot run here.
+    """
+    name = _choose_for_attention(held)
+    if name != "torch":
+        if weights:
+            _say_once("attention weights are asked for")
+        else:
+            found = _attend_by(name, queries, held, mask, softmax)
+            if found is not None:
+                return found, None
+    return plain_attend.attend(queries, held, mask, softmax)
+
+
+def _choose_for_attention(held: HeldTokens) -> str:
+    """Return the one implementation that computes for both codecs, plain torch if they differ."""
+    assert held.keys is not None
+    assert held.values is not None
+    names = {
+        choose(side.codec, side.transform) if side.codec.has_channels else "torch" for side in (held.keys, held.values)
+    }
+    return names.pop() if len(names) == 1 else "torch"
+
+
+def _attend_by(name: str, queries: Tensor, held: HeldTokens, mask: Tensor | None, softmax: Softmax) -> Tensor | None:
+    """Return the output of another implementation; None if plain torch has to compute it."""
+    assert held.keys is not None
+    asked, module = held.keys.codec.impl, _module(name, "attend")
+    try:
+        found: tuple[Tensor, Tensor | None] | None = module.attend(queries, held, mask, softmax)
+    except UnsupportedError as error:
+        refuse(asked, str(error))
+        return None
+    if found is None:
+        _say_once("a mask adds to logits, or hides packed tokens from some queries or heads only")
+        return None
+    out = found[0]
+
+    def error() -> float:
+        return distance(out, plain_attend.attend(queries, held, mask, softmax)[0])
+
+    key = (name, "attend", out.device, out.dtype, module.specialisation(queries, held))
+    return out if is_right(asked, key, error, _MOST_ATTENTION_ERROR) else None
+
+
+def refuse(asked: str, reason: str) -> None:
+    """Say, once for each reason, why plain torch computes in place of another implementation; results are the same.
+
+    Args:
+        asked: The codec's choice, see `Impl`.
+        reason: Why the other implementation cannot be used.
+
+    Raises:
+        UnsupportedError: If it was insisted on.
+    """
+    if asked != "auto":
+        msg = f"impl={asked!r} was asked for, but {reason}. impl='auto' computes the same in plain torch."
         raise UnsupportedError(msg)
     _say_once(reason)
 
 
-def is_right(impl: Impl, key: Hashable, error: Callable[[], float], most: float) -> bool:
-    """Tell whether a kernel computes what plain torch computes; found out at the first use of each specialisation.
+@lru_cache(maxsize=64)
+def _say_once(reason: str) -> None:
+    _LOG.warning("compressed caches are computed in plain torch, which is slower: %s", reason)
+
+
+def is_right(asked: str, key: Hashable, error: Callable[[], float], most: float) -> bool:
+    """Tell whether an implementation computes what plain torch computes; found out at the first use of each key.
 
     A compiler or a card that nobody has tried then costs time, and no answer.
 
     Args:
-        impl: What was asked for, ``"auto"`` or ``"triton"``.
-        key: What the kernel was specialised for, and the device.
+        asked: The codec's choice, see `Impl`.
+        key: What the implementation is compiled for, and the device.
         error: Compares the two.
         most: The largest error that rounding explains.
 
     Raises:
-        UnsupportedError: If ``impl`` is ``"triton"`` and the kernel is wrong.
+        UnsupportedError: If the implementation is wrong and was insisted on.
     """
     if key not in _ERRORS:
         _ERRORS[key] = error()
     if _ERRORS[key] <= most:  # not so for NaN
         return True
-    refuse(impl, f"a kernel differs from plain torch on this device, by {_ERRORS[key]:.2g} for {key}; please report it")
+    what = f"a kernel differs from plain torch on this device, by {_ERRORS[key]:.2g} for {key}; please report it"
+    refuse(asked, what)
     return False
 
 
 _ERRORS: dict[Hashable, float] = {}
 
 
+def _specialisation(name: str, layouts: tuple[CodeLayout, ...], transform: VectorTransform) -> Hashable:
+    found: Hashable = _module(name, "support").specialisation(layouts, transform)
+    return found
+
+
+def _code_error(
+    vectors: Tensor,
+    found: PackedVectors,
+    plain: PackedVectors,
+    transform: VectorTransform,
+    layouts: tuple[CodeLayout, ...],
+) -> float:
+    """Return by how much codes are worse than those of plain torch, or further from them."""
+    errors = [distance(plain_decode.decode(packed, transform, layouts), vectors.float()) for packed in (found, plain)]
+    # Where two codes are equally near, rounding decides: a few vectors may differ, and then as a whole.
+    differ = (found.words != plain.words).any(-1).float().mean()
+    return max(errors[0] - errors[1], float(differ) - _MOST_TIES)
+
+
 def distance(found: Float[Tensor, "*shape"], expected: Float[Tensor, "*shape"]) -> float:
     """Return the distance between two results, relative to the length of the second."""
     length = expected.double().norm().clamp_min(torch.finfo(torch.float32).tiny)
     return float((found.double() - expected.double()).norm() / length)
-
-
-@lru_cache(maxsize=64)
-def _say_once(reason: str) -> None:
-    _LOG.warning("compressed caches are computed in plain torch, which is slower: %s", reason)

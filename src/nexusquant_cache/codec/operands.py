@@ -1,7 +1,7 @@
-"""What the kernels are given: packed tokens with their plans, rotations and phases, as tensors.
+"""What compiled code is given: packed tokens with their plans, rotations and phases, as plain numbers and tensors.
 
 What never changes while tokens are added is made once (`SidePlan`); a step adds views of the stored bytes
-(`PackedOperand`).  Nothing here needs triton.
+(`PackedOperand`).  No implementation is imported here.
 """
 
 from collections.abc import Sequence
@@ -107,7 +107,7 @@ def _units(layout: CodeLayout) -> list[float]:
 
 
 def _numbers(layout: CodeLayout) -> list[list[int]]:
-    """Return by block, for blocks rounded up, what `codes` decodes it with, in the order of `NUMBERS`."""
+    """Return by block, for blocks rounded up, what it is decoded with, in the order of `NUMBERS`."""
     padded = _LEAST_BLOCKS
     while padded < layout.blocks:
         padded *= 2
@@ -176,7 +176,7 @@ class PackedOperand:
     scales: UInt8[Tensor, "b h n"]
 
     def __post_init__(self) -> None:
-        """Refuse rows that are not laid out as kernels read them.
+        """Refuse rows that are not laid out as compiled code reads them.
 
         Raises:
             ShapeError: If rows or scales of a head are not one behind the other, or have another length than the plan.
@@ -247,18 +247,3 @@ class ExactTokens:
     keys: Float[Tensor, "b h e d"]
     values: Float[Tensor, "b h e dv"]
     mask: Bool[Tensor, "b_or_1 m e"] | Float[Tensor, "b_or_1 m e"] | None = None
-
-
-@dataclass(frozen=True)
-class Softmax:
-    """How logits are made and summed.
-
-    Attributes:
-        scaling: Factor of the inner products.
-        softcap: Logits ``x`` become ``softcap * tanh(x / softcap)``; None to leave them.
-        sinks: A further logit of each query head, whose token has no value.
-    """
-
-    scaling: float
-    softcap: float | None = None
-    sinks: Float[Tensor, " query_heads"] | None = None

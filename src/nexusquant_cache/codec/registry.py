@@ -1,21 +1,29 @@
-"""Codecs that a file can name."""
+"""Codecs by name, for generation, attention and files alike."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from typing import Any, get_type_hints
 
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.hadamard import hadamard_factors
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.errors import FormatError, NexusQuantError, OptionError, UnsupportedError
-from nexusquant_cache.files.schema import CodecMeta
+from nexusquant_cache.errors import FormatError, NexusQuantError, OptionError, UnsupportedError, suggest
 
 Options = dict[str, Any]
 _MOST_CHANNELS = 2048  # of a head: plans of bits take a time that grows with the square
 MOST_CANDIDATES = 64
 """Scales to try for each vector: each takes as long as the first."""
 _SEED_BITS = 64  # all that signs depend on
+
+
+@dataclass(frozen=True)
+class CodecMeta:
+    """A codec: its registered name, and what makes it again."""
+
+    name: str
+    options: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,9 @@ def _e8_options() -> Options:
 
 def _make_e8(options: Options) -> E8Codec:
     given = dict(options)
+    if given.pop("gain", "norm") != "norm":  # files of earlier releases name it
+        msg = "the gain rules besides 'norm' have been removed"
+        raise ValueError(msg)
     head_dim, bits = given.pop("head_dim"), tuple(given.pop("block_bits"))
     defaults = _e8_options()
     for name, value in given.items():
@@ -78,28 +89,78 @@ _CODECS: dict[str, _Entry] = {"e8": _Entry(E8Codec, _describe_e8, _make_e8)}
 def register_codec(
     name: str,
     codec_class: type[VectorCodec],
-    describe: Callable[[Any], Options],
-    make: Callable[[Options], VectorCodec],
+    describe: Callable[[Any], Options] | None = None,
+    make: Callable[[Options], VectorCodec] | None = None,
 ) -> None:
-    """Let caches with a codec of your own be saved and loaded; call it wherever either is done.
+    """Let caches use a codec of your own by its name, ``NexusQuantCache(codec=name)``, and be saved and loaded with it.
 
-    The codec's transforms must have one of the package's rotations, and its words must be one row of
-    ``bytes_per_vector - 1`` bytes per vector.
+    Call it in every program that does either.  The codec's transforms must have one of the package's rotations
+    (`codec.rotation`), and its words must be one row of ``bytes_per_vector - 1`` bytes per vector.
 
     Args:
-        name: What files call the codec; choose one that nobody else will, such as ``"yourname.codec"``.
+        name: What caches and files call the codec; choose one that nobody else will, such as ``"yourname.codec"``.
         codec_class: The class; subclasses need names of their own.
-        describe: Returns what `make` needs, as values that JSON knows.
-        make: Makes an equal codec again.  It is given what a file says: check it, and raise ValueError if it is wrong.
+        describe: Returns what ``make`` needs, as values that JSON knows.  By default the fields of a dataclass that are
+            compared.
+        make: Makes a codec of such options.  A new cache asks for ``make({"head_dim": ...})``; a file asks for the
+            equal of the codec that was described.  What a file says may be wrong: raise ValueError then.  By
+            default ``codec_class(**options)``, if the options are fields of plain types that the values have.
 
     Raises:
-        OptionError: If the name is taken by another class.
+        OptionError: If the name is taken by another class, or there is no default for the class.
     """
     known = _CODECS.get(name)
     if known is not None and known.codec_class is not codec_class:
         msg = f"the codec name {name!r} is taken by {known.codec_class.__name__}; choose another"
         raise OptionError(msg)
-    _CODECS[name] = _Entry(codec_class, describe, make)
+    if (describe is None or make is None) and not is_dataclass(codec_class):
+        msg = f"{codec_class.__name__} is no dataclass: give register_codec both describe and make"
+        raise OptionError(msg)
+    _CODECS[name] = _Entry(
+        codec_class,
+        _fields_of if describe is None else describe,
+        partial(_from_fields, codec_class) if make is None else make,
+    )
+
+
+def _fields_of(codec: Any) -> Options:  # noqa: ANN401 - any dataclass
+    """Return the fields of a dataclass that are compared."""
+    given = {field.name: getattr(codec, field.name) for field in fields(codec) if field.compare}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in given.items()}
+
+
+def _from_fields(codec_class: Any, options: Options) -> VectorCodec:  # noqa: ANN401
+    """Make a dataclass of its fields; lists are those that JSON made of tuples."""
+    given: Options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
+    for name, kind in get_type_hints(codec_class).items():
+        if kind is float and type(given.get(name)) is int:
+            given[name] = float(given[name])
+        if kind in {bool, int, float, str} and name in given and type(given[name]) is not kind:
+            msg = f"{name} must be of type {kind.__name__}, got {str(given[name])[:40]!r}"
+            raise TypeError(msg)
+    made: VectorCodec = codec_class(**given)
+    return made
+
+
+def check_codec_name(name: object) -> None:
+    """Check that a codec is registered.
+
+    Raises:
+        OptionError: If it is not.
+    """
+    if not isinstance(name, str) or name not in _CODECS:
+        msg = f"no codec is registered as {name!r} (nexusquant_cache.register_codec). {suggest(str(name), _CODECS)}"
+        raise OptionError(msg)
+
+
+def new_codec(name: str, head_dim: int) -> VectorCodec:
+    """Return a codec of a registered class for vectors of so many channels.
+
+    Raises:
+        OptionError: If it is not registered.
+    """
+    check_codec_name(name)
+    return _CODECS[name].make({"head_dim": head_dim})
 
 
 def describe_codec(codec: VectorCodec) -> CodecMeta:
@@ -113,7 +174,7 @@ def describe_codec(codec: VectorCodec) -> CodecMeta:
             return CodecMeta(name, entry.describe(codec))
     msg = (
         f"a file cannot name the codec class {type(codec).__name__}: register it first, with "
-        "nexusquant_cache.files.register_codec"
+        "nexusquant_cache.register_codec"
     )
     raise UnsupportedError(msg)
 

@@ -4,7 +4,6 @@ This package knows the file and what its metadata promises, and nothing of trans
 `nexusquant_cache.files.state` turns one into the other.
 """
 
-from nexusquant_cache.codec.registry import register_codec
 from nexusquant_cache.files.commands import FileSummary, KindSummary, convert_file, inspect_file, verify_file
 from nexusquant_cache.files.fingerprint import hash_tokens
 from nexusquant_cache.files.writer import AtRest
@@ -16,6 +15,5 @@ __all__ = [
     "convert_file",
     "hash_tokens",
     "inspect_file",
-    "register_codec",
     "verify_file",
 ]

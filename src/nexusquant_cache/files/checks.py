@@ -13,7 +13,7 @@ from nexusquant_cache.files.contents import given_facts, layer_facts
 from nexusquant_cache.files.fingerprint import check_fingerprint
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta, TransformMeta
 from nexusquant_cache.layer.state import SIDES, Declared, Facts, expected, finite, transform_tensors
-from nexusquant_cache.presets import CacheConfig
+from nexusquant_cache.presets import REMOVED, CacheConfig
 
 _MOST_NUMBER = 1 << 48
 _WHENS = ("post_prefill", "during_prefill")
@@ -34,6 +34,8 @@ def settings_of(meta: CacheMeta) -> CacheConfig:
         _wrong("settings", f"has more than {MOST_CANDIDATES} scale candidates")
     if "impl" in given:
         _wrong("settings", "says which implementation computes, which is the reader's choice")
+    # What was removed is still named by files of earlier releases, which may say what every cache now does.
+    given = {name: x for name, x in given.items() if name not in REMOVED or not REMOVED[name].is_what_remains(x)}
     try:
         return CacheConfig().override(given)
     except (NexusQuantError, ValueError, TypeError) as error:

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.positions import PositionMap
-from nexusquant_cache.codec.transform import HadamardRotation, PrincipalRotation, Rotation, VectorTransform
+from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
+from nexusquant_cache.codec.transform import Rotation, VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.files.contents import NAMES, given_facts, layer_facts
 from nexusquant_cache.files.schema import (

@@ -13,6 +13,7 @@ from functools import cache
 from math import isfinite
 from typing import Any, NewType, Union, get_args, get_origin, get_type_hints
 
+from nexusquant_cache.codec.registry import CodecMeta
 from nexusquant_cache.errors import FormatError
 
 Seed = NewType("Seed", int)
@@ -68,14 +69,6 @@ class PhaseMeta:
 
     pairs: int
     interleaved: bool
-
-
-@dataclass(frozen=True)
-class CodecMeta:
-    """A codec: its registered name, and what makes it again."""
-
-    name: str
-    options: dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,13 @@ import torch
 from torch import Tensor
 
 from nexusquant_cache.codec.base import VectorCodec
-from nexusquant_cache.codec.registry import describe_codec, make_codec
+from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import NonFiniteError
 from nexusquant_cache.files.contents import DTYPES
 from nexusquant_cache.files.schema import (
     BeginningMeta,
     CacheMeta,
-    CodecMeta,
     PaddingMeta,
     PhaseMeta,
 )

@@ -1,1 +1,1 @@
-"""The codec in plain torch: what every other implementation is compared with."""
+"""The codec in plain torch: what every other implementation is compared with, and what runs where none can."""

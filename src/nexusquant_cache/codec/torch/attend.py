@@ -1,4 +1,4 @@
-"""Attention on the codes in plain torch: the oracle of the kernels, and what runs where they cannot.
+"""Attention on the codes in plain torch: what every other implementation is compared with.
 
 Packed vectors are never turned back into what they were.  With a vector written as ``scale * U y + mean``, for coded
 channels ``y`` and the rotation ``U`` of its head,
@@ -7,6 +7,8 @@ channels ``y`` and the rotation ``U`` of its head,
 - a logit is ``scale * <U^T q, y> + <q, mean>`` for keys that were coded as attention sees them;
 - keys that were coded without their rotary phase are rotated and turned a few hundred tokens at a time.
 
+Where a codec has no coded channels (`VectorCodec.has_channels`), it decodes a few hundred tokens at a time.
+
 All in float32, which is more precise than attention on decoded vectors in a 16-bit dtype.
 """
 
@@ -14,8 +16,9 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
+from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
-from nexusquant_cache.codec.operands import Softmax
+from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.tables import covered_stages
 
 _CHUNK = 1 << 19  # channels decoded at once, over all heads: 2 MiB in float32, which stay in a core's cache
@@ -43,12 +46,6 @@ def attend(
         weights = _softmax(logits, mask, softmax)
         out = _values(stored(held, weights.view(batch, heads, -1, held.tokens)), held)
     return out.view(batch, -1, count, out.shape[-1]), weights
-
-
-def can_read(held: HeldTokens) -> bool:
-    """Tell whether the codecs let attention read their codes."""
-    sides = (held.keys, held.values)
-    return all(side is not None and side.codec.has_channels for side in sides)
 
 
 def _softmax(logits: Tensor, mask: Tensor | None, options: Softmax) -> Tensor:
@@ -94,7 +91,7 @@ def _logits(q: Float[Tensor, "b h m d"], held: HeldTokens) -> Float[Tensor, "b h
     out[..., :first] = q @ held.sinks[0].float().mT
     out[..., first + packed :] = q @ held.tail[0].float().mT
     body, transform = out[..., first : first + packed], held.keys.transform
-    if held.phase is None:
+    if held.phase is None and held.keys.codec.has_channels:
         rotated = transform.rotation.adjoint(q)
         for chunk in _chunks(held.keys, q.shape[-1]):
             y, scales = _read(held.keys, chunk)
@@ -102,12 +99,12 @@ def _logits(q: Float[Tensor, "b h m d"], held: HeldTokens) -> Float[Tensor, "b h
         if transform.mean is not None:
             body += q @ transform.mean.float().mT
         return out
-    done = covered_stages(transform.rotation.first_stride)
-    angles = held.angles()
+    angles = None if held.phase is None else held.angles()
     for chunk in _chunks(held.keys, q.shape[-1]):
-        y, scales = _read(held.keys, chunk, done)
-        keys = transform.inverse(y, scales, done)
-        body[..., chunk] = q @ held.phase.rotate(keys, angles[..., chunk]).mT
+        keys = _decode(held.keys, chunk)
+        if held.phase is not None and angles is not None:
+            keys = held.phase.rotate(keys, angles[..., chunk])
+        body[..., chunk] = q @ keys.mT
     return out
 
 
@@ -118,6 +115,10 @@ def _values(weights: Float[Tensor, "b h m n"], held: HeldTokens) -> Float[Tensor
     first, packed = held.sinks[1].shape[2], held.packed_tokens
     out = weights[..., :first] @ held.sinks[1].float() + weights[..., first + packed :] @ held.tail[1].float()
     body, transform = weights[..., first : first + packed], held.values.transform
+    if not held.values.codec.has_channels:
+        for chunk in _chunks(held.values, out.shape[-1]):
+            out += body[..., chunk] @ _decode(held.values, chunk)
+        return out
     summed = torch.zeros_like(out)
     for chunk in _chunks(held.values, out.shape[-1]):
         y, scales = _read(held.values, chunk)
@@ -137,5 +138,16 @@ def _chunks(side: CodedSide, head_dim: int) -> list[slice]:
 
 def _read(side: CodedSide, chunk: slice, first_stride: int = 1) -> tuple[Tensor, Tensor]:
     """Return coded channels and scales of some tokens."""
-    part = side.packed.map(lambda x: x[:, :, chunk])
-    return side.codec.coded_channels(part, side.transform, first_stride)
+    return side.codec.coded_channels(_part(side, chunk), side.transform, first_stride)
+
+
+def _decode(side: CodedSide, chunk: slice) -> Tensor:
+    """Return the vectors of some tokens: in plain torch, unless the codec decodes in its own way."""
+    if not side.codec.has_channels:
+        return side.codec.decode(_part(side, chunk), side.transform)
+    done = covered_stages(side.transform.rotation.first_stride)
+    return side.transform.inverse(*_read(side, chunk, done), done)
+
+
+def _part(side: CodedSide, chunk: slice) -> PackedVectors:
+    return side.packed.map(lambda x: x[:, :, chunk])
