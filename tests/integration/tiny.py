@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTra
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import HadamardRotation, VectorTransform
+from nexusquant_cache.releases import CACHE
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -168,12 +169,12 @@ def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 
     """Generate greedily (unless told otherwise) and return the full sequence."""
     mask = options.pop("attention_mask", torch.ones_like(ids))
     settings = {"do_sample": False, "max_new_tokens": tokens} | options
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    return model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
 
 
 @torch.no_grad()
 def logits(model: LlamaForCausalLM, ids: Tensor, cache: object, **options: Any) -> Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+    return model(input_ids=ids, **{CACHE: cache}, use_cache=True, **options).logits
 
 
 @contextmanager

@@ -51,7 +51,7 @@ _AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
 class NexusQuantCache(DynamicCache):
     """A KV cache that compresses itself after the prompt and stays compressed while it generates.
 
-    Pass it to ``model.generate(**inputs, past_key_values=NexusQuantCache(preset="balanced"))``; nothing else
+    Pass it to ``model.generate(**inputs, cache=NexusQuantCache(preset="balanced"))``; nothing else
     changes.  With ``config=model.config`` keys are coded without their rotary phase, and layers that are
     not full attention (sliding windows, linear attention) get transformers' own layer classes.
 
