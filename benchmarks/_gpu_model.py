@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Qua
 
 from nexusquant_cache import PRESETS, NexusQuantCache, attention
 from nexusquant_cache.evaluation.clock import now
+from nexusquant_cache.releases import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -319,7 +320,7 @@ def _stepper(model: Any, *, compiled: bool) -> Callable[[Tensor, Cache], Tensor]
     def step(token: Tensor, cache: Cache) -> Tensor:
         if compiled:
             torch.compiler.cudagraph_mark_step_begin()
-        logits = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+        logits = model(input_ids=token, **{CACHE: cache}, use_cache=True, logits_to_keep=1).logits
         return logits[:, -1].argmax(-1, keepdim=True)
 
     return step
@@ -406,13 +407,13 @@ def _prefill(run: _Run, cache: Cache, tokens: int) -> dict[str, Any]:
         start = now()
         for end in range(sizes.chunk, tokens + sizes.chunk, sizes.chunk):
             chunk = ids[:, end - sizes.chunk : end]
-            model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             spent = now() - start
             # At least, since later chunks take longer.
             if run.budget.left < spent * (tokens - end) / end:
                 msg = f"no time after {end:,} tokens in {spent:.0f} s"
                 raise _OutOfTimeError(msg)
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True)
         dense = 2 * _HALF_BYTES * sizes.model["num_hidden_layers"] * sizes.model["num_key_value_heads"]
         dense *= sizes.model["head_dim"] * tokens
         report = cache.memory_report() if isinstance(cache, NexusQuantCache) else None

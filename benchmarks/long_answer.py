@@ -19,6 +19,7 @@ from transformers import DynamicCache
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.evaluation import describe, environment, write_json
+from nexusquant_cache.releases import CACHE
 
 
 class Answer:
@@ -32,7 +33,7 @@ class Answer:
 
     @torch.no_grad()
     def _step(self, ids: torch.Tensor) -> torch.Tensor:
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, **{CACHE: self.cache}, use_cache=True, logits_to_keep=1)
         token: torch.Tensor = out.logits[:, -1:].argmax(-1)
         return token
 

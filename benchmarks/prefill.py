@@ -20,6 +20,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.evaluation import describe, environment, write_json
+from nexusquant_cache.releases import CACHE
 
 PRESET = "balanced"
 CHUNK = 512
@@ -68,8 +69,8 @@ def measure(model: LlamaForCausalLM, schedule: str, tokens: int) -> dict[str, An
     with LiveBytes() as live:
         live._known |= dict.fromkeys(weights, 0)  # noqa: SLF001 - known, and not counted
         for part in ids.split(chunk or tokens, dim=1):
-            model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        model(input_ids=ids[:, -1:], past_key_values=cache, use_cache=True)
+            model(input_ids=part, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids[:, -1:], **{CACHE: cache}, use_cache=True)
     dense = (
         2
         * RANDOM_LLAMA["num_hidden_layers"]

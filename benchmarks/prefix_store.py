@@ -39,6 +39,7 @@ from nexusquant_cache.evaluation import (
 from nexusquant_cache.evaluation.clock import now
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import tokenize
+from nexusquant_cache.releases import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -56,7 +57,7 @@ def read(loaded: LoadedModel, cache: NexusQuantCache, ids: Tensor) -> int:
     """Let the model read tokens into a cache; return the token that it says next."""
     logits = torch.empty(0)
     for chunk in ids.to(loaded.model.device).split(CHUNK, dim=1):
-        output = loaded.model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        output = loaded.model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
         logits = output.logits
     return int(logits[0, -1].argmax())
 

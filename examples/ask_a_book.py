@@ -22,6 +22,7 @@ from transformers.generation.streamers import BaseStreamer
 from nexusquant_cache import NexusQuantCache, PrefixStore
 from nexusquant_cache.evaluation import EvaluationError, LoadedModel, load_model, python_topics, read_text
 from nexusquant_cache.evaluation.texts import tokenize
+from nexusquant_cache.releases import CACHE
 
 QUESTIONS = (
     "What is an assert statement for?",
@@ -90,7 +91,7 @@ def read_book(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset
     if known == ids.shape[1]:
         return 0
     for chunk in ids[:, known:].to(model.device).split(CHUNK, dim=1):
-        model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     store.put(cache, ids)
     return ids.shape[1] - known
 
@@ -106,7 +107,7 @@ def answer(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset: s
     output = generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=cache,
+        **{CACHE: cache},  # cache=cache; before transformers 5.24, past_key_values=cache
         max_new_tokens=new_tokens,
         do_sample=False,
         streamer=watch,

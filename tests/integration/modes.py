@@ -16,6 +16,8 @@ from integration.families import inputs
 from torch import Tensor
 from transformers import PreTrainedModel, TextIteratorStreamer
 
+from nexusquant_cache.releases import CACHE
+
 PROMPT = 48
 NEW = 6  # enough for tokens to leave the exact tail a second time
 
@@ -36,7 +38,7 @@ def ask(model: PreTrainedModel, given: dict[str, Tensor], cache: Any, **options:
     masked = {"attention_mask": torch.ones(first.shape[:2], dtype=torch.long)} | given
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return model.generate(**masked, past_key_values=cache, **settings)
+        return model.generate(**masked, **{CACHE: cache}, **settings)
 
 
 def simple(batch: int = 2, **options: Any) -> Mode:
@@ -120,7 +122,7 @@ def shared_prefix(model: PreTrainedModel, make_cache: MakeCache) -> Tensor:
     """Read the beginning of two prompts once, and copy the cache for one of them."""
     prefix, cache = inputs(model, PROMPT), make_cache()
     with torch.no_grad():
-        model(**prefix, past_key_values=cache, use_cache=True)
+        model(**prefix, **{CACHE: cache}, use_cache=True)
     ends = [inputs(model, PROMPT, seed=seed)["input_ids"][:, -9:] for seed in (1, 2)]
     texts = [{"input_ids": torch.cat([prefix["input_ids"], end], -1)} for end in ends]
     caches = copy.deepcopy(cache), cache

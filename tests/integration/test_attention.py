@@ -31,6 +31,7 @@ from nexusquant_cache import (
     compressed_generation,
 )
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.releases import CACHE
 
 WITHOUT_INTERFACE = {"gptj", "falcon_alibi", "bloom"}
 SERVED = [
@@ -97,7 +98,7 @@ def test_the_cache_gets_the_same_keys_and_values(name: str, implementation: str)
     policy = ExpectedAttentionPolicy()
     caches = [balanced(model, keep_ratio=1.0, policy=policy) for model in (plain, shown)]
     tokens = [
-        model.generate(**inputs(model, PROMPT, 2), past_key_values=cache, do_sample=False, max_new_tokens=8)
+        model.generate(**inputs(model, PROMPT, 2), **{CACHE: cache}, do_sample=False, max_new_tokens=8)
         for model, cache in zip((plain, shown), caches, strict=True)
     ]
     assert torch.equal(*tokens)
@@ -172,7 +173,7 @@ def test_products_with_the_keys_are_the_attention_of_the_model(name: str) -> Non
     given = inputs(model, 20)
     weights = model(**given, output_attentions=True).attentions
     cache = DynamicCache(config=model.config)
-    recorded = all_queries(model, past_key_values=cache, ids=given.pop("input_ids"), **given)
+    recorded = all_queries(model, **{CACHE: cache}, ids=given.pop("input_ids"), **given)
     assert recorded
     heard = [weight for weight in weights if weight is not None and weight.ndim == 4]
     for (index, queries), weight in zip(sorted(recorded.items()), heard, strict=True):

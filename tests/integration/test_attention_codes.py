@@ -21,6 +21,7 @@ from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.releases import CACHE
 from nexusquant_cache.states import HeldStates
 
 # Layers of ours whose keys change between cache and attention, or families without any layer of ours.
@@ -79,7 +80,7 @@ def test_families_compute_the_same(name: str, stock: str, reads: list[tuple[int,
         results.append(
             model.generate(
                 **inputs(model, PROMPT, 2),
-                past_key_values=balanced(model, policy=Latest()),
+                **{CACHE: balanced(model, policy=Latest())},
                 do_sample=False,
                 max_new_tokens=6,
                 output_logits=True,
@@ -139,7 +140,7 @@ def test_eager_attention_tells_its_weights() -> None:
     found = []
     for model in (plain, enabled):
         cache = compressed(model, batch=2, policy=Latest())
-        found.append(model(torch.tensor([[5], [6]]), past_key_values=cache, output_attentions=True).attentions)
+        found.append(model(torch.tensor([[5], [6]]), **{CACHE: cache}, output_attentions=True).attentions)
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(b.sum(-1), torch.ones(2, 4, 1))
@@ -193,7 +194,7 @@ def test_dropout_is_refused() -> None:
     cache = compressed(model)
     model.train()
     with pytest.raises(UnsupportedError, match=r"without dropout, got dropout=0\.3: call model\.eval"):
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([[5]]), **{CACHE: cache})
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,7 @@ from nexusquant_cache import (
     UnsupportedError,
 )
 from nexusquant_cache.cache.dropin import compressed_generation
+from nexusquant_cache.releases import CACHE
 
 # `generate` warns about its own settings once it makes drafts.
 LOSSLESS = "nexusquant_cache.NexusQuantCache.make_codec", lambda *given: LosslessCodec(given[2])
@@ -214,7 +215,7 @@ def test_a_prompt_without_mask_has_no_padding(sdpa: LlamaForCausalLM, batch: int
 def test_embeddings_in_place_of_ids(sdpa: LlamaForCausalLM) -> None:
     embeddings = sdpa.get_input_embeddings()(prompt(60, 2)).detach()
     passed = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
-    expected = sdpa.generate(inputs_embeds=embeddings, past_key_values=passed, max_new_tokens=9, do_sample=False)
+    expected = sdpa.generate(inputs_embeds=embeddings, **{CACHE: passed}, max_new_tokens=9, do_sample=False)
     with compressed_generation(sdpa, "balanced", **SMALL) as compressed:
         given = sdpa.generate(inputs_embeds=embeddings, max_new_tokens=9, do_sample=False)
     assert torch.equal(given, expected)
@@ -261,7 +262,7 @@ def test_models_of_other_kinds(name: str) -> None:
     model = build(name, "eager")
     given = inputs(model, 60, 2)
     passed = NexusQuantCache("balanced", config=model.config, attention_mask=torch.ones(2, 60), **SMALL)
-    expected = model.generate(**given, past_key_values=passed, max_new_tokens=5, do_sample=False)
+    expected = model.generate(**given, **{CACHE: passed}, max_new_tokens=5, do_sample=False)
     with compressed_generation(model, "balanced", **SMALL) as compressed:
         assert torch.equal(model.generate(**given, max_new_tokens=5, do_sample=False), expected)
     assert compressed.cache.memory_report().layers == passed.memory_report().layers
@@ -276,7 +277,7 @@ def test_a_conversation_goes_on_with_the_cache_that_came_out(model: LlamaForCaus
     def turn(talk: dict[str, Any], seed: int) -> None:
         text = torch.cat([talk["text"], prompt(9, 2, seed=seed)], -1)
         out = generate(model, text, talk["cache"], return_dict_in_generate=True)
-        talk.update(text=out.sequences, cache=out.past_key_values)
+        talk.update(text=out.sequences, cache=out[CACHE])
 
     expected = {"text": prompt(60, 2), "cache": NexusQuantCache("balanced", config=model.config, **SMALL)}
     talk = {"text": prompt(60, 2), "cache": None}
@@ -306,9 +307,9 @@ def test_a_loop_of_ones_own(model: LlamaForCausalLM, given: str | None, position
             ids, positions = prompt(tokens, 2, seed=tokens), None
             if cache is not None:  # the cache that was made must know its length
                 positions = cache.get_seq_length() + torch.arange(tokens)[None]
-            args, kwargs = ((ids, None, positions, cache), {}) if positional else ((ids,), {"past_key_values": cache})
+            args, kwargs = ((ids, None, positions, cache), {}) if positional else ((ids,), {CACHE: cache})
             out = model(*args, **kwargs)
-            cache = cache if keep and cache is not None else out.past_key_values
+            cache = cache if keep and cache is not None else out[CACHE]
             outputs.append(out.logits)
         return outputs
 
@@ -325,12 +326,12 @@ def test_decoding_by_a_function_of_ones_own(sdpa: LlamaForCausalLM) -> None:
 
     @torch.no_grad()
     def decode(model: Any, input_ids: Tensor, **kwargs: Any) -> Tensor:
-        cache = kwargs["past_key_values"]
+        cache = kwargs[CACHE]
         for _ in range(8):
             new = input_ids[:, cache.get_seq_length() :]
-            out = model(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            out = model(new, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             input_ids = torch.cat([input_ids, out.logits.argmax(-1)], -1)
-            model(input_ids[:, -1:], past_key_values=cache, use_cache=True)  # looks ahead, and goes back
+            model(input_ids[:, -1:], **{CACHE: cache}, use_cache=True)  # looks ahead, and goes back
             cache.crop(-1)
         return input_ids
 
@@ -353,7 +354,7 @@ def test_going_back_after_several_forwards_begins_no_recording(sdpa: LlamaForCau
     with compressed_generation(sdpa, "balanced", **SMALL):
         for cache in caches:
             for tokens in (60, 1):
-                sdpa(prompt(tokens), past_key_values=cache)
+                sdpa(prompt(tokens), **{CACHE: cache})
             cache.crop(-1)
             cache.crop(0)
     assert fingerprint(caches[0]) == fingerprint(caches[1])
@@ -362,7 +363,7 @@ def test_going_back_after_several_forwards_begins_no_recording(sdpa: LlamaForCau
 def test_a_model_in_training_mode_is_not_served_unless_it_generates(sdpa: LlamaForCausalLM) -> None:
     model = copy.deepcopy(sdpa).train()
     with compressed_generation(model, **SMALL) as compressed:
-        assert type(model(prompt(9)).past_key_values) is DynamicCache
+        assert type(model(prompt(9))[CACHE]) is DynamicCache
         with pytest.raises(CacheStateError):
             _ = compressed.cache
         generate(model, prompt(60), None)
@@ -387,13 +388,13 @@ def test_gradients_of_a_single_forward_are_the_models(sdpa: LlamaForCausalLM) ->
 def test_who_wants_no_cache_gets_none(sdpa: LlamaForCausalLM) -> None:
     model = copy.deepcopy(sdpa)
     with compressed_generation(model, **SMALL) as compressed, torch.no_grad():
-        assert model(prompt(9), use_cache=False).past_key_values is None
+        assert model(prompt(9), use_cache=False).get(CACHE) is None
         generate(model, prompt(9), None, use_cache=False)
         model.config.use_cache = False
-        assert model(prompt(9)).past_key_values is None
+        assert model(prompt(9)).get(CACHE) is None
         with pytest.raises(CacheStateError, match=r"no compressed cache has been made .* without use_cache=False"):
             _ = compressed.cache
-        assert model(prompt(9), use_cache=True).past_key_values is compressed.cache
+        assert model(prompt(9), use_cache=True)[CACHE] is compressed.cache
 
 
 # What is left alone
@@ -414,10 +415,10 @@ def test_a_cache_that_is_passed_is_left_alone(sdpa: LlamaForCausalLM) -> None:
 
 def test_a_plain_cache_that_holds_tokens_is_left_alone(sdpa: LlamaForCausalLM) -> None:
     with torch.no_grad():
-        cache = sdpa(prompt(60)).past_key_values
+        cache = sdpa(prompt(60))[CACHE]
         with compressed_generation(sdpa, "max", **SMALL):
-            out = sdpa(prompt(1), past_key_values=cache)
-    assert out.past_key_values is cache
+            out = sdpa(prompt(1), **{CACHE: cache})
+    assert out[CACHE] is cache
     assert type(cache) is DynamicCache
 
 
@@ -449,8 +450,8 @@ def test_threads_get_caches_of_their_own(sdpa: LlamaForCausalLM) -> None:
     with compressed_generation(sdpa, **SMALL), ThreadPoolExecutor(2) as pool:
         answers = list(pool.map(answer, ids))
     assert all(torch.equal(given.sequences, each) for given, each in zip(answers, expected, strict=True))
-    assert len({id(given.past_key_values) for given in answers}) == 4
-    assert {given.past_key_values.get_seq_length() for given in answers} == {71}
+    assert len({id(given[CACHE]) for given in answers}) == 4
+    assert {given[CACHE].get_seq_length() for given in answers} == {71}
 
 
 # No trace
@@ -464,7 +465,7 @@ def test_nothing_is_left_of_a_block(sdpa: LlamaForCausalLM) -> None:
     assert hooks_of(sdpa) == 0
     assert (vars(sdpa), pickle.dumps(sdpa.state_dict()), sdpa.config.to_dict()) == before
     answer = generate(sdpa, prompt(60), None, return_dict_in_generate=True)
-    assert type(answer.past_key_values) is DynamicCache
+    assert type(answer[CACHE]) is DynamicCache
 
 
 def test_nothing_is_left_after_an_error_in_the_middle(sdpa: LlamaForCausalLM) -> None:
@@ -515,7 +516,7 @@ def test_copies_of_the_model(sdpa: LlamaForCausalLM) -> None:
         with pytest.raises(UnsupportedError, match="cannot be pickled inside compressed_generation"):
             pickle.dumps(model)
     answer = generate(clone, prompt(60), None, return_dict_in_generate=True)
-    assert type(answer.past_key_values) is DynamicCache
+    assert type(answer[CACHE]) is DynamicCache
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own
         assert hooks_of(copied) == 0
         assert torch.equal(generate(copied, prompt(60), None), answer.sequences)
@@ -573,14 +574,14 @@ def test_wrappers_of_a_model(sdpa: LlamaForCausalLM) -> None:
     for wrapped in (Wrapper(sdpa), torch.compile(sdpa, backend="eager")):
         with compressed_generation(wrapped, "balanced", **SMALL) as compressed:
             answer = generate(wrapped, prompt(60), None, return_dict_in_generate=True)
-            assert answer.past_key_values is compressed.cache
+            assert answer[CACHE] is compressed.cache
             assert compressed.cache.get_seq_length() == 71
     for wrapped, hooks in ((Wrapper(sdpa), 4), (Calling(sdpa), 2)):
         with compressed_generation(wrapped, "balanced", **SMALL) as compressed, torch.no_grad():
             assert hooks_of(wrapped) == hooks
             out = wrapped(input_ids=prompt(60), use_cache=True)
-            assert out.past_key_values is compressed.cache
-            assert wrapped(input_ids=prompt(1), past_key_values=out.past_key_values).past_key_values is compressed.cache
+            assert out[CACHE] is compressed.cache
+            assert wrapped(input_ids=prompt(1), **{CACHE: out[CACHE]})[CACHE] is compressed.cache
         assert compressed.cache.layers[0].state.kept < compressed.cache.layers[0].state.seen == 61
 
 
@@ -614,7 +615,7 @@ def test_a_quantized_cache_is_refused(sdpa: LlamaForCausalLM) -> None:
     cache = QuantizedCache.__new__(QuantizedCache)
     Cache.__init__(cache, layers=[DynamicLayer(), DynamicLayer()])
     with compressed_generation(sdpa), pytest.raises(UnsupportedError, match="told to use a QuantizedCache"):
-        sdpa(prompt(20), past_key_values=cache)
+        sdpa(prompt(20), **{CACHE: cache})
 
 
 def test_continuous_batching_is_refused(sdpa: LlamaForCausalLM) -> None:
@@ -679,7 +680,7 @@ def test_models_that_cannot_be_served_are_refused(sdpa: LlamaForCausalLM, unchec
     cases: list[tuple[Any, type[NexusQuantError], str]] = [
         (t5, UnsupportedError, "T5ForConditionalGeneration is an encoder-decoder model"),
         (nn.Sequential(sdpa, t5), UnsupportedError, "T5ForConditionalGeneration is an encoder-decoder model"),
-        (mamba, UnsupportedError, "MambaForCausalLM takes no past_key_values"),
+        (mamba, UnsupportedError, "MambaForCausalLM does not generate with a cache of keys and values"),
         (sdpa.model, UnsupportedError, "LlamaModel has no part that transformers can generate with"),
         (pipeline, OptionError, "must be a torch module, got SimpleNamespace; of a pipeline, give its .model"),
     ]

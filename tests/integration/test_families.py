@@ -23,6 +23,7 @@ from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.releases import CACHE
 
 # Their attention adds a bias that grows with the distance, which transformers computes from the number of kept tokens.
 ALIBI = {"falcon_alibi", "bloom"}
@@ -141,7 +142,7 @@ def test_evicted_tokens_are_out_of_sight_and_nothing_else_moves(name: str, atten
         seen = mask.shape[1]
         mask = torch.cat([mask, torch.ones(2, tokens, dtype=torch.long)], -1)
         new = {"input_ids": text[:, seen : seen + tokens]} | positions_of(model, seen, tokens)
-        given = model(**new, past_key_values=cache, attention_mask=torch.ones_like(mask)).logits
+        given = model(**new, **{CACHE: cache}, attention_mask=torch.ones_like(mask)).logits
         for layer in cache.layers:
             if isinstance(layer, NexusQuantLayer) and layer.state.body is not None:
                 kept = [
@@ -149,7 +150,7 @@ def test_evicted_tokens_are_out_of_sight_and_nothing_else_moves(name: str, atten
                     *layer.state.body.positions.positions(torch.device("cpu")).expand(2, -1, -1)[0, 0].tolist(),
                 ]
                 mask[:, [at for at in range(layer.state.seen - layer.state.tail_tokens) if at not in kept]] = 0
-        expected = model(**new, past_key_values=plain, attention_mask=mask).logits
+        expected = model(**new, **{CACHE: plain}, attention_mask=mask).logits
         assert (given - expected).abs().max() < 1e-4 * expected.abs().max()
     assert bool((mask == 0).any()) == (name not in DELEGATED)
 

@@ -31,6 +31,7 @@ from transformers import (
 
 from nexusquant_cache import CacheStateError, NexusQuantCache
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.releases import CACHE
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -155,7 +156,7 @@ def test_the_cache_as_a_sequence_of_layers(sdpa: LlamaForCausalLM) -> None:
     cache = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
     assert (len(cache), cache.get_seq_length()) == (2, 0)
     result = generate(sdpa, prompt(60), cache, 5, return_dict_in_generate=True)
-    assert result.past_key_values is cache
+    assert result[CACHE] is cache
     assert (len(cache), cache.get_seq_length(), cache.get_seq_length(1)) == (2, 64, 64)
     assert cache.is_sliding == [False, False]
     assert not cache.is_compileable

@@ -21,6 +21,7 @@ from nexusquant_cache.codec import impl as support
 from nexusquant_cache.codec.triton import kernels_attend as kernel
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import kernels_encode as encode_kernel
+from nexusquant_cache.releases import CACHE
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -59,7 +60,7 @@ def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: in
                 mask = torch.cat([mask, torch.ones_like(chunk)], 1)
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
             given = {"attention_mask": mask, "position_ids": positions} if pads else {}
-            out.append(model(chunk, past_key_values=cache, **given).logits[:, -1].float())
+            out.append(model(chunk, **{CACHE: cache}, **given).logits[:, -1].float())
     return torch.stack(out)
 
 
@@ -132,7 +133,7 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
     settings = SMALL | {"policy": LeveragePolicy(), "impl": "triton"}
     cache = NexusQuantCache("balanced", config=model.config, **settings)
     with torch.no_grad():
-        model(prompt(60), past_key_values=cache)
+        model(prompt(60), **{CACHE: cache})
         cache.compress()
         held = cache.layers[0].held()
         assert fused.can_attend(held)
@@ -140,8 +141,8 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
         mask = torch.ones(1, heads, queries, held.tokens + queries, dtype=torch.bool)
         mask[:, -1, -1, 5] = False
         plain = copy.deepcopy(cache)
-        out = model(prompt(queries), past_key_values=cache, attention_mask=mask).logits
+        out = model(prompt(queries), **{CACHE: cache}, attention_mask=mask).logits
         assert not launches
         attention.disable(model)
-        expected = model(prompt(queries), past_key_values=plain, attention_mask=mask).logits
+        expected = model(prompt(queries), **{CACHE: plain}, attention_mask=mask).logits
     torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)

@@ -32,6 +32,7 @@ from nexusquant_cache.layer import layer as layer_module
 from nexusquant_cache.layer import tokens as tokens_module
 from nexusquant_cache.layer.host import to_device
 from nexusquant_cache.layer.tokens import TokenBuffer
+from nexusquant_cache.releases import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -480,11 +481,11 @@ class TestOffload:
         for is_sent_away in (False, True):
             cache = NexusQuantCache("quant", config=model.config, **SMALL)
             given = inputs(model, 48)
-            first = model.generate(**given, past_key_values=cache, max_new_tokens=5, do_sample=False)
+            first = model.generate(**given, **{CACHE: cache}, max_new_tokens=5, do_sample=False)
             if is_sent_away:
                 cache.offload()
             for _ in range(3):
-                out = model(input_ids=first[:, -1:], past_key_values=cache, use_cache=True)
+                out = model(input_ids=first[:, -1:], **{CACHE: cache}, use_cache=True)
             texts.append(out.logits)
         assert torch.equal(*texts)
 

@@ -29,6 +29,7 @@ from nexusquant_cache import (
     UnsupportedError,
 )
 from nexusquant_cache.layer.padding import BatchPadding, leading_pads
+from nexusquant_cache.releases import CACHE
 
 TOKENS = 60
 SINKS, RESIDUAL = SMALL["sink_tokens"], SMALL["residual_length"]
@@ -183,7 +184,7 @@ def rotary_keys(model: LlamaForCausalLM, ids: Tensor, mask: Tensor) -> Tensor:
     cache = DynamicCache()
     positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 0)
     with torch.no_grad():
-        model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+        model(input_ids=ids, attention_mask=mask, position_ids=positions, **{CACHE: cache})
     return cache.layers[0].keys
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from nexusquant_cache.cache.rotary import rotary_phase, rotary_phases
+from nexusquant_cache.releases import CACHE
 
 POSITIONS = [0, 1, 2, 17, 63, 64, 65, 100, 200, 255, 256, 500]
 TINY = {
@@ -156,7 +157,7 @@ def tiny_model(config: PreTrainedConfig) -> PreTrainedModel:
 def arriving_keys(model: PreTrainedModel, positions: Tensor) -> list[Tensor]:
     cache = RecordingCache()
     ids = torch.arange(positions.numel())[None] % 29 + 3
-    model(input_ids=ids, position_ids=positions[None], past_key_values=cache, use_cache=True)
+    model(input_ids=ids, position_ids=positions[None], **{CACHE: cache}, use_cache=True)
     return [cache.arrived[layer_idx] for layer_idx in sorted(cache.arrived)]
 
 

@@ -29,6 +29,7 @@ from transformers.generation import utils as generation_utils
 
 from nexusquant_cache import CacheStateError, NexusQuantCache
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy
+from nexusquant_cache.releases import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def pipeline(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> Cal
 
     def run(text: Any, cache: object, **options: Any) -> Any:
         settings = {"max_new_tokens": 12, "do_sample": False, "return_tensors": True} | options
-        return made(text, past_key_values=cache, **settings)
+        return made(text, **{CACHE: cache}, **settings)
 
     return run
 
@@ -239,7 +240,7 @@ def test_embeddings_in_place_of_tokens(model: LlamaForCausalLM) -> None:
         expected, cache = make(model), make(model)
         text = generate(model, prompt(60), expected, 12)
         given = model.generate(
-            inputs_embeds=embeddings, attention_mask=mask, past_key_values=cache, do_sample=False, max_new_tokens=12
+            inputs_embeds=embeddings, attention_mask=mask, **{CACHE: cache}, do_sample=False, max_new_tokens=12
         )
         assert torch.equal(given, text[:, 60:])
         assert fingerprint(cache) == fingerprint(expected)
@@ -250,7 +251,7 @@ def test_everything_that_generate_can_return(model: LlamaForCausalLM) -> None:
     cache = balanced(eager)
     wanted = ["output_scores", "output_logits", "output_attentions", "output_hidden_states"]
     result = generate(eager, prompt(60), cache, 6, return_dict_in_generate=True, **dict.fromkeys(wanted, True))
-    assert result.past_key_values is cache
+    assert result[CACHE] is cache
     assert torch.equal(result.sequences, generate(model, prompt(60), balanced(model), 6))
     assert torch.equal(torch.stack(result.logits, 1).argmax(-1), result.sequences[:, 60:])
     # Attention weights are those to the kept tokens; the prompt's are of the time before anything was evicted.
@@ -263,7 +264,7 @@ def test_a_decoding_loop_of_ones_own_gets_the_cache(model: LlamaForCausalLM) -> 
     received = []
 
     def loop(given: LlamaForCausalLM, input_ids: Tensor, **arguments: Any) -> Tensor:
-        received.append(arguments["past_key_values"])
+        received.append(arguments[CACHE])
         new = input_ids
         for _ in range(12):
             new = logits(given, new, received[0])[:, -1:].argmax(-1)
@@ -293,7 +294,7 @@ def test_training_on_one_forward_ignores_the_cache(model: LlamaForCausalLM) -> N
     gradients = []
     for cache in (None, balanced(model)):
         model.zero_grad()
-        model(prompt(60), past_key_values=cache, use_cache=cache is not None).logits.square().mean().backward()
+        model(prompt(60), **{CACHE: cache}, use_cache=cache is not None).logits.square().mean().backward()
         gradients.append([x.grad.clone() for x in model.parameters()])
     model.zero_grad(set_to_none=True)
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
@@ -304,7 +305,7 @@ def test_a_cache_filled_with_gradients_on_goes_on_like_any_other(model: LlamaFor
     cache, expected = balanced(model), balanced(model)
     text = generate(model, prompt(60), expected, 8)
     for new in (text[:, :60], *text[:, 60:67].split(1, dim=-1)):
-        assert model(new, past_key_values=cache).logits.requires_grad
+        assert model(new, **{CACHE: cache}).logits.requires_grad
     assert fingerprint(cache) == fingerprint(copy.deepcopy(cache)) == fingerprint(expected)
 
 
@@ -314,7 +315,7 @@ def test_gradient_checkpointing_sets_the_cache_aside() -> None:
     model = tiny_llama().train()
     model.gradient_checkpointing_enable()
     cache = balanced(model)
-    given = model(prompt(60), past_key_values=cache).logits
+    given = model(prompt(60), **{CACHE: cache}).logits
     assert (cache.get_seq_length(), len(list(reachable_tensors(cache.layers)))) == (0, 0)
     assert torch.equal(given, tiny_llama()(prompt(60)).logits)
 
@@ -327,10 +328,10 @@ def test_a_cache_filled_in_inference_mode_goes_on_outside(model: LlamaForCausalL
     text = generate(model, prompt(60), expected, 12)
     with torch.inference_mode():
         for new in (text[:, :60], *text[:, 60 : 60 + tokens].split(1, dim=-1)):
-            model(new, past_key_values=cache)
+            model(new, **{CACHE: cache})
     with then():
         for new in text[:, 60 + tokens : 71].split(1, dim=-1):
-            result = model(new, past_key_values=cache).logits
+            result = model(new, **{CACHE: cache}).logits
         if result.requires_grad:
             result.sum().backward()
             model.zero_grad(set_to_none=True)

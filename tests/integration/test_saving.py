@@ -67,6 +67,7 @@ from nexusquant_cache.files import (
 from nexusquant_cache.files.contents import FileTensor
 from nexusquant_cache.files.state import Lists
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.releases import CACHE
 from nexusquant_cache.store import store
 
 register_codec(
@@ -305,9 +306,7 @@ def test_families(name, tmp_path):
         for step in range(6):
             new = prompt(1, batch=2, seed=step)
             at = torch.tensor([[cache.get_seq_length()]] * 2)
-            outputs = [
-                model(input_ids=new, past_key_values=x, use_cache=True, position_ids=at) for x in (cache, loaded)
-            ]
+            outputs = [model(input_ids=new, **{CACHE: x}, use_cache=True, position_ids=at) for x in (cache, loaded)]
             assert torch.equal(outputs[0].logits, outputs[1].logits)
 
 

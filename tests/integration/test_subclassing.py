@@ -14,6 +14,7 @@ from nexusquant_cache import PRESETS, CacheConfig, EvictionPolicy, NexusQuantCac
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.releases import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +79,10 @@ def test_a_preset_of_ones_own(model: LlamaForCausalLM) -> None:
 def test_a_policy_of_ones_own(model: LlamaForCausalLM) -> None:
     """The kept tokens are those with the largest values, and the protected ones."""
     plain = NexusQuantCache("quant", **SMALL)
-    model(input_ids=prompt(100), past_key_values=plain)
+    model(input_ids=prompt(100), **{CACHE: plain})
     norms = [layer.values.norm(dim=-1)[0, :, 2:92] for layer in plain.layers]
     cache = NexusQuantCache("quant", policy=ValueNormPolicy(), keep_ratio=0.25, **SMALL)
-    model(input_ids=prompt(100), past_key_values=cache)
+    model(input_ids=prompt(100), **{CACHE: cache})
     cache.compress()
     for layer_idx, norm in enumerate(norms):
         kept = kept_positions(cache, layer_idx)[0]
@@ -104,7 +105,7 @@ def test_a_cache_of_ones_own(model: LlamaForCausalLM) -> None:
 def test_a_policy_per_layer(model: LlamaForCausalLM) -> None:
     caches = [FirstLayerByValue("balanced", **SMALL), NexusQuantCache("balanced", **SMALL)]
     for cache in caches:
-        model(input_ids=prompt(100), past_key_values=cache)
+        model(input_ids=prompt(100), **{CACHE: cache})
         cache.compress()
     assert not torch.equal(kept_positions(caches[0], 0), kept_positions(caches[1], 0))
     assert torch.equal(kept_positions(caches[0], 1), kept_positions(caches[1], 1))

@@ -15,6 +15,7 @@ from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.releases import CACHE
 
 TINY: dict[str, Any] = {
     "hidden_size": 64,
@@ -181,12 +182,12 @@ def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 
     """Generate greedily (unless told otherwise) and return the full sequence."""
     mask = options.pop("attention_mask", torch.ones_like(ids))
     settings = {"do_sample": False, "max_new_tokens": tokens} | options
-    return model.generate(ids, attention_mask=mask, past_key_values=cache, **settings)
+    return model.generate(ids, attention_mask=mask, **{CACHE: cache}, **settings)
 
 
 @torch.no_grad()
 def logits(model: LlamaForCausalLM, ids: Tensor, cache: object, **options: Any) -> Tensor:
-    return model(input_ids=ids, past_key_values=cache, use_cache=True, **options).logits
+    return model(input_ids=ids, **{CACHE: cache}, use_cache=True, **options).logits
 
 
 @contextmanager

@@ -33,6 +33,7 @@ from nexusquant_cache.layer.observations import note_keys, take_layer_of
 NOTHING_REGISTERED = """
 import nexusquant_cache, nexusquant_cache.attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from nexusquant_cache.releases import CACHE
 print([name for name in (*AttentionInterface(), *AttentionMaskInterface()) if "nexusquant" in name])
 """
 
@@ -319,7 +320,7 @@ class TestRecordQueries:
         cache = NexusQuantCache("quant", config=model.config)
         with attention.record_queries(model, 12) as recorded, torch.no_grad():
             for part in (ids[:, :8], ids[:, 8:29], ids[:, 29:]):
-                model(part, past_key_values=cache)
+                model(part, **{CACHE: cache})
         assert set(recorded) == {0, 1}
         for index, queries in recorded.items():
             assert queries.shape == (1, 4, 12, 16)

@@ -14,6 +14,7 @@ from unit.evaluation_tiny import tiny
 from nexusquant_cache import CacheConfig, KeyNormPolicy
 from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.evaluation import footprint
+from nexusquant_cache.releases import CACHE
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)
 
@@ -203,12 +204,12 @@ class TestPackages:
         plain, masked = DynamicCache(), packages.MaskedCache(model.config, (1, 1))
         with torch.no_grad():
             for cache in (plain, masked):
-                model(input_ids=ids, past_key_values=cache)
+                model(input_ids=ids, **{CACHE: cache})
             for layer in masked.layers:
                 layer.keep(mask[0, :40].nonzero()[:, 0])
             step = {"input_ids": ids[:, :1], "position_ids": torch.tensor([[40]])}
-            expected = model(**step, attention_mask=mask, past_key_values=plain).logits
-            given = model(**step, past_key_values=masked).logits
+            expected = model(**step, attention_mask=mask, **{CACHE: plain}).logits
+            given = model(**step, **{CACHE: masked}).logits
         torch.testing.assert_close(given, expected, rtol=0, atol=2e-5)
 
     def test_packed_bytes_of_nexusquant_kv_hold_every_point(self, packages):

@@ -38,6 +38,7 @@ from nexusquant_cache.evaluation import (
 from nexusquant_cache.evaluation import models as models_module
 from nexusquant_cache.evaluation.caches import QUERY_WINDOW
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.releases import CACHE
 
 SPEED = {
     "rows": [
@@ -135,7 +136,7 @@ class TestCaches:
     def test_prefill_in_chunks_is_one_prefill(self, loaded, window, plain):
         expected = DynamicCache()
         with torch.no_grad():
-            loaded.model(input_ids=window, past_key_values=expected)
+            loaded.model(input_ids=window, **{CACHE: expected})
         torch.testing.assert_close(plain.cache.layers[1].keys, expected.layers[1].keys, rtol=1e-4, atol=1e-4)
         assert torch.equal(plain.ids, window)
 
@@ -263,7 +264,7 @@ class TestQuality:
         ours = measure_quality(loaded, run, Candidate("worse", Forgetful))
         cache = fill(Forgetful, run.prefilled)
         with torch.no_grad():
-            logits = loaded.model(input_ids=run.text.next_ids[:, :-1], past_key_values=cache).logits[0]
+            logits = loaded.model(input_ids=run.text.next_ids[:, :-1], **{CACHE: cache}).logits[0]
         log_probs = logits.double().log_softmax(-1)
         kl = torch.nn.functional.kl_div(log_probs, run.log_probs.double(), reduction="batchmean", log_target=True)
         assert ours.kl == pytest.approx(float(kl), rel=1e-3)

@@ -232,8 +232,8 @@ class TestAsk:
         plain = prefill_needle(loaded.model, task)
         given = {}
 
-        def generate(*, input_ids, past_key_values, **options):
-            given.update(options, seen=past_key_values.get_seq_length())
+        def generate(*, input_ids, **options):
+            given.update(options, seen=options[CACHE].get_seq_length())
             answer = loaded.tokenizer("It is " + " and ".join(task.needle.expected), return_tensors="pt").input_ids
             return torch.cat([input_ids, answer], dim=1)
 

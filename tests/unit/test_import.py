@@ -33,7 +33,7 @@ ORDER: list[set[str]] = [
     {"policy"},
     {"codec"},
     {"uncompiled"},
-    {"errors"},
+    {"errors", "releases"},
 ]
 MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]
 

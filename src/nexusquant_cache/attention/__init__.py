@@ -7,7 +7,7 @@ before, bit for bit, and the last queries of a prompt reach the cache, for polic
 
     attention.enable(model)
     cache = NexusQuantCache(config=model.config, policy=WindowAttentionPolicy())
-    model.generate(**inputs, past_key_values=cache)
+    model.generate(**inputs, cache=cache)
 
 Nothing is registered when this package is imported: `enable` does it, through transformers' `AttentionInterface` and
 `AttentionMaskInterface`.

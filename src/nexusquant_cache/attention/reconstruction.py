@@ -16,6 +16,7 @@ from nexusquant_cache.attention.recording import observing
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.layer.parts import CompressedPart, compressed
+from nexusquant_cache.releases import CACHE, cache_names
 
 _BLOCK = 1 << 25  # logits computed at once, over all heads: 128 MiB in float32
 
@@ -37,9 +38,9 @@ def reconstruct(
     that come later::
 
         cache = NexusQuantCache(config=model.config, policy=ReconstructionPolicy())
-        model(context_ids, past_key_values=cache)
+        model(context_ids, cache=cache)
         attention.reconstruct(model, cache, context_ids)
-        model.generate(torch.cat([context_ids, question_ids], -1), past_key_values=cache)
+        model.generate(torch.cat([context_ids, question_ids], -1), cache=cache)
 
     The cache stays as it is, whatever happens, but for one number per token and head, which its memory report counts
     and the compression frees.  Tokens that it is given later count as fully attended.  The cost is that of a second
@@ -128,7 +129,8 @@ def _read(model: Any, layers: list[Any], ids: Tensor, real: Bool[Tensor, "b n"])
         # As a tensor: for a number, some models compute no other queries in their last layers.
         options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
     cache = Cache(layers=[layer if isinstance(layer, _Reader) else copy.deepcopy(layer) for layer in layers])
-    model(input_ids=ids, past_key_values=cache, use_cache=True, **options)
+    name = next(iter(cache_names(model)), CACHE)
+    model(input_ids=ids, use_cache=True, **{name: cache}, **options)
 
 
 class _Reader(DynamicLayer):

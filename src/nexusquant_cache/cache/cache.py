@@ -37,6 +37,7 @@ from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
+from nexusquant_cache.releases import compile_inside_wrappers
 from nexusquant_cache.uncompiled import uncompiled
 
 _LOGGER = logging.getLogger(__name__)
@@ -47,9 +48,10 @@ _AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
 class NexusQuantCache(DynamicCache):
     """A KV cache that compresses itself after the prompt and stays compressed while it generates.
 
-    Pass it to ``model.generate(**inputs, past_key_values=NexusQuantCache(preset="balanced"))``; nothing else
-    changes.  With ``config=model.config`` keys are coded without their rotary phase, and layers that are
-    not full attention (sliding windows, linear attention) get transformers' own layer classes.
+    Pass it to ``model.generate(**inputs, cache=NexusQuantCache(preset="balanced"))``; nothing else changes.  (Before
+    5.24, transformers calls the argument ``past_key_values``.)  With ``config=model.config`` keys are coded without
+    their rotary phase, and layers that are not full attention (sliding windows, linear attention) get transformers' own
+    layer classes.
 
     One cache serves one conversation: for another prompt call `reset` or make a new one.  transformers does not
     show a cache the token ids, so a cache reused for another, longer prompt cannot be told from a
@@ -215,6 +217,7 @@ class NexusQuantCache(DynamicCache):
     @uncompiled
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
+        compile_inside_wrappers()
         return super().get_seq_length(layer_idx)
 
     @uncompiled

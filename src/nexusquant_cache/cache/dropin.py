@@ -17,8 +17,8 @@ from nexusquant_cache.layer.parts import compressed
 from nexusquant_cache.layer.shared import When
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
+from nexusquant_cache.releases import CACHE_NAMES, cache_names, is_continuous_batching
 
-_CACHE = "past_key_values"
 _ELSEWHERE = "Leave that out, or generate outside the with block."
 
 
@@ -66,8 +66,9 @@ def compressed_generation(
     block = _Block({"preset": preset, "policy": policy, "when": when} | overrides)
     with ExitStack() as hooks:
         for module, config in _served_modules(model):
-            block.new_cache(config)  # a wrong option is found here
-            hook = _Hook(block, inspect.signature(module.forward), config)
+            if all(block.new_cache(config).is_linear):  # a wrong option is found here
+                raise _keeps_no_keys(module)
+            hook = _Hook(block, module, config)
             hooks.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
         try:
             yield CompressedGeneration(block)
@@ -102,8 +103,8 @@ class CompressedGeneration:
         """
         if self._block.cache is None:
             msg = (
-                "no compressed cache has been made in this block. Generate with this very model, without "
-                "past_key_values and without use_cache=False."
+                "no compressed cache has been made in this block. Generate with this very model, without a cache of "
+                "your own and without use_cache=False."
             )
             raise CacheStateError(msg)
         return self._block.cache
@@ -112,9 +113,10 @@ class CompressedGeneration:
 class _Hook:
     """Sees the arguments of a model before each forward, and puts in the cache."""
 
-    def __init__(self, block: _Block, signature: inspect.Signature, config: PretrainedConfig) -> None:
+    def __init__(self, block: _Block, module: nn.Module, config: PretrainedConfig) -> None:
         self.block = block
-        self.names = list(signature.parameters)
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.cache_names = cache_names(module) or CACHE_NAMES  # a wrapper may pass on what it does not name
         self.config = config
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
@@ -137,9 +139,9 @@ class _Hook:
         if self.block.has_ended:  # a copy of the model that was made inside the block
             return None
         given = dict(zip(self.names, args, strict=False)) | kwargs
-        cache = given.get(_CACHE)
+        _refuse_paged(given)
+        cache = next((given[name] for name in self.cache_names if given.get(name) is not None), None)
         if cache is None:
-            _refuse_paged(given)
             if _trains(module) or not self._uses_cache(given):
                 return None
             cache = self.block.cache = self.block.new_cache(self.config)
@@ -163,10 +165,11 @@ class _Hook:
         self, cache: NexusQuantCache, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return the arguments with the cache among them."""
-        if _CACHE in self.names[: len(args)]:
-            place = self.names.index(_CACHE)
+        name = next((name for name in self.cache_names if name in kwargs), self.cache_names[0])  # None under that name
+        if name in self.names[: len(args)]:
+            place = self.names.index(name)
             return (*args[:place], cache, *args[place + 1 :]), kwargs
-        return args, kwargs | {_CACHE: cache}
+        return args, kwargs | {name: cache}
 
     def _take_over(self, cache: DynamicCache, given: dict[str, Any]) -> None:
         """Turn a plain cache that nothing has been stored in into one of ours.
@@ -229,7 +232,7 @@ def _served_modules(model: nn.Module) -> list[tuple[nn.Module, PretrainedConfig]
         # A wrapper may call the forward of what it wraps, which hooks of the inner module do not see.
         parameters = inspect.signature(model.forward).parameters
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        if "input_ids" in parameters and (passes_on or _CACHE in parameters):
+        if "input_ids" in parameters and (passes_on or cache_names(model)):
             found.insert(0, (model, found[0][1]))
     return found
 
@@ -254,9 +257,13 @@ def _check(module: Any) -> None:  # noqa: ANN401 - a PreTrainedModel, see _is_mo
             "whose cache has one."
         )
         raise UnsupportedError(msg)
-    if _CACHE not in inspect.signature(module.forward).parameters:
-        msg = f"{name} takes no {_CACHE}: it does not generate with a cache of keys and values"
-        raise UnsupportedError(msg)
+    if not cache_names(module):
+        raise _keeps_no_keys(module)
+
+
+def _keeps_no_keys(module: nn.Module) -> UnsupportedError:
+    """Return the error for a model without a cache of keys and values, as of linear attention alone."""
+    return UnsupportedError(f"{type(module).__name__} does not generate with a cache of keys and values")
 
 
 def _trains(module: nn.Module) -> bool:
@@ -289,7 +296,7 @@ def _refuse_kind(cache: Cache) -> None:
 
 
 def _refuse_paged(given: dict[str, Any]) -> None:
-    if type(given.get("cache")).__name__ == "PagedAttentionCache":
+    if is_continuous_batching(given):
         msg = f"continuous batching (generate_batch, or 'paged') has a cache of its own. {_ELSEWHERE}"
         raise UnsupportedError(msg)
 

@@ -14,6 +14,7 @@ from nexusquant_cache.attention import record_queries
 from nexusquant_cache.errors import CacheStateError, UnsupportedError
 from nexusquant_cache.evaluation.clock import now
 from nexusquant_cache.evaluation.models import LoadedModel
+from nexusquant_cache.releases import CACHE
 
 CacheFactory: TypeAlias = Callable[[], Cache]
 Progress: TypeAlias = Callable[[int, int], None]
@@ -141,7 +142,7 @@ def prefill(
     done = 0
     with record_queries(model, QUERY_WINDOW) as recorded:
         for chunk in input_ids.to(model.device).split(_PREFILL_CHUNK, dim=1):
-            model(input_ids=chunk, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             done += chunk.shape[1]
             if progress is not None:
                 progress(done, total)

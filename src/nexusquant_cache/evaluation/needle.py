@@ -22,6 +22,7 @@ from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.kinds import Needle, check_kinds
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.evaluation.texts import tokenize
+from nexusquant_cache.releases import CACHE
 
 _SENTENCE_END = re.compile(r"[.!?][\"”)]?\s+")
 _HAVE_READ = "I have read the text."  # the model's turn before a later question
@@ -189,7 +190,7 @@ def ask(
     output = generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
-        past_key_values=held.cache,
+        **{CACHE: held.cache},
         max_new_tokens=max_new_tokens or task.needle.answer_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,

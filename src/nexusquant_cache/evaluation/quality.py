@@ -21,6 +21,7 @@ from nexusquant_cache.evaluation.caches import (
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.intervals import Interval, mean_interval
 from nexusquant_cache.evaluation.models import LoadedModel
+from nexusquant_cache.releases import CACHE
 
 _KL_ROWS = 32  # rows of a vocabulary's width in float32 at a time
 
@@ -168,7 +169,7 @@ def _predict(model: PreTrainedModel, text: Continuation, cache: Cache) -> Float[
     """
     ids = text.next_ids[:, :-1].to(model.device)
     parts: Sequence[Tensor] = (ids[:, :1], ids[:, 1:]) if ids.shape[1] > 1 else (ids,)
-    logits = [model(input_ids=part, past_key_values=cache, use_cache=True).logits[0] for part in parts]
+    logits = [model(input_ids=part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
     return torch.cat(logits).float().log_softmax(-1)
 
 

@@ -10,6 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 from nexusquant_cache import attention
 from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
 from nexusquant_cache.evaluation.clock import now
+from nexusquant_cache.releases import CACHE
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
         for name in caches if turn % 2 == 0 else reversed(caches):
             (attention.enable if name in on_codes else attention.disable)(model)
             start = now()
-            logits = model(input_ids=tokens[name], past_key_values=caches[name], use_cache=True).logits
+            logits = model(input_ids=tokens[name], **{CACHE: caches[name]}, use_cache=True).logits
             tokens[name] = logits[:, -1].argmax(-1, keepdim=True)
             spent[name].append(1000 * (now() - start))
         if progress is not None:
