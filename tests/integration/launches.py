@@ -21,6 +21,7 @@ from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import part_of
 
 
 class Driver:
@@ -69,9 +70,12 @@ def main(capability: int) -> None:
             cache.update(*random_states((1, 2, 100, 64), 1, torch.bfloat16), index)
         layer = cache.layers[0]
         layer.compress()
-        layer.dense()
+        part_of(layer, 0).dense()
         softmax = Softmax(0.125, softcap=None if config else 30.0)
-        assert fused.attend(torch.randn(1, 8, 1, 64, dtype=torch.bfloat16), layer.held(), None, softmax) is not None
+        assert (
+            fused.attend(torch.randn(1, 8, 1, 64, dtype=torch.bfloat16), part_of(layer, 0).held(), None, softmax)
+            is not None
+        )
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.releases import CACHE
 from nexusquant_cache.states import HeldStates
 
@@ -203,7 +204,7 @@ def test_dropout_is_refused() -> None:
 def test_what_is_not_understood_is_left_to_the_stock_implementation(change: dict[str, Any]) -> None:
     layer = compressed(tiny_llama(), policy=Latest()).layers[0]
     assert isinstance(layer, NexusQuantLayer)
-    held = layer.held()
+    held = part_of(layer, 0).held()
     given: dict[str, Any] = {"attention_mask": None, "queries": 1} | change
     queries, mask = torch.randn(1, 4, given.pop("queries"), 16), given.pop("attention_mask")
     assert implementation.read_codes("sdpa", queries, held, mask, given) is None
@@ -215,8 +216,8 @@ def test_keys_and_values_of_different_moments_are_not_read(moment: str) -> None:
     """Values that are none of ours, or not those of the keys, are for the stock implementation."""
     layer = compressed(tiny_llama(), policy=Latest()).layers[0]
     assert isinstance(layer, NexusQuantLayer)
-    keys = HeldStates(layer.held(), "keys")
-    value: Any = HeldStates(layer.held(), "values") if moment == "other" else keys.decoded()
+    keys = HeldStates(part_of(layer, 0).held(), "keys")
+    value: Any = HeldStates(part_of(layer, 0).held(), "values") if moment == "other" else keys.decoded()
     assert implementation.held_tokens(keys, value) is None
     assert implementation.held_tokens(keys, HeldStates(keys.held, "values")) is keys.held
 
@@ -226,7 +227,7 @@ class TestHeldStates:
     def held(self) -> Iterator[HeldTokens]:
         layer = compressed(tiny_llama(), policy=Latest()).layers[0]
         assert isinstance(layer, NexusQuantLayer)
-        return layer.held()
+        return part_of(layer, 0).held()
 
     @pytest.mark.parametrize("side", ["keys", "values"])
     def test_looks_like_the_decoded_tensor(self, held: HeldTokens, side: Any, decodings: list[int]) -> None:
@@ -272,8 +273,8 @@ class TestHeldStates:
         cache = compressed(tiny_llama(), keep_ratio=1.0)
         layer = cache.layers[0]
         assert isinstance(layer, NexusQuantLayer)
-        states = HeldStates(layer.held(), "keys")
-        expected = layer.dense()[0].clone()
+        states = HeldStates(part_of(layer, 0).held(), "keys")
+        expected = part_of(layer, 0).dense()[0].clone()
         for seed in range(12):
             layer.update(*random_states((1, 2, 1, 16), seed))
         layer.crop(-40)
@@ -306,7 +307,7 @@ def held_tokens(
     cache.compress()
     layer = cache.layers[0]
     assert isinstance(layer, NexusQuantLayer)
-    return layer.held()
+    return part_of(layer, 0).held()
 
 
 def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: Softmax) -> Tensor:

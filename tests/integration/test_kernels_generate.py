@@ -12,6 +12,7 @@ from torch import Tensor
 from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.layer.parts import part_of
 
 pytest.importorskip("triton")
 
@@ -135,7 +136,7 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
     with torch.no_grad():
         model(prompt(60), **{CACHE: cache})
         cache.compress()
-        held = cache.layers[0].held()
+        held = part_of(cache.layers[0], 0).held()
         assert fused.can_attend(held)
         heads, queries = (4, 1) if kind == "heads differ" else (1, 2)
         mask = torch.ones(1, heads, queries, held.tokens + queries, dtype=torch.bool)

@@ -606,7 +606,7 @@ class TestStreams:
                 patch.setattr(layer_module, "beside", lambda *_: nullcontext())
                 patch.setattr(layer_module, "to_device", full)
                 with pytest.raises(MemoryError):
-                    layer.prefetch_beside()
+                    layer.residency.fetch_beside()
             watched.clear()
             look(cache)
         assert watched[0] == ("arrives", 0)

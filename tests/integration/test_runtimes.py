@@ -28,6 +28,7 @@ from transformers import DynamicCache, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.generation import utils as generation_utils
 
 from nexusquant_cache import CacheStateError, NexusQuantCache
+from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy
 from nexusquant_cache.releases import CACHE
 
@@ -189,7 +190,7 @@ def test_models_in_half_precision(dtype: torch.dtype) -> None:
     cache = balanced(model)
     text = generate(model, prompt(60), cache, 12)
     generate(model, torch.cat([text, prompt(30, seed=1)], -1), cache, 12)
-    assert [x.dtype for x in cache.layers[0].dense()] == [dtype, dtype]
+    assert [x.dtype for x in part_of(cache.layers[0], 0).dense()] == [dtype, dtype]
     assert cache.layers[0].state.kept < cache.get_seq_length()
 
 
@@ -206,7 +207,7 @@ def test_autocast_gives_keys_and_values_of_two_dtypes(attention: str) -> None:
         caches.append(cache)
     assert torch.equal(texts[0], texts[1])
     for cache in caches[1:]:
-        assert [x.dtype for x in cache.layers[0].dense()] == [torch.float32, torch.bfloat16]
+        assert [x.dtype for x in part_of(cache.layers[0], 0).dense()] == [torch.float32, torch.bfloat16]
         assert [x.dtype for x in cache.layers[0].state.sinks] == [torch.float32, torch.bfloat16]
     assert caches[2].layers[0].state.kept < caches[2].get_seq_length()
 

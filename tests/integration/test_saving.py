@@ -52,6 +52,7 @@ from nexusquant_cache import (
     UnsupportedError,
     WindowAttentionPolicy,
 )
+from nexusquant_cache.codec.registry import register_codec
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import Rotation
 from nexusquant_cache.files import (
@@ -60,13 +61,13 @@ from nexusquant_cache.files import (
     inspect_file,
     packing,
     reader,
-    register_codec,
     verify_file,
     writer,
 )
 from nexusquant_cache.files.contents import FileTensor
 from nexusquant_cache.files.state import Lists
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.releases import CACHE
 from nexusquant_cache.store import store
 
@@ -235,7 +236,7 @@ def test_queries_that_were_observed(sdpa, tmp_path):
             cache.update(keys, values, layer)
             queries = torch.randn(1, 4, keys.shape[2], 16, generator=torch.Generator().manual_seed(seed))
             cache.observe_queries(queries, layer)
-        cache.layers[layer].observe_reconstruction(torch.rand(1, 2, 53))
+        part_of(cache.layers[layer], 0).observe_reconstruction(torch.rand(1, 2, 53))
     assert cache.layers[0].state.observed.before is not None
     loaded = saved(cache, tmp_path, config=sdpa.config, policy=policy)
     for count, layer in ((-3, 0), (-3, 1)):

@@ -22,6 +22,7 @@ from torch import Tensor
 from nexusquant_cache import EvictionPolicy, NexusQuantCache, ScoreInputs
 from nexusquant_cache.errors import ShapeError
 from nexusquant_cache.layer.observations import QUERY_WINDOW
+from nexusquant_cache.layer.parts import part_of
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 8
 SETTINGS: dict[str, Any] = {
@@ -157,7 +158,7 @@ class ObservationMachine(RuleBasedStateMachine):
     def reconstruct(self) -> None:
         attention = (self.numbers / 2**20)[:, None].expand(-1, HEADS, -1)
         for layer in self.layers:
-            layer.observe_reconstruction(attention.clone())
+            part_of(layer, 0).observe_reconstruction(attention.clone())
 
     @precondition(lambda self: self.seen)
     @rule(tokens=st.integers(0, 80))

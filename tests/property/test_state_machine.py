@@ -30,10 +30,10 @@ from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
-from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
+from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec, register_codec
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.files import register_codec
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import part_of
 
 register_codec(
     "tests.counting",
@@ -376,7 +376,7 @@ class CacheMachine(RuleBasedStateMachine):
             for tokens in (1, 2, 7):
                 assert layer.get_mask_sizes(tokens) == expected.get_mask_sizes(tokens)
             if expected.seen:
-                assert_same(layer.dense(), expected.visible(), exact=expected.is_exact())
+                assert_same(part_of(layer, 0).dense(), expected.visible(), exact=expected.is_exact())
                 assert torch.equal(kept_positions(self.cache, expected.layer_idx), expected.positions())
                 self.check_codes(layer, expected)
                 self.check_padding(expected)

@@ -29,6 +29,7 @@ from nexusquant_cache.attention.reconstruction import greatest_attention
 from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.observations import note_keys, take_layer_of
+from nexusquant_cache.layer.schedule import wants_queries
 
 NOTHING_REGISTERED = """
 import nexusquant_cache, nexusquant_cache.attention
@@ -296,7 +297,7 @@ class TestObserveQueries:
     def test_ignores_them_if_the_policy_would_not_look(self, options: dict[str, Any]) -> None:
         cache = NexusQuantCache("balanced", **options)
         self.feed(cache, 30)
-        assert not cache.layers[0].wants_queries
+        assert not wants_queries(cache.layers[0].state, cache.shared)
         cache.observe_queries(torch.randn(1, 4, 30, 8), 0)
         assert cache.layers[0].state.observed.queries is None
 

@@ -32,13 +32,13 @@ from nexusquant_cache import CacheConfig, FormatError, NexusQuantCache, NonFinit
 from nexusquant_cache.codec import registry
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.registry import register_codec
 from nexusquant_cache.files import (
     checks,
     contents,
     convert_file,
     inspect_file,
     packing,
-    register_codec,
     schema,
     verify_file,
 )
