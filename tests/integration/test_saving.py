@@ -51,6 +51,7 @@ from nexusquant_cache import (
     OptionError,
     UnsupportedError,
     WindowAttentionPolicy,
+    register_codec,
 )
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import Rotation
@@ -59,7 +60,6 @@ from nexusquant_cache.files import (
     hash_tokens,
     inspect_file,
     reader,
-    register_codec,
     verify_file,
     writer,
 )
@@ -936,5 +936,5 @@ def test_bytes_at_rest_are_those_of_the_file(sdpa, tmp_path):
 
 
 def test_settings_are_all_kept(tmp_path):
-    settings = CacheConfig(key_bits=3, scale_candidates=(1.0,), center_keys=False, key_gain="unbiased")
+    settings = CacheConfig(key_bits=3, scale_candidates=(1.0,), center_keys=False)
     assert saved(NexusQuantCache(settings), tmp_path).cache_config == settings
