@@ -4,6 +4,7 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
+from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.errors import NexusQuantError, OptionError, suggest
