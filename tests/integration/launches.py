@@ -15,11 +15,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
-from nexusquant_cache.codec import e8
-from nexusquant_cache.codec import impl as support
+from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
+from nexusquant_cache.codec.triton import support
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
 
@@ -59,7 +59,7 @@ def main(capability: int) -> None:
         module.use_asm = lambda _device: True
     # Nothing is computed, so nothing can be compared.
     support.why_not = lambda *_: None
-    e8.is_right = lambda *_: True
+    impl.is_right = lambda *_: True
     NexusQuantLayer._code_error = lambda *_: 0.0
     for config, options in (
         (tiny_llama(head_dim=64).config, {"keep_ratio": 0.6, "key_bits": 1.75, "value_bits": 2.625}),
@@ -68,12 +68,12 @@ def main(capability: int) -> None:
         cache = NexusQuantCache("quant", config=config, policy=LeveragePolicy(), impl="triton", **SMALL, **options)
         for index in range(2):
             cache.update(*random_states((1, 2, 100, 64), 1, torch.bfloat16), index)
-        layer = cache.layers[0]
+        layer = part_of(cache.layers[0], 0)
         layer.compress()
-        part_of(layer, 0).dense()
+        layer.dense()
         softmax = Softmax(0.125, softcap=None if config else 30.0)
         assert (
-            fused.attend(torch.randn(1, 8, 1, 64, dtype=torch.bfloat16), part_of(layer, 0).held(), None, softmax)
+            triton_attend.attend(torch.randn(1, 8, 1, 64, dtype=torch.bfloat16), layer.held(), None, softmax)
             is not None
         )
 

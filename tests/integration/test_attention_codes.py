@@ -18,6 +18,7 @@ from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
+from nexusquant_cache.codec.torch import attend as plain
 from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
@@ -66,7 +67,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
         found.append(tuple(queries.shape))
         return attend(queries, *given)
 
-    monkeypatch.setattr(implementation, "attend", spy)
+    monkeypatch.setattr(plain, "attend", spy)
     return found
 
 
@@ -160,8 +161,9 @@ def test_a_disabled_model_decodes(decodings: list[int], reads: list[tuple[int, .
     assert len(decodings) == len(reads) == 2
 
 
-def test_codecs_of_users_are_decoded(reads: list[tuple[int, ...]]) -> None:
-    """One that knows no channels, and one that decodes in its own way."""
+@pytest.mark.parametrize("rotary", [True, False])
+def test_codecs_of_users_are_read(rotary: bool, reads: list[tuple[int, ...]], decodings: list[int]) -> None:
+    """One that knows no channels, and one that decodes in its own way: some tokens at a time."""
 
     class Shrinking(E8Codec):
         def decode(self, packed: Any, transform: Any) -> Tensor:
@@ -183,10 +185,14 @@ def test_codecs_of_users_are_decoded(reads: list[tuple[int, ...]]) -> None:
     small = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}
     for kind in (Lossless, Shrunk):
         found = [
-            generate(model, prompt(60), kind("quant", config=model.config, **small), 6) for model in (plain, enabled)
+            generate(model, prompt(60), kind("quant", config=model.config if rotary else None, **small), 6)
+            for model in (plain, enabled)
         ]
         assert torch.equal(*found)
-    assert not reads
+        assert len(reads) == 2 * 5  # layers and steps
+        assert len(decodings) == 2 * 5  # of the plain model
+        reads.clear()
+        decodings.clear()
 
 
 def test_dropout_is_refused() -> None:

@@ -10,7 +10,7 @@ from integration.tiny import SMALL, prompt, tiny_llama
 from torch import Tensor
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
-from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.triton import support
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.parts import part_of
 
@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 from triton.runtime.errors import OutOfResources
 
-from nexusquant_cache.codec import impl as support
+from nexusquant_cache.codec import impl as selector
 from nexusquant_cache.codec.triton import kernels_attend as kernel
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import kernels_encode as encode_kernel
@@ -93,8 +93,8 @@ def test_a_kernel_that_is_wrong_is_not_used(
 ) -> None:
     """As a compiler or a card might make it: `auto` computes in plain torch and says so, `triton` refuses."""
     expected = logits_of("torch", "quant", rotary=False, dtype=torch.float32)
-    monkeypatch.setattr(support, "_ERRORS", {})
-    support._say_once.cache_clear()
+    monkeypatch.setattr(selector, "_ERRORS", {})
+    selector._say_once.cache_clear()
     if what == "attend":
         monkeypatch.setattr(kernel, "combine", lambda query, *_: torch.zeros_like(query))
     elif what == "encode":
@@ -104,8 +104,7 @@ def test_a_kernel_that_is_wrong_is_not_used(
     with pytest.raises(UnsupportedError, match=f"a kernel differs from plain torch on this device.*{what}"):
         logits_of("triton", "quant", rotary=False, dtype=torch.float32)
     # On this machine `auto` has no kernels; as if it had.
-    monkeypatch.setattr(E8Codec, "uses_kernels", lambda _self, _transform: True)
-    monkeypatch.setattr(fused, "can_attend", lambda _held: True)
+    monkeypatch.setattr(support, "is_wanted", lambda _device: True)
     found = logits_of("auto", "quant", rotary=False, dtype=torch.float32)
     assert (found - expected).norm() < 0.01 * expected.norm()
     assert any(f"'{what}'" in message for message in caplog.messages)
@@ -117,12 +116,12 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     def fails(*_given: Any, **_options: Any) -> None:
         raise OutOfResources(150_000, 100_000, "shared memory")
 
-    support._say_once.cache_clear()
+    selector._say_once.cache_clear()
     monkeypatch.setattr(kernel, "attend_packed", fails)
     with pytest.raises(UnsupportedError, match="the card is too small for a kernel: out of resource: shared memory"):
         logits_of("triton", "quant", rotary=True, dtype=torch.float32)
     expected = logits_of("torch", "quant", rotary=True, dtype=torch.float32)
-    monkeypatch.setattr(fused, "can_attend", lambda _held: True)
+    monkeypatch.setattr(support, "is_wanted", lambda _device: True)
     assert torch.equal(logits_of("auto", "quant", rotary=True, dtype=torch.float32), expected)
     assert len(caplog.messages) == 1
 
@@ -137,7 +136,7 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
         model(prompt(60), **{CACHE: cache})
         cache.compress()
         held = part_of(cache.layers[0], 0).held()
-        assert fused.can_attend(held)
+        assert selector._choose_for_attention(held) == "triton"
         heads, queries = (4, 1) if kind == "heads differ" else (1, 2)
         mask = torch.ones(1, heads, queries, held.tokens + queries, dtype=torch.bool)
         mask[:, -1, -1, 5] = False

@@ -51,8 +51,8 @@ from nexusquant_cache import (
     OptionError,
     UnsupportedError,
     WindowAttentionPolicy,
+    register_codec,
 )
-from nexusquant_cache.codec.registry import register_codec
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import Rotation
 from nexusquant_cache.files import (
@@ -944,5 +944,5 @@ def test_bytes_at_rest_are_those_of_the_file(sdpa, tmp_path):
 
 
 def test_settings_are_all_kept(tmp_path):
-    settings = CacheConfig(key_bits=3, scale_candidates=(1.0,), center_keys=False, key_gain="unbiased")
+    settings = CacheConfig(key_bits=3, scale_candidates=(1.0,), center_keys=False)
     assert saved(NexusQuantCache(settings), tmp_path).cache_config == settings

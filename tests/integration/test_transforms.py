@@ -171,22 +171,6 @@ class TestHandedOn:
         assert fingerprint(cache) == fingerprint(first)
 
 
-class TestProtectedLayers:
-    @pytest.mark.parametrize(("count", "raised"), [(0, []), (1, [0, 3]), (2, [0, 1, 2, 3]), (9, [0, 1, 2, 3])])
-    def test_have_four_bits(self, model: LlamaForCausalLM, count: int, raised: list[int]) -> None:
-        cache = NexusQuantCache("quant", config=model.config, protect_boundary=count, transform="hadamard", **FREE)
-        logits(model, prompt(80), cache)
-        cache.compress()
-        for index, layer in enumerate(cache.layers):
-            sizes = [side.words.view().shape[-1] for side in (layer.state.body.keys, layer.state.body.values)]
-            assert sizes == ([8, 8] if index in raised else [4, 5])  # 2.25 and 2.625 bits in 2 blocks
-        assert len({layer.state.kept for layer in cache.layers}) == 1
-
-    def test_need_the_number_of_layers(self) -> None:
-        with pytest.raises(OptionError, match=r"protect_boundary counts layers from .* needs config=model\.config"):
-            NexusQuantCache("quant", protect_boundary=1)
-
-
 def loud(keys: Tensor) -> Tensor:
     """Return keys so large that attention looks at one token, which any error of the codes makes another one."""
     return 60 * keys

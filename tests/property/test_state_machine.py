@@ -29,8 +29,8 @@ from oracle_cache import Counter, CountingCache, CountingCodec, OracleCache, Ora
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
-from nexusquant_cache import CacheConfig, KeyNormPolicy
-from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec, register_codec
+from nexusquant_cache import CacheConfig, KeyNormPolicy, register_codec
+from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
@@ -62,7 +62,6 @@ coding = st.fixed_dictionaries(
         "value_bits": st.sampled_from([1, 1.75, 2, 3, 4]),
         "center_keys": st.booleans(),
         "remove_rope": st.sampled_from([True, True, False]),
-        "key_gain": st.sampled_from(["norm", "least_squares", "unbiased"]),
         "transform": st.sampled_from(["auto", "hadamard", "principal"]),
     }
 )

@@ -84,7 +84,7 @@ def test_suggestions() -> None:
         (lambda: NexusQuantCache(3), "unknown preset 3"),
         (lambda: NexusQuantCache(key_bit=3), "unknown option 'key_bit'. Did you mean 'key_bits'?"),
         (lambda: NexusQuantCache(residual=3), "Did you mean 'residual_length'?"),
-        (lambda: NexusQuantCache(key_gain="nrm"), "unknown key_gain 'nrm'. Did you mean 'norm'?"),
+        (lambda: NexusQuantCache(transform="principl"), "unknown transform 'principl'. Did you mean 'principal'?"),
         (lambda: NexusQuantCache(key_bits=5), "key_bits must be from 0.5 to 4 bits per channel, got 5"),
         (lambda: NexusQuantCache(value_bits=0.4), "value_bits must be from 0.5 to 4 bits per channel, got 0.4"),
         (lambda: NexusQuantCache(sink_tokens=-1), "sink_tokens must be a whole number, at least 0, got -1"),

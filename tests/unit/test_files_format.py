@@ -28,11 +28,19 @@ from integration.families import build
 from integration.tiny import SMALL, LosslessCodec, logits, prompt, random_states, tiny_config
 from transformers.cache_utils import DynamicIndexedLayer
 
-from nexusquant_cache import CacheConfig, FormatError, NexusQuantCache, NonFiniteError, OptionError, UnsupportedError
+from nexusquant_cache import (
+    CacheConfig,
+    FormatError,
+    NexusQuantCache,
+    NonFiniteError,
+    OptionError,
+    UnsupportedError,
+    register_codec,
+)
 from nexusquant_cache.codec import registry
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.codec.registry import register_codec
+from nexusquant_cache.codec.registry import CodecMeta
 from nexusquant_cache.files import (
     checks,
     contents,
@@ -274,7 +282,10 @@ LIES = [
     (setting("codecs", 0, "options", "candidates", to=["a"]), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "candidates", to=[]), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "seed", to=1 << 70), "beyond all reason"),
-    (setting("codecs", 0, "options", "gain", to="vast"), "describes no codec 'e8'"),
+    (setting("codecs", 0, "options", "gain", to="vast"), "describes no codec 'e8': the gain rules .* been removed"),
+    (setting("settings", "key_gain", to="unbiased"), "none of this version: the option 'key_gain' was removed"),
+    (setting("settings", "protect_boundary", to=1), "none of this version: the option 'protect_boundary' was removed"),
+    (setting("settings", "protect_boundary", to=False), "the option 'protect_boundary' was removed"),
     (setting("codecs", 0, "options", "center", to=1), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "secret", to=1), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "impl", to="torch"), "describes no codec 'e8'"),
@@ -953,7 +964,7 @@ class TestConvert:
 
 class TestRegistry:
     def test_e8_codecs_come_back_equal(self):
-        codec = E8Codec(CodeLayout.flat(24, 2.5), "unbiased", (1.0, 1.25), center=True, seed=7, transform="principal")
+        codec = E8Codec(CodeLayout.flat(24, 2.5), (1.0, 1.25), center=True, seed=7, transform="principal")
         assert registry.make_codec(registry.describe_codec(codec)) == codec
 
     def test_whole_numbers_may_stand_for_others(self):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.codec import impl as support
+from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.rotation import HadamardRotation
@@ -25,10 +25,10 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A machine with triton and without its interpreter, and nothing said so far."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(support, "_has_triton", lambda: True)
-    for cached in (support._why_no_kernels, support._say_once):
+    for cached in (support.why_not_on, impl._say_once):
         cached.cache_clear()
     yield
-    for cached in (support._why_no_kernels, support._say_once):
+    for cached in (support.why_not_on, impl._say_once):
         cached.cache_clear()
 
 
@@ -39,14 +39,14 @@ def card(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], hip: str 
 
 def test_a_card_with_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (9, 0))
-    assert support.why_not(CUDA, 64, 256) is None
-    assert support.are_wanted("auto", CUDA)
-    assert not support.are_wanted("torch", CUDA)
+    assert support.why_not_on(CUDA) is None
+    assert support.is_wanted(CUDA)
+    assert not support.is_wanted(CPU)
 
 
 def test_amd_cards_have_kernels_whatever_they_call_their_capability(monkeypatch: pytest.MonkeyPatch) -> None:
     card(monkeypatch, (7, 0), hip="6.3")
-    assert support.why_not(CUDA, 128) is None
+    assert support.why_not_on(CUDA) is None
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_amd_cards_have_kernels_whatever_they_call_their_capability(monkeypatch:
         ((7, 5), True, 64, CUDA, r"need compute capability 8\.0, this card has 7\.5"),
         ((9, 0), False, 64, CUDA, r"triton is not installed \(pip install 'nexusquant-cache\[triton\]'\)"),
         ((9, 0), True, 264, CUDA, r"cover head dimensions up to 256, not 264"),
-        ((9, 0), True, 64, torch.device("xpu"), r"a xpu device has no kernels"),
+        ((9, 0), True, 64, torch.device("xpu"), r"a xpu device has no Triton kernels"),
     ],
 )
 def test_says_why_not(  # noqa: PLR0917 - the columns of the table
@@ -70,12 +70,15 @@ def test_says_why_not(  # noqa: PLR0917 - the columns of the table
     """`auto` goes on in plain torch and says so once; `triton` refuses."""
     card(monkeypatch, capability)
     monkeypatch.setattr(support, "_has_triton", lambda: has_triton)
-    found = support.why_not(device, head_dim)
+    transform = VectorTransform(HadamardRotation(head_dim), None, torch.ones(1, 1, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(support, "why_not_on", lambda _cpu, of=support.why_not_on: of(device))
+        found = support.why_not((CodeLayout.uniform(head_dim, 2),), transform)
     with pytest.raises(UnsupportedError, match=rf"impl='triton' was asked for, but .*{reason}\. impl='auto'"):
-        support.refuse("triton", str(found))
+        impl.refuse("triton", str(found))
     with caplog.at_level(logging.WARNING, "nexusquant_cache"):
-        support.refuse("auto", str(found))
-        support.refuse("auto", str(found))
+        impl.refuse("auto", str(found))
+        impl.refuse("auto", str(found))
     assert len(caplog.messages) == 1
     assert "computed in plain torch, which is slower: " in caplog.messages[0]
 
@@ -83,19 +86,19 @@ def test_says_why_not(  # noqa: PLR0917 - the columns of the table
 def test_a_cpu_is_plain_torch_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
     codec = E8Codec(CodeLayout.uniform(16, 2))
     transform = codec.fit(torch.randn(1, 1, 20, 16))
-    assert not codec.uses_kernels(transform)
+    assert impl.choose(codec, transform) == "torch"
     assert not caplog.messages
-    with pytest.raises(UnsupportedError, match="a cpu device has no kernels"):
-        replace(codec, impl="triton").uses_kernels(transform)
+    with pytest.raises(UnsupportedError, match="a cpu device has no Triton kernels"):
+        impl.choose(replace(codec, impl="triton"), transform)
 
 
 def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    assert support.why_not(torch.device("xpu"), 16) == "a xpu device has no kernels"
+    assert support.why_not_on(torch.device("xpu")) == "a xpu device has no Triton kernels"
     codec = E8Codec(CodeLayout.uniform(16, 2))
     transform = codec.fit(torch.randn(1, 1, 20, 16))
-    assert replace(codec, impl="triton").uses_kernels(transform)
-    assert not codec.uses_kernels(transform)
+    assert impl.choose(replace(codec, impl="triton"), transform) == "triton"
+    assert impl.choose(codec, transform) == "torch"
 
 
 class TestIsRight:
@@ -103,7 +106,7 @@ class TestIsRight:
 
     @pytest.fixture(autouse=True)
     def forget_errors(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(support, "_ERRORS", {})
+        monkeypatch.setattr(impl, "_ERRORS", {})
 
     def test_compares_once_for_each_specialisation(self) -> None:
         asked: list[str] = []
@@ -113,22 +116,22 @@ class TestIsRight:
             return 0.01
 
         for key in ("a", "b", "a", "b"):
-            assert support.is_right("auto", key, lambda key=key: error(key), 0.02)
+            assert impl.is_right("auto", key, lambda key=key: error(key), 0.02)
         assert asked == ["a", "b"]
 
     @pytest.mark.parametrize("error", [0.5, float("nan")])
     def test_a_wrong_kernel_is_not_used(self, error: float, caplog: pytest.LogCaptureFixture) -> None:
         for _ in range(2):
-            assert not support.is_right("auto", ("attend", 64), lambda: error, 0.02)
+            assert not impl.is_right("auto", ("attend", 64), lambda: error, 0.02)
         assert len(caplog.messages) == 1
         assert re.search(r"differs from plain torch on this device, by (0\.5|nan) for \('attend', 64\)", caplog.text)
         with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a kernel differs"):
-            support.is_right("triton", ("attend", 64), lambda: error, 0.02)
+            impl.is_right("triton", ("attend", 64), lambda: error, 0.02)
 
     def test_distance_is_relative(self) -> None:
-        assert support.distance(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
-        assert support.distance(torch.zeros(3), torch.zeros(3)) == 0
-        assert support.distance(torch.full((2,), 1e30), torch.full((2,), 1e30)) == 0
+        assert impl.distance(torch.tensor([3.0, 4.4]), torch.tensor([3.0, 4.0])) == pytest.approx(0.08)
+        assert impl.distance(torch.zeros(3), torch.zeros(3)) == 0
+        assert impl.distance(torch.full((2,), 1e30), torch.full((2,), 1e30)) == 0
 
 
 def test_rotations_of_users_are_for_plain_torch() -> None:
@@ -138,18 +141,18 @@ def test_rotations_of_users_are_for_plain_torch() -> None:
 
     transform = VectorTransform(Turned(16), None, torch.ones(1, 1, 1))
     layouts = (CodeLayout.uniform(16, 2),)
-    assert fused.why_not(layouts, transform) == "a cpu device has no kernels"
-    support._why_no_kernels.cache_clear()
+    assert support.why_not(layouts, transform) == "a cpu device has no Triton kernels"
+    support.why_not_on.cache_clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        assert fused.why_not(layouts, transform) == "Turned is not written as whole numbers (Rotation.axes)"
+        assert support.why_not(layouts, transform) == "Turned is not written as whole numbers (Rotation.axes)"
 
 
 def test_a_cache_that_insists_refuses_before_it_loses_anything() -> None:
     cache = NexusQuantCache("quant", impl="triton")
     keys = torch.randn(1, 2, 300, 16)
     cache.update(keys, keys, 0)
-    with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a cpu device has no kernels"):
+    with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a cpu device has no Triton kernels"):
         cache.compress()
     assert torch.equal(cache.layers[0].keys, keys)
 

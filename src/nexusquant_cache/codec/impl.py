@@ -35,7 +35,7 @@ Impl = Literal["auto", "torch", "triton"]
 ``"torch"`` that is wanted on the device, if it can do the work, and else plain torch."""
 
 _LOG = logging.getLogger("nexusquant_cache")
-_OTHERS = get_args(Impl)[2:]
+_OTHERS: tuple[str, ...] = get_args(Impl)[2:]
 # The largest errors that rounding explains, relative to plain torch.
 _MOST_ERROR = 2e-3
 _MOST_ATTENTION_ERROR = 0.03  # products may have float16 operands, and outputs be bfloat16
@@ -151,8 +151,8 @@ def _attend_by(name: str, queries: Tensor, held: HeldTokens, mask: Tensor | None
     asked, module = held.keys.codec.impl, _module(name, "attend")
     try:
         found: tuple[Tensor, Tensor | None] | None = module.attend(queries, held, mask, softmax)
-    except UnsupportedError as error:
-        refuse(asked, str(error))
+    except UnsupportedError as reason:
+        refuse(asked, str(reason))
         return None
     if found is None:
         _say_once("a mask adds to logits, or hides packed tokens from some queries or heads only")

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any
 
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
@@ -12,6 +12,7 @@ from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.errors import FormatError, NexusQuantError, OptionError, UnsupportedError, suggest
 
 Options = dict[str, Any]
+_PLAIN: dict[Any, type] = {kind.__name__: kind for kind in (bool, int, float, str)}
 _MOST_CHANNELS = 2048  # of a head: plans of bits take a time that grows with the square
 MOST_CANDIDATES = 64
 """Scales to try for each vector: each takes as long as the first."""
@@ -110,10 +111,12 @@ def register_codec(
         OptionError: If the name is taken by another class, or there is no default for the class.
     """
     known = _CODECS.get(name)
-    if known is not None and known.codec_class is not codec_class:
+    # A class may be defined again, as a cell of a notebook does.
+    if known is not None and _path(known.codec_class) != _path(codec_class):
         msg = f"the codec name {name!r} is taken by {known.codec_class.__name__}; choose another"
         raise OptionError(msg)
-    if (describe is None or make is None) and not is_dataclass(codec_class):
+    kind: Any = codec_class  # mypy knows no dataclass that is a codec
+    if (describe is None or make is None) and not is_dataclass(kind):
         msg = f"{codec_class.__name__} is no dataclass: give register_codec both describe and make"
         raise OptionError(msg)
     _CODECS[name] = _Entry(
@@ -121,6 +124,10 @@ def register_codec(
         _fields_of if describe is None else describe,
         partial(_from_fields, codec_class) if make is None else make,
     )
+
+
+def _path(kind: type) -> tuple[str, str]:
+    return kind.__module__, kind.__qualname__
 
 
 def _fields_of(codec: Any) -> Options:  # noqa: ANN401 - any dataclass
@@ -132,11 +139,13 @@ def _fields_of(codec: Any) -> Options:  # noqa: ANN401 - any dataclass
 def _from_fields(codec_class: Any, options: Options) -> VectorCodec:  # noqa: ANN401
     """Make a dataclass of its fields; lists are those that JSON made of tuples."""
     given: Options = {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}
-    for name, kind in get_type_hints(codec_class).items():
-        if kind is float and type(given.get(name)) is int:
-            given[name] = float(given[name])
-        if kind in {bool, int, float, str} and name in given and type(given[name]) is not kind:
-            msg = f"{name} must be of type {kind.__name__}, got {str(given[name])[:40]!r}"
+    for field in fields(codec_class):
+        kind = _PLAIN.get(getattr(field.type, "__name__", field.type))
+        value = given.get(field.name)
+        if kind is float and type(value) is int:
+            given[field.name] = value = float(value)
+        if kind is not None and field.name in given and type(value) is not kind:
+            msg = f"{field.name} must be of type {kind.__name__}, got {str(value)[:40]!r}"
             raise TypeError(msg)
     made: VectorCodec = codec_class(**given)
     return made
