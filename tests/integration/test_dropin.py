@@ -7,14 +7,14 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from integration.families import build, inputs
-from integration.tiny import SMALL, TINY, LosslessCodec, fingerprint, generate, prompt, tiny_llama
+from integration.tiny import SMALL, TINY, LosslessCodec, balanced, fingerprint, generate, prompt, tiny_llama
 from torch import Tensor, nn
 from transformers import (
     ContinuousBatchingConfig,
@@ -44,7 +44,7 @@ from nexusquant_cache import (
     UnsupportedError,
 )
 from nexusquant_cache.cache.dropin import compressed_generation
-from nexusquant_cache.releases import CACHE
+from nexusquant_cache.releases import CACHE, CACHE_NAMES
 
 # `generate` warns about its own settings once it makes drafts.
 LOSSLESS = "nexusquant_cache.NexusQuantCache.make_codec", lambda *given: LosslessCodec(given[2])
@@ -63,6 +63,11 @@ def _annotations(request: pytest.FixtureRequest) -> None:
     """Check annotations in all tests but the eager half of those in two halves: it takes longer than the rest."""
     if hasattr(request.node, "callspec") and request.node.callspec.params.get("model") == "eager":
         request.getfixturevalue("unchecked")
+
+
+def warns_of(name: str) -> AbstractContextManager[object]:
+    """Expect that transformers itself warns of the name of an argument, if it is the old one."""
+    return nullcontext() if name == CACHE else pytest.warns(FutureWarning, match=f"`{name}` is deprecated")
 
 
 def hooks_of(model: nn.Module) -> int:
@@ -319,6 +324,39 @@ def test_a_loop_of_ones_own(model: LlamaForCausalLM, given: str | None, position
         outputs = loop(DynamicCache(config=model.config) if given else None)
     assert all(torch.equal(*pair) for pair in zip(outputs, expected, strict=True))
     assert fingerprint(compressed.cache) == fingerprint(passed)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_the_argument_under_every_name(sdpa: LlamaForCausalLM, name: str) -> None:
+    """A cache that is passed is left alone, an empty plain one is taken over, and None is as good as nothing."""
+    with compressed_generation(sdpa, "balanced", **SMALL) as compressed:
+        expected = generate(sdpa, prompt(60), None)
+        passed = balanced(sdpa)
+        with warns_of(name):
+            text = sdpa.generate(prompt(60), **{name: passed}, max_new_tokens=12, do_sample=False)
+        assert torch.equal(text, expected)
+        assert compressed.cache is not passed
+        with warns_of(name), torch.no_grad():
+            sdpa(prompt(9), **{name: passed})
+        assert passed.get_seq_length() == 71 + 9
+        plain, before = DynamicCache(config=sdpa.config), compressed.cache
+        with warns_of(name), torch.no_grad():
+            assert sdpa(prompt(60), **{name: plain})[CACHE] is plain
+        assert compressed.cache is plain
+        assert isinstance(plain, NexusQuantCache)
+        with warns_of(name), torch.no_grad():
+            out = sdpa(prompt(60), **{name: None})
+        assert out[CACHE] is compressed.cache
+        assert compressed.cache not in (before, plain)
+
+
+@pytest.mark.parametrize("name", CACHE_NAMES)
+def test_without_a_block_every_name_works(sdpa: LlamaForCausalLM, name: str) -> None:
+    expected, cache = balanced(sdpa), balanced(sdpa)
+    text = generate(sdpa, prompt(60), expected)
+    with warns_of(name):
+        assert torch.equal(sdpa.generate(prompt(60), **{name: cache}, max_new_tokens=12, do_sample=False), text)
+    assert fingerprint(cache) == fingerprint(expected)
 
 
 def test_decoding_by_a_function_of_ones_own(sdpa: LlamaForCausalLM) -> None:
