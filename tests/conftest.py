@@ -12,13 +12,14 @@ from typing import Any
 # Before transformers is imported: its hub client reads these once.
 os.environ.update(HF_HUB_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
 
+import checks
 import hypothesis
 import jaxtyping
 import pytest
 import torch
 
 # Before nexusquant_cache is imported: every annotation of it is checked while the tests run.
-jaxtyping.install_import_hook("nexusquant_cache", "beartype.beartype")
+checks.install()
 
 # `ci` gives the same verdict on every run; `thorough` (nox -s property) goes looking for new examples.
 hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True, deadline=None, database=None)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from grids import combined
 from nexusquant_cache import (
     Combined,
     EvictionPolicy,
@@ -334,8 +335,7 @@ CHOICES: list[EvictionPolicy] = [
 ]
 
 
-@pytest.mark.parametrize("policy", CHOICES, ids=lambda policy: type(policy).__name__)
-@pytest.mark.parametrize("mode", ["two_turns", "padded", "chunked", "prompt_lookup"])
+@combined(policy=CHOICES, mode=["two_turns", "padded", "chunked", "prompt_lookup"])
 def test_policies_serve_whole_conversations(policy: EvictionPolicy, mode: str) -> None:
     """The same tokens each time; tokens are evicted, and no query is left."""
     model = copy.deepcopy(build("llama"))

@@ -24,6 +24,7 @@ from integration.tiny import (
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from grids import combined
 from nexusquant_cache import KeyKeyPolicy, NexusQuantCache
 
 
@@ -35,9 +36,7 @@ def grown(model: LlamaForCausalLM, cache: Any, steps: int = 15) -> Any:
     return cache
 
 
-@pytest.mark.parametrize("preset", ["quant", "balanced", "max"])
-@pytest.mark.parametrize("tokens", [1, 5, 30])
-@pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
+@combined(preset=["quant", "balanced", "max"], tokens=[1, 5, 30], when=["post_prefill", "during_prefill"])
 def test_a_recorded_rollback_leaves_no_trace(model: LlamaForCausalLM, preset: str, tokens: int, when: str) -> None:
     """After crop(-n) the same tokens get the same logits, bit for bit, and so does what follows."""
     cache = grown(model, NexusQuantCache(preset, config=model.config, when=when, **SMALL))

@@ -31,6 +31,7 @@ from integration.tiny import (
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+from grids import combined
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.policy import (
     DEFAULT_POLICY,
@@ -48,8 +49,7 @@ def model() -> LlamaForCausalLM:
 
 
 @pytest.mark.usefixtures("fresh_tables")
-@pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
-@pytest.mark.parametrize("mode", MODES)
+@combined(mode=MODES, when=["post_prefill", "during_prefill"])
 def test_each_layer_computes_and_stores_where_its_keys_are(model: LlamaForCausalLM, mode: Any, when: Any) -> None:
     """With every layer on another device: the same tokens and the same codes as on one device."""
     spread, alone = (

@@ -30,6 +30,12 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(autouse=True)
+def _few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The interpreter takes as long for a large tile as for a small one.
+    monkeypatch.setattr(encode_kernel, "_ROWS", 64)
+
+
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shape of the queries of each attention by kernels."""
@@ -56,7 +62,7 @@ def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: in
     cache = NexusQuantCache(preset, config=config, attention_mask=mask if pads else None, **settings)
     out = []
     with torch.no_grad():
-        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 1, 1, 3, 1, 1], 1)):
+        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 6, 1], 1)):
             if chunk is not ids:
                 mask = torch.cat([mask, torch.ones_like(chunk)], 1)
             positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
@@ -68,7 +74,7 @@ def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: in
 @pytest.mark.parametrize(
     ("preset", "rotary", "dtype", "pads", "options"),
     [
-        ("balanced", True, torch.float32, 0, {}),
+        pytest.param("balanced", True, torch.float32, 0, {}, marks=pytest.mark.grid),  # the others, taken together
         ("balanced", True, torch.float32, 12, {}),
         ("quant", True, torch.bfloat16, 0, {"transform": "principal"}),
         ("quant", False, torch.float16, 0, {"transform": "hadamard"}),
@@ -82,7 +88,7 @@ def test_generation_by_kernels(  # noqa: PLR0917 - the columns of the table
     expected = logits_of("torch", preset, rotary, dtype, pads, **options)
     assert not launches
     found = logits_of("triton", preset, rotary, dtype, pads, **options)
-    assert len(launches) == 6
+    assert len(launches) == 3
     error = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
     assert error.max() < (0.01 if dtype == torch.float32 else 0.05)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
+from grids import combined
 from nexusquant_cache import (
     NexusQuantCache,
     OptionError,
@@ -52,8 +53,7 @@ class TestOffloading:
     """`offloading=True`."""
 
     @pytest.mark.usefixtures("fresh_tables")
-    @pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
-    @pytest.mark.parametrize("mode", MODES)
+    @combined(mode=MODES, when=["post_prefill", "during_prefill"])
     def test_changes_no_token_and_no_code(self, model, mode, when):
         away, alone = (
             make("balanced", config=model.config, when=when, offloading=make is SpreadCache, **SMALL)

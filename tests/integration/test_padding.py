@@ -19,6 +19,7 @@ from integration.tiny import (
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
+from grids import combined
 from nexusquant_cache import (
     CacheStateError,
     EvictionPolicy,
@@ -67,9 +68,7 @@ def answers(
     return [out.sequences[:, ids.shape[1] :], torch.stack(out.logits, 1)]
 
 
-@pytest.mark.parametrize("pads", PADS)
-@pytest.mark.parametrize("preset", ["quant", "balanced"])
-@pytest.mark.parametrize("when", ["post_prefill", "during_prefill"])
+@combined(pads=PADS, preset=["quant", "balanced"], when=["post_prefill", "during_prefill"])
 def test_the_pad_token_changes_no_logit(model: LlamaForCausalLM, pads: Any, preset: str, when: str) -> None:
     """Not by a bit: pads receive no attention, and neither statistics nor scores see them."""
     results = []
@@ -81,9 +80,7 @@ def test_the_pad_token_changes_no_logit(model: LlamaForCausalLM, pads: Any, pres
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-@pytest.mark.parametrize("keep_ratio", [1.0, 0.5, 0.2])
-@pytest.mark.parametrize("with_config", [False, True])
-@pytest.mark.parametrize("pads", [(0, 5, 20), (18, 0, 30), (0, 1, 2)])
+@combined(keep_ratio=[1.0, 0.5, 0.2], with_config=[False, True], pads=[(0, 5, 20), (18, 0, 30), (0, 1, 2)])
 def test_a_row_equals_that_row_alone_with_the_same_kept_count(
     model: LlamaForCausalLM, pads: Any, with_config: bool, keep_ratio: float
 ) -> None:

@@ -676,7 +676,7 @@ def workers(forge: Workers) -> Iterator[Workers]:
 @pytest.fixture
 def kills() -> int:
     """How many processes each of the three tests kills, at least."""
-    return 300 if hypothesis.settings.default.max_examples >= 1000 else 75
+    return 300 if hypothesis.settings.default.max_examples >= 1000 else 24
 
 
 def whole(kept: PrefixStore) -> None:

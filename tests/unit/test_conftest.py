@@ -6,8 +6,10 @@ import socket
 
 import pytest
 import torch
-from jaxtyping import TypeCheckError
-from lattice import nearest_point
+from beartype.roar import BeartypeCallHintViolation
+
+from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.errors import suggest
 
 
 def test_fresh_memory_is_poisoned():
@@ -31,6 +33,20 @@ def test_loopback_stays_open():
         assert client.getpeername() == server.getsockname()
 
 
-def test_types_are_checked_at_run_time():
-    with pytest.raises(TypeCheckError):
-        nearest_point(torch.zeros(3))
+def codes(*shape, dtype=torch.uint8):
+    return torch.zeros(shape, dtype=dtype)
+
+
+def test_annotations_are_checked_at_run_time():
+    PackedVectors(codes(1, 2, 3, 16), codes(1, 2, 3))
+    with pytest.raises(BeartypeCallHintViolation):
+        PackedVectors(codes(1, 2, 3, 16), codes(1, 2, 3, dtype=torch.float32))
+    with pytest.raises(BeartypeCallHintViolation):
+        PackedVectors(codes(1, 2, 3, 16), codes(1, 2, 4))  # each is right, but they do not fit together
+    with pytest.raises(BeartypeCallHintViolation):
+        suggest(3, ["three"])
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_checks_can_be_switched_off():
+    PackedVectors(codes(1, 2, 3, 16), codes(1, 2, 4))
