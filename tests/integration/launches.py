@@ -17,6 +17,7 @@ from triton.runtime import driver
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.softmax import Softmax
+from nexusquant_cache.codec.triton import attend as triton_attend
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import support

@@ -151,8 +151,8 @@ def test_a_flat_plan_gives_all_axes_the_same_bits(codes):
 def test_scalar_codes_take_the_place_of_the_lattice(codes):
     settings = CacheConfig(key_bits=3, value_bits=1, center_keys=True, remove_rope=False)
     cache = codes.ScalarCache(settings, config=CONFIG)
-    assert cache.make_codec("keys", 16, 0) == codes.LloydMaxCodec(16, 3, "norm", center=True)
-    assert cache.make_codec("values", 16, 0) == codes.LloydMaxCodec(16, 1, "norm")
+    assert cache.make_codec("keys", 16, 0) == codes.LloydMaxCodec(16, 3, center=True)
+    assert cache.make_codec("values", 16, 0) == codes.LloydMaxCodec(16, 1)
 
 
 class TestPackages:

@@ -84,7 +84,7 @@ def hadamard_factors(head_dim: int) -> tuple[Float[Tensor, "p p"], int]:
 
 @lru_cache(maxsize=32)
 def hadamard_matrix(head_dim: int) -> Float[Tensor, "d d"]:
-    """Return the unnormalised +-1 matrix ``H`` with ``H @ H.T = d * I`` as float32, for tests and kernels."""
+    """Return the unnormalised +-1 matrix ``H`` with ``H @ H.T = d * I`` as float32, for tests and compiled code."""
     outer, order = hadamard_factors(head_dim)
     sylvester = torch.ones(1, 1, device="cpu", dtype=torch.float32)
     while sylvester.shape[0] < order:

@@ -191,7 +191,7 @@ def sloped_layouts(head_dim: int, total: int) -> tuple[CodeLayout, ...]:
     """Return layouts of one size for channels sorted by falling variance, from flat to steep.
 
     Each is the reverse water-filling for a variance that falls by a fixed number of octaves from the first block to the
-    last.  A few of them serve every spectrum nearly as well as a plan of its own, so that a kernel knows all
+    last.  A few of them serve every spectrum nearly as well as a plan of its own, so that compiled code knows all
     plans when it is compiled.
 
     Args:

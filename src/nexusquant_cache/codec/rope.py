@@ -103,7 +103,7 @@ class RotaryPhase:
     def tables(
         self, device: torch.device, positions: int
     ) -> tuple[Float[Tensor, "256 channels"], Float[Tensor, "rows channels"]]:
-        """Return rows ``(cos | sin)`` for kernels, in float32: of positions 0 to 255, and of 0, 256, 512, ...
+        """Return rows ``(cos | sin)`` for compiled code, in float32: of positions 0 to 255, and of 0, 256, 512, ...
 
         The phase of position ``256 * high + low`` is the complex product of a row of each.
 

@@ -49,7 +49,7 @@ class Rotation(ABC):
         return self.rotate(x)
 
     def axes(self, device: torch.device) -> tuple[Int8[Tensor, "b_or_1 h_or_1 d d"], Float[Tensor, "*heads d"]] | None:
-        """Return the same map for kernels: what each coded channel adds to a vector, as whole numbers and their unit.
+        """Return the same map for compiled code: what a coded channel adds to a vector, in whole numbers and a unit.
 
         None, which is the default, if it cannot be written so; plain torch computes then.
         """
@@ -82,7 +82,7 @@ class VectorTransform:
     )
 
     def side_plan(self, layouts: tuple[CodeLayout, ...]) -> SidePlan | None:
-        """Return what kernels need to know of this transform, made once; None if its rotation cannot be told them.
+        """Return what compiled code needs to know of this transform, made once; None if the rotation has no `axes`.
 
         Args:
             layouts: The codec's layouts.
