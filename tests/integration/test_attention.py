@@ -399,13 +399,13 @@ class TestReconstruct:
         untouched = copy.deepcopy(cache)
         attention.reconstruct(model, cache, ids, chunk=20)
         for layer, before in zip(cache.layers, untouched.layers, strict=True):
-            now, then = vars(layer), vars(before)
+            now, then = (vars(each) | vars(getattr(each, "state", each)) for each in (layer, before))
             assert now.keys() == then.keys()
             assert all(torch.equal(now[key], then[key]) for key in now if isinstance(now[key], Tensor))
             plain = [key for key, value in now.items() if isinstance(value, (int, bool, type(None)))]
             assert [now[key] for key in plain] == [then[key] for key in plain]
         assert cache.get_seq_length() == untouched.get_seq_length()
-        assert cache.shared.padding == untouched.padding
+        assert cache.shared.padding == untouched.shared.padding
         nexts = [logits(model, torch.tensor([[5], [6]]), each) for each in (cache, untouched)]
         assert torch.equal(*nexts)
         assert model.config.get_text_config()._attn_implementation == FAMILIES[name].attentions[-1]

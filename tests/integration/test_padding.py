@@ -245,7 +245,7 @@ def test_recognised_is_as_good_as_stated(model: LlamaForCausalLM, pads: Any) -> 
     unstated = NexusQuantCache("balanced", config=model.config, **SMALL)
     results = [answers(model, ids, mask, cache) for cache in (stated, unstated)]
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
-    assert torch.equal(stated.padding.pads, unstated.padding.pads)
+    assert torch.equal(stated.shared.padding.pads, unstated.shared.padding.pads)
 
 
 def test_a_batch_that_cannot_be_told_is_kept_whole_with_a_warning(model: LlamaForCausalLM) -> None:
