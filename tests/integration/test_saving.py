@@ -318,7 +318,7 @@ def test_padding_where_no_layer_is_compressed(tmp_path):
     mask[0, :5] = 0
     cache = NexusQuantCache("quant", config=model.config, attention_mask=mask)
     generate(model, ids, cache, attention_mask=mask)
-    assert saved(cache, tmp_path, config=model.config).padding.pads.tolist() == [5, 0]
+    assert saved(cache, tmp_path, config=model.config).shared.padding.pads.tolist() == [5, 0]
 
 
 def test_rotary_phases_are_kept_apart(tmp_path):
@@ -328,7 +328,7 @@ def test_rotary_phases_are_kept_apart(tmp_path):
     phases = [RotaryPhase(torch.tensor([1.0, 0.5])), RotaryPhase(torch.tensor([1.0, 0.25]), interleaved=True)]
     lists = Lists()
     assert [lists.phase(phase) for phase in (*phases, phases[1], phases[0])] == [0, 1, 1, 0]
-    cache.layers = [NexusQuantLayer(cache, index) for index in range(2)]
+    cache.layers = [NexusQuantLayer(cache.shared, index) for index in range(2)]
     for layer, phase in zip(cache.layers, phases, strict=True):
         layer.update(*random_states((1, 1, 50, 16), 0))
         layer.compress()
@@ -402,7 +402,7 @@ class TestCannotBeSaved:
     def test_a_broken_cache(self, sdpa, tmp_path):
         cache = balanced(sdpa)
         cache._forward.is_broken = True
-        with pytest.raises(CacheStateError, match="there is nothing to save"):
+        with pytest.raises(CacheStateError, match="half-way through a compression"):
             cache.save(tmp_path / "a")
 
     @pytest.mark.usefixtures("unchecked")
@@ -489,7 +489,7 @@ class TestWhoseFile:
         monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: made(self)[::-1])
         with pytest.raises(FormatError, match="layer 0 of the file is of another kind than NexusQuantLayer"):
             NexusQuantCache.load(tmp_path / "a", config=model.config)
-        monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: [*made(self), NexusQuantLayer(self, 2)])
+        monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: [*made(self), NexusQuantLayer(self.shared, 2)])
         with pytest.raises(FormatError, match="the file holds 2 layers, the cache of this model has 3"):
             NexusQuantCache.load(tmp_path / "a", config=model.config)
 
@@ -530,7 +530,7 @@ def test_another_device(sdpa, tmp_path):
         layer.state.body.keys.transform.mean,
     ):
         assert x.device.type == "meta"
-    assert layer.device == torch.device("meta")
+    assert layer.state.device == torch.device("meta")
 
 
 @pytest.mark.gpu
