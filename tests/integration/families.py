@@ -14,6 +14,7 @@ import transformers
 from integration.tiny import TINY
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.gptj import modeling_gptj
 
 VOCABULARY = TINY["vocab_size"]
 IMAGE_TOKEN, VISION_START = VOCABULARY - 1, VOCABULARY - 2
@@ -194,6 +195,11 @@ FAMILIES: dict[str, Family] = {
         auto="AutoModelForImageTextToText",
     ),
 }
+
+# Attention that cannot be replaced by name; that of GPT-J can be from transformers 5.24 on.
+WITHOUT_INTERFACE = {"falcon_alibi", "bloom"}
+if not hasattr(modeling_gptj, "ALL_ATTENTION_FUNCTIONS"):
+    WITHOUT_INTERFACE.add("gptj")
 
 
 @cache

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.families import FAMILIES, VISION_START, build, inputs
+from integration.families import FAMILIES, VISION_START, WITHOUT_INTERFACE, build, inputs
 from integration.modes import MODES, PROMPT, assistant_of, pad_left
 from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, kept_positions, logits, prompt, tiny_llama
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from nexusquant_cache import (
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.releases import CACHE
 
-WITHOUT_INTERFACE = {"gptj", "falcon_alibi", "bloom"}
 SERVED = [
     (name, implementation)
     for name, family in FAMILIES.items()

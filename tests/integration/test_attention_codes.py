@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.families import FAMILIES, build, inputs
+from integration.families import FAMILIES, WITHOUT_INTERFACE, build, inputs
 from integration.modes import MODES, PROMPT
 from integration.tiny import LosslessCodec, balanced, generate, logits, prompt, random_states, tiny_llama
 from torch import Tensor
@@ -29,10 +29,7 @@ from nexusquant_cache.states import HeldStates
 # Layers of ours whose keys change between cache and attention, or families without any layer of ours.
 NOT_READ = {"mistral", "falcon_h1", "deepseek_v2", "deepseek_v3"}
 SERVED = [
-    (name, stock)
-    for name, family in FAMILIES.items()
-    if name not in {"gptj", "falcon_alibi", "bloom"}
-    for stock in family.attentions
+    (name, stock) for name, family in FAMILIES.items() if name not in WITHOUT_INTERFACE for stock in family.attentions
 ]
 
 

@@ -204,7 +204,7 @@ class TestOffloading:
                 )
                 assert bus.sent == 0
                 for layer in loaded.layers:
-                    assert layer.device == torch.device("xpu", 0)
+                    assert layer.state.device == torch.device("xpu", 0)
                     assert layer.state.tail[0].device.type == ("cpu" if waiting else "xpu")
                     assert waiting or {x.device for x in codes_of(layer)} == {CPU}
                 report = loaded.memory_report()

@@ -489,7 +489,9 @@ class TestWhoseFile:
         monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: made(self)[::-1])
         with pytest.raises(FormatError, match="layer 0 of the file is of another kind than NexusQuantLayer"):
             NexusQuantCache.load(tmp_path / "a", config=model.config)
-        monkeypatch.setattr(NexusQuantCache, "_make_layers", lambda self: [*made(self), NexusQuantLayer(self.shared, 2)])
+        monkeypatch.setattr(
+            NexusQuantCache, "_make_layers", lambda self: [*made(self), NexusQuantLayer(self.shared, 2)]
+        )
         with pytest.raises(FormatError, match="the file holds 2 layers, the cache of this model has 3"):
             NexusQuantCache.load(tmp_path / "a", config=model.config)
 
@@ -514,7 +516,9 @@ def test_another_dtype_of_layers_that_are_not_compressed(tmp_path):
     cache = NexusQuantCache("quant", config=model.config)
     ask(model, inputs(model, PROMPT), cache)
     loaded = saved(cache, tmp_path, config=model.config, dtype=torch.bfloat16)
-    assert loaded.layers[0].keys.dtype == loaded.layers[0].dtype == torch.bfloat16
+    first = loaded.layers[0]
+    # Up to 5.23 such a layer also remembers the dtype.
+    assert first.keys.dtype == getattr(first, "dtype", torch.bfloat16) == torch.bfloat16
 
 
 def test_another_device(sdpa, tmp_path):

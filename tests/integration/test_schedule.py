@@ -73,8 +73,8 @@ def exact_layers(model: LlamaForCausalLM, cache: NexusQuantCache, tokens: int, c
     sizes: list[float] = []
     update = cache.update
 
-    def measured(keys: Tensor, values: Tensor, layer_idx: int, *args: Any) -> Any:
-        held = update(keys, values, layer_idx, *args)
+    def measured(keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        held = update(keys, values, layer_idx, *args, **kwargs)
         exact = [layer.state.tail for layer in cache.layers if layer.state.tail is not None]
         layer_bytes = (keys.nbytes + values.nbytes) / keys.shape[2] * chunk
         sizes.append(sum(x.nbytes for pair in exact for x in pair) / layer_bytes)

@@ -5,11 +5,12 @@ import subprocess
 import sys
 import threading
 import types
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from integration.families import build
+from integration.families import WITHOUT_INTERFACE, build
 from integration.tiny import TINY, balanced, generate, prompt, random_states, tiny_llama
 from torch import Tensor, nn
 from transformers import (
@@ -30,11 +31,11 @@ from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.observations import note_keys, take_layer_of
 from nexusquant_cache.layer.schedule import wants_queries
+from nexusquant_cache.releases import CACHE
 
 NOTHING_REGISTERED = """
 import nexusquant_cache, nexusquant_cache.attention
 from transformers import AttentionInterface, AttentionMaskInterface
-from nexusquant_cache.releases import CACHE
 print([name for name in (*AttentionInterface(), *AttentionMaskInterface()) if "nexusquant" in name])
 """
 
@@ -131,9 +132,10 @@ def upcasting_gpt2() -> nn.Module:
     ("make", "message"),
     [
         (t5, "encoder-decoder"),
-        (lambda: build("gptj", "eager"), "without transformers' AttentionInterface"),
-        (lambda: build("bloom", "eager"), "without transformers' AttentionInterface"),
-        (lambda: build("falcon_alibi"), "without transformers' AttentionInterface"),
+        *(
+            (partial(build, name, "eager"), "without transformers' AttentionInterface")
+            for name in sorted(WITHOUT_INTERFACE)
+        ),
         (upcasting_gpt2, "if its implementation is not named 'eager'"),
     ],
 )
@@ -216,7 +218,7 @@ class TestNote:
 
     @pytest.fixture
     def layer(self) -> NexusQuantLayer:
-        return NexusQuantLayer(NexusQuantCache("balanced"), 0)
+        return NexusQuantLayer(NexusQuantCache("balanced").shared, 0)
 
     def test_these_very_keys_and_only_once(self, layer: NexusQuantLayer) -> None:
         keys = torch.zeros(1, 1, 2, 8)
@@ -244,7 +246,7 @@ class TestNote:
 
     def test_keeps_nothing_alive(self) -> None:
         keys = torch.zeros(1, 1, 2, 8)
-        note_keys(NexusQuantLayer(NexusQuantCache("balanced"), 0), keys)
+        note_keys(NexusQuantLayer(NexusQuantCache("balanced").shared, 0), keys)
         assert take_layer_of(keys) is None
 
 

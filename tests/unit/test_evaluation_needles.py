@@ -19,6 +19,7 @@ from nexusquant_cache.evaluation import (
     prefill_needle,
     token_windows,
 )
+from nexusquant_cache.releases import CACHE
 
 SECRET = Needle("single", "Find it.", ("The code is 123456.",), "What is the code?", ("123456",))
 RIVALRY = Needle("multikey", "", (), "", ("123456",), rivals=("654321", "111111"))

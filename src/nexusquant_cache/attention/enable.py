@@ -31,7 +31,7 @@ def enable(model: nn.Module) -> None:
     Raises:
         OptionError: If this is no model of transformers.
         UnsupportedError: If the model has an encoder, computes attention without transformers' `AttentionInterface`
-            (GPT-J, Bloom), or does so in another way under another name (DeepSeek V3.2).
+            (Bloom, and GPT-J before 5.24), or does so in another way under another name (DeepSeek V3.2).
     """
     text = text_config(model)
     if text.is_encoder_decoder:
