@@ -219,7 +219,7 @@ def layouts_of(codec: Any, transform: VectorTransform, heads: int) -> list[CodeL
 
 def measure_packings(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per kind of tensor."""
-    meta, tensors = export_cache(cache)
+    meta, tensors = export_cache(cache._whole())  # noqa: SLF001 - what `save` gives it
     rows: dict[str, dict[str, Any]] = {}
     for name, spec in tensors_of(meta).items():
         row = rows.setdefault(spec.kind, {"kind": spec.kind, "packed_bytes": 0, "codes": {}, "ideal": {}})

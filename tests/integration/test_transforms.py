@@ -219,7 +219,7 @@ class TestBits:
             clear(cache)
             assert cache.layers[0].state.code_error is None
             assert cache.transforms == (None,)
-            cache.cache_config = fresh.cache_config
+            cache.shared.settings = fresh.cache_config
             filled(cache, *states(200))
             assert cache.layers[0].state.codecs[0] == fresh.layers[0].state.codecs[0]
             assert cache.layers[0].state.code_error == fresh.layers[0].state.code_error

@@ -340,7 +340,7 @@ class TestRecordQueries:
         with pytest.raises(ZeroDivisionError), attention.record_queries(model, 3):
             raise ZeroDivisionError
         assert name_of(model) == before
-        assert implementation.LISTENERS.all == []
+        assert implementation.OBSERVERS.all == []
 
     def test_of_this_model_and_this_thread(self) -> None:
         model, other = tiny_llama(), tiny_llama()

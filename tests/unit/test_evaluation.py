@@ -9,7 +9,7 @@ from transformers import DynamicCache, MistralConfig
 from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
-from nexusquant_cache.attention import function as implementation
+from nexusquant_cache.codec import impl
 from nexusquant_cache.evaluation import (
     PLAIN_CANDIDATE,
     Candidate,
@@ -316,12 +316,12 @@ class TestTiming:
         """The plain cache and the other one are decoded; afterwards the model is as before."""
         seen = []
 
-        def spy(*given):
+        def spy(*given, **options):
             seen.append(given)
-            return attend(*given)
+            return attend(*given, **options)
 
-        attend = implementation.attend
-        monkeypatch.setattr(implementation, "attend", spy)
+        attend = impl.attend
+        monkeypatch.setattr(impl, "attend", spy)
         factories = {key: lambda: NexusQuantCache("max", config=loaded.model.config) for key in ("decoded", "read")}
         time_steps(loaded.model, plain, factories, rounds=1, steps=2, on_codes={"read"})
         # The first step tells the cache that its codes can be read.

@@ -99,7 +99,7 @@ class NexusQuantCache(DynamicCache):
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
     ) -> None:
         """Make an empty cache."""
-        self.cache_config = resolve_preset(preset).override(overrides)
+        settings = resolve_preset(preset).override(overrides)
         self.preset = preset if isinstance(preset, str) and not overrides else "custom"
         given: object = policy  # whatever the annotation says
         if given is not None and not isinstance(given, EvictionPolicy):
@@ -111,7 +111,7 @@ class NexusQuantCache(DynamicCache):
         self.policy = policy
         self.model_config = None if config is None else config.get_text_config(decoder=True)
         self.shared = Shared(
-            settings=self.cache_config,
+            settings=settings,
             when=when,
             offloading=offloading,
             padding=BatchPadding(None if attention_mask is None else leading_pads(attention_mask)),
@@ -164,6 +164,11 @@ class NexusQuantCache(DynamicCache):
             if self._records_from_start:
                 layer.activate_past_recording()
             self.layers.append(layer)
+
+    @property
+    def cache_config(self) -> CacheConfig:
+        """How the cache spends its bytes."""
+        return self.shared.settings
 
     # What a subclass may override
 
