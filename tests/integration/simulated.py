@@ -133,8 +133,8 @@ class SpreadCache(NexusQuantCache):
 def stored(layer: NexusQuantLayer) -> list[Tensor]:
     """Return the tensors that a layer holds for itself.
 
-    What layers share and the tables of the phase, which has some for each device, are not its own; `sink_place` is read on
-    the CPU only.
+    What layers share and the tables of the phase, which has some for each device, are not its own; `sink_place` is read
+    on the CPU only.
     """
     own = {name: value for name, value in vars(layer.state).items() if name not in ("phase", "sink_place")}
     return list(reachable_tensors(own))
