@@ -12,9 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jaxtyping
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 whole = jaxtyping.jaxtyped
+with_types_of = beartype(conf=BeartypeConf(violation_type=jaxtyping.TypeCheckError))
 
 
 def has_shapes(function: Callable[..., Any]) -> bool:
@@ -30,7 +31,7 @@ def checked(function: Any, *, typechecker: Any = None) -> Any:
         if dataclasses.is_dataclass(function) and "__init__" in vars(function):
             function.__init__ = checked(function.__init__)
         return function
-    with_types = beartype(function)
+    with_types = with_types_of(function)
     shapes = has_shapes(function)
 
     @functools.wraps(function)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from integration.tiny import reachable_bytes
 
+from grids import combined
 from nexusquant_cache import PRESETS, NexusQuantCache
 
 LAYERS = 2
@@ -29,8 +30,7 @@ def test_every_preset_has_its_factor_here() -> None:
     assert FACTORS.keys() == PRESETS.keys()
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("preset", FACTORS)
+@combined(preset=list(FACTORS), head_dim=[64, 128])
 def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
     cache = filled(preset, 32_768, head_dim)
     report, held = cache.memory_report(), reachable_bytes(cache)

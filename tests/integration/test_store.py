@@ -748,6 +748,8 @@ def test_kills_of_a_writer_that_evicts(workers, kills, tmp_path, monkeypatch):
         child, log = workers.start(kept.folder, ["put", "put", "get"], max_bytes=model.most)
         if index % 5:  # else while it opens the store
             until(lambda log=log: log.stat().st_size > 0)
+        if index % 5 == 1:  # so that something is evicted, on a busy machine too
+            until(lambda log=log: log.read_text().count("\nput ") > 2)
         after(0, 0.1)
         os.kill(child, signal.SIGKILL)
         assert workers.wait(child) == -signal.SIGKILL
