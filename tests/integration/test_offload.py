@@ -29,7 +29,7 @@ from nexusquant_cache import (
 )
 from nexusquant_cache.cache.report import storage_bytes
 from nexusquant_cache.layer import host
-from nexusquant_cache.layer import layer as layer_module
+from nexusquant_cache.layer import residency as residency_module
 from nexusquant_cache.layer import tokens as tokens_module
 from nexusquant_cache.layer.host import to_device
 from nexusquant_cache.layer.tokens import TokenBuffer
@@ -553,7 +553,7 @@ class TestStreams:
 
             with monkeypatch.context() as patch:
                 patch.setattr(tokens_module, "to_device", copied)
-                patch.setattr(layer_module, "to_device", copied)
+                patch.setattr(residency_module, "to_device", copied)
                 yield
 
         def arrive(stream: str, device: torch.device, tensors: list[Tensor]) -> None:
@@ -561,9 +561,9 @@ class TestStreams:
             assert any(x.device == device for x in tensors) or not notes
             notes.append(("arrives", device.index))
 
-        monkeypatch.setattr(layer_module, "side_stream", lambda device: f"side {device.index}")
-        monkeypatch.setattr(layer_module, "beside", beside)
-        monkeypatch.setattr(layer_module, "arrive", arrive)
+        monkeypatch.setattr(residency_module, "side_stream", lambda device: f"side {device.index}")
+        monkeypatch.setattr(residency_module, "beside", beside)
+        monkeypatch.setattr(residency_module, "arrive", arrive)
         return notes
 
     def on_its_way(self, model: LlamaForCausalLM) -> NexusQuantCache:
@@ -603,8 +603,8 @@ class TestStreams:
                 raise MemoryError
 
             with monkeypatch.context() as patch:
-                patch.setattr(layer_module, "beside", lambda *_: nullcontext())
-                patch.setattr(layer_module, "to_device", full)
+                patch.setattr(residency_module, "beside", lambda *_: nullcontext())
+                patch.setattr(residency_module, "to_device", full)
                 with pytest.raises(MemoryError):
                     layer.residency.fetch_beside()
             watched.clear()
@@ -646,7 +646,7 @@ class TestFailures:
                     cache.prefetch()
 
             with monkeypatch.context() as patch:
-                for module in (layer_module, tokens_module):
+                for module in (residency_module, tokens_module):
                     patch.setattr(module, way, failing)
                 with pytest.raises(MemoryError):
                     there_and_back()
