@@ -17,7 +17,8 @@ from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.evaluation import Candidate, describe
+from nexusquant_cache.evaluation import Candidate
+from nexusquant_cache.evaluation.presets import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nexusquant_cache import CacheConfig, EvictionPolicy
+    from nexusquant_cache.codec.held import Side
     from nexusquant_cache.codec.layout import CodeLayout
-    from nexusquant_cache.layer.layer import Side
 
 UNCHECKED = 1e9
 """The `CacheConfig.most_code_error` of a cache that never spends more bits than it was given."""

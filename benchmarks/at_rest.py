@@ -39,20 +39,12 @@ from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout, block_code
 from nexusquant_cache.codec.packing import unpack
 from nexusquant_cache.codec.rotation import HadamardRotation
-from nexusquant_cache.evaluation import (
-    Candidate,
-    LoadedModel,
-    Prefilled,
-    describe,
-    environment,
-    fill_and_compress,
-    load_model,
-    prefill,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import Candidate, LoadedModel, load_model
+from nexusquant_cache.evaluation.caches import Prefilled, fill_and_compress, prefill
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.packing import PACKINGS, arrange, pieces
 from nexusquant_cache.files.saving import export_cache
@@ -215,7 +207,7 @@ def layouts_of(codec: Any, transform: VectorTransform, heads: int) -> list[CodeL
 
 def measure_packings(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per kind of tensor."""
-    meta, tensors = export_cache(cache)
+    meta, tensors = export_cache(cache._whole())  # noqa: SLF001 - what `save` writes
     rows: dict[str, dict[str, Any]] = {}
     for name, spec in tensors_of(meta).items():
         row = rows.setdefault(spec.kind, {"kind": spec.kind, "packed_bytes": 0, "codes": {}, "ideal": {}})

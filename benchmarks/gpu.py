@@ -56,7 +56,7 @@ def main() -> None:
     from _common import IMAGES, RESULTS  # noqa: PLC0415 - imports torch
     from rich.console import Console  # noqa: PLC0415
 
-    from nexusquant_cache.evaluation import read_json  # noqa: PLC0415
+    from nexusquant_cache.evaluation.results import read_json  # noqa: PLC0415
 
     console = Console(stderr=True)
     given.output = given.output or RESULTS / "gpu.json"

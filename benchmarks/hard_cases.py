@@ -36,22 +36,12 @@ from _common import RESULTS, python_sources, read_texts, shown_steps, translated
 from transformers import DynamicCache
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
-from nexusquant_cache.evaluation import (
-    Candidate,
-    Continuation,
-    Results,
-    TextQuality,
-    describe,
-    environment,
-    load_model,
-    measure_quality,
-    read_text,
-    run_plain,
-    text_id,
-    token_windows,
-)
-from nexusquant_cache.evaluation.results import fingerprint, model_id
+from nexusquant_cache.evaluation import Candidate, load_model, read_text
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.quality import Continuation, TextQuality, measure_quality, run_plain
+from nexusquant_cache.evaluation.results import Results, environment, fingerprint, model_id, text_id
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -59,7 +49,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from nexusquant_cache.evaluation import LoadedModel, PlainRun
+    from nexusquant_cache.evaluation import LoadedModel
+    from nexusquant_cache.evaluation.quality import PlainRun
 
 PLAIN_BIASED = "plain"
 PREDECESSOR = replace(

@@ -12,7 +12,7 @@ import torch
 from _common import RESULTS
 from torch import Tensor
 
-from nexusquant_cache.evaluation import environment, write_json
+from nexusquant_cache.evaluation.results import environment, write_json
 
 # Candidates per rate.  Steps divisible by a high power of two let a kernel multiply a field where it lies.
 CANDIDATES = {

@@ -41,12 +41,11 @@ from nexusquant_cache.evaluation import (
     evaluate,
     load_model,
     preset_candidates,
-    read_json,
     summaries,
-    write_json,
 )
 from nexusquant_cache.evaluation.plots import quality_figure, save_png
 from nexusquant_cache.evaluation.report import measured_on
+from nexusquant_cache.evaluation.results import read_json, write_json
 from nexusquant_cache.policy import (
     EvictionPolicy,
     ExpectedAttentionPolicy,

@@ -23,11 +23,11 @@ from nexusquant_cache.evaluation import (
     evaluate,
     load_model,
     nexusquant_candidate,
-    read_json,
     summaries,
 )
 from nexusquant_cache.evaluation.plots import quality_figure, save_png
 from nexusquant_cache.evaluation.report import measured_on
+from nexusquant_cache.evaluation.results import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -28,22 +28,13 @@ from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec, TransformRule
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.evaluation import (
-    Candidate,
-    Continuation,
-    LoadedModel,
-    PlainRun,
-    describe,
-    environment,
-    fill_and_compress,
-    load_model,
-    measure_quality,
-    run_plain,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import Candidate, LoadedModel, load_model
+from nexusquant_cache.evaluation.caches import fill_and_compress
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.quality import Continuation, PlainRun, measure_quality, run_plain
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

@@ -13,7 +13,7 @@ from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.evaluation import footprint
+from nexusquant_cache.evaluation.caches import footprint
 from nexusquant_cache.releases import CACHE
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)
@@ -151,8 +151,8 @@ def test_a_flat_plan_gives_all_axes_the_same_bits(codes):
 def test_scalar_codes_take_the_place_of_the_lattice(codes):
     settings = CacheConfig(key_bits=3, value_bits=1, center_keys=True, remove_rope=False)
     cache = codes.ScalarCache(settings, config=CONFIG)
-    assert cache.make_codec("keys", 16, 0) == codes.LloydMaxCodec(16, 3, "norm", center=True)
-    assert cache.make_codec("values", 16, 0) == codes.LloydMaxCodec(16, 1, "norm")
+    assert cache.make_codec("keys", 16, 0) == codes.LloydMaxCodec(16, 3, center=True)
+    assert cache.make_codec("values", 16, 0) == codes.LloydMaxCodec(16, 1)
 
 
 class TestPackages:

@@ -9,35 +9,31 @@ from transformers import DynamicCache, MistralConfig
 from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
-from nexusquant_cache.attention import function as implementation
-from nexusquant_cache.evaluation import (
-    PLAIN_CANDIDATE,
-    Candidate,
-    Continuation,
-    EvaluationError,
+from nexusquant_cache.codec import impl
+from nexusquant_cache.evaluation import Candidate, EvaluationError, load_model, python_topics, read_text
+from nexusquant_cache.evaluation import models as models_module
+from nexusquant_cache.evaluation.caches import (
+    QUERY_WINDOW,
     Footprint,
     Prefilled,
-    TextQuality,
-    encode_throughput,
     fill,
     fill_and_compress,
     footprint,
-    load_model,
-    mean_interval,
+    prefill,
+)
+from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.evaluation.intervals import mean_interval, wilson_interval
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.quality import (
+    Continuation,
+    TextQuality,
     measure_quality,
     plain_quality,
-    prefill,
-    python_topics,
-    read_text,
     run_plain,
     summarize,
-    time_steps,
-    token_windows,
-    wilson_interval,
 )
-from nexusquant_cache.evaluation import models as models_module
-from nexusquant_cache.evaluation.caches import QUERY_WINDOW
-from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.evaluation.texts import token_windows
+from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
 from nexusquant_cache.releases import CACHE
 
 SPEED = {
@@ -316,12 +312,12 @@ class TestTiming:
         """The plain cache and the other one are decoded; afterwards the model is as before."""
         seen = []
 
-        def spy(*given):
+        def spy(*given, **options):
             seen.append(given)
-            return attend(*given)
+            return attend(*given, **options)
 
-        attend = implementation.attend
-        monkeypatch.setattr(implementation, "attend", spy)
+        attend = impl.attend
+        monkeypatch.setattr(impl, "attend", spy)
         factories = {key: lambda: NexusQuantCache("max", config=loaded.model.config) for key in ("decoded", "read")}
         time_steps(loaded.model, plain, factories, rounds=1, steps=2, on_codes={"read"})
         # The first step tells the cache that its codes can be read.

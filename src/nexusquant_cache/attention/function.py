@@ -154,11 +154,11 @@ def read_codes(
     if unknown or held.keys is None or not _is_understood(mask, query.shape[2], held.tokens):
         return None
     scaling = options.get("scaling")
-    bounded = stock != "sdpa"  # which passes over softcap and sinks
+    bounded = stock != "sdpa"  # which passes over softcap and sink logits
     softmax = Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=options.get("softcap") if bounded else None,
-        sinks=options.get("s_aux") if bounded else None,
+        sink_logits=options.get("s_aux") if bounded else None,
     )
     visible = mask if isinstance(mask, Tensor) else None
     is_eager = stock == "eager"  # which tells its weights

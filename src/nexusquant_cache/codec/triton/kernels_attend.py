@@ -415,7 +415,7 @@ def attend_kernel(
 )
 @no_type_check
 def combine_kernel(
-    sums, lse, query, keys, values, mask, axes, step, factor, mean, sinks, out,
+    sums, lse, query, keys, values, mask, axes, step, factor, mean, sink_logits, out,
     splits, tokens, scaling, softcap,
     query_b, query_h, query_m, keys_b, keys_h, keys_e, values_b, values_h, values_e, mask_b, mask_m, mask_e,
     axes_b, axes_h, out_b, out_h, out_m,
@@ -495,8 +495,8 @@ def combine_kernel(
         total = total * fade + tl.sum(weight, 0)
         most = peak
 
-    if sinks is not None:
-        sink = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + query_head).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(most, sink)
         fade = tl.exp2(most - peak)
         result *= fade
@@ -526,7 +526,7 @@ def attend_packed(
         query: Rotated queries of any floating dtype.
         keys: Packed keys of the heads, each of which serves ``query_heads / h`` query heads in a row.
         values: Packed values of the same tokens.
-        softmax: How logits are made; `Softmax.sinks` has no effect here.
+        softmax: How logits are made; `Softmax.sink_logits` has no effect here.
         rope: The phase that the keys were coded without; None if they were coded with it.
         places: Where the tokens stand; needed with ``rope``.
         hidden: Tokens of each row that no query attends to.
@@ -586,7 +586,7 @@ def combine(
         packed: What it returned; None if there are no packed tokens.
         values: Plan of the packed values.
         exact: The other tokens.
-        softmax: As there, with the sinks.
+        softmax: As there, with the sink logits.
         out: Where to write; the last axis is contiguous.
 
     Returns:
@@ -606,7 +606,7 @@ def combine(
     combine_kernel[(batch * query_heads * queries,)](
         *((query, query) if packed is None else (packed.sums, packed.lse)),
         *(query, exact.keys, exact.values, mask),
-        *(values.axes, values.step, values.factor, values.mean, softmax.sinks, out),
+        *(values.axes, values.step, values.factor, values.mean, softmax.sink_logits, out),
         *(0 if packed is None else len(packed.sums), count, softmax.scaling, softmax.softcap or 1.0),
         *query.stride()[:3],
         *exact.keys.stride()[:3],
@@ -787,6 +787,6 @@ def compile_cases() -> Iterator[CompileCase]:
         "scaling": "fp32",
         "softcap": "fp32",
     }
-    constexprs = _combine_shape(128, 128) | {"SOFTCAP": False, "BOOLEAN": False, "mask": None, "sinks": None}
+    constexprs = _combine_shape(128, 128) | {"SOFTCAP": False, "BOOLEAN": False, "mask": None, "sink_logits": None}
     options = _combine_options(128)
     yield compile_case("combine d=128", combine_kernel, types, constexprs, options, constexprs["BLOCK"])
