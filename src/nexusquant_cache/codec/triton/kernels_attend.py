@@ -1,12 +1,12 @@
 """Attention of a few queries over packed tokens, which are decoded in registers and nowhere else.
 
-One program reads a part of the tokens of one head (a *split*) for all queries of its group.  It multiplies the other
-way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the
-sum of four products of a plane of keys (`kernels_codes`) with a plane of queries, and sums of values ``[channels,
-queries]`` are collected in coded channels, plane by plane.
+One program reads a part of the tokens of one head (a *split*) for all queries of its group.  Products are tokens by
+queries, and not the other way round, so that few queries waste little of a tensor core.  Logits ``[tokens, queries]``
+are the sum of four products, each of a plane of keys (`kernels_codes`) and a plane of queries.  Sums of values
+``[channels, queries]`` are those of coded channels, plane by plane.
 
-What can be folded into the queries or left to the end is: keys that were coded with their rotary phase need no
-rotation, since the queries are rotated in their place, and values are rotated once, after the softmax.  Keys coded
+Rotations are kept out of the loop where that is possible.  Keys that were encoded with their rotary phase are not
+rotated: the queries are, in their place.  Values are rotated once, after the softmax.  Only keys that were encoded
 without their phase are rotated in the loop.
 
 A second kernel joins the splits and the exact tokens, rotates the sum of values, and adds the mean.
@@ -109,7 +109,11 @@ def _pair_axes(axes, step, plane: tl.constexpr, channel, COLUMNS: tl.constexpr, 
 @triton.jit
 @no_type_check
 def token_phase(low, high, position, pair, used, PAIRS: tl.constexpr):
-    """Return cosine and sine of each pair at each position, ``[positions, pairs]``."""
+    """Return cosine and sine of the angle that each pair turns by at each position, ``[positions, pairs]``.
+
+    A position is 256 times an upper part, plus a lower part; the angle is the sum of those of both parts, which the
+    tables ``high`` and ``low`` hold (`operands.RopeOperand`).
+    """
     row = low + (position & (_LOW_POSITIONS - 1)).to(tl.int64)[:, None] * (2 * PAIRS) + pair[None, :]
     base = high + (position // _LOW_POSITIONS).to(tl.int64)[:, None] * (2 * PAIRS) + pair[None, :]
     inside = used[None, :]
@@ -129,11 +133,11 @@ def _softcapped(logits, softcap):
 @triton.jit
 @no_type_check
 def _turned_logits(k0, k1, k2, k3, scale, position, axes, query, rope, PAIRS: tl.constexpr, MEAN: tl.constexpr):
-    """Return the logits of the channels that turn, for keys without their phase.
+    """Return what the rotary channels add to the logits, for keys that were encoded without their phase.
 
-    A position is 256 times an upper part, plus a lower part.  Each key is turned by its lower part.  The upper part
-    turns the queries in the key's place, the other way round.  The tokens of a tile are near one another and share one
-    or two upper parts, and the queries are turned once for each of these.
+    A position is 256 times an upper part, plus a lower part.  Keys are turned by the lower part.  In place of turning
+    them further, the queries are turned back by the upper part, which gives the same products.  Tokens of a tile are
+    near one another, so they share one or two upper parts: the queries are turned once for each of these.
     """
     low, high, pair, used = rope
     even_query, odd_query, even_mean, odd_mean, least, factor = query
