@@ -1,4 +1,4 @@
-"""Codecs to compare with: scalar codes, float16, axes without a bit plan, sharpened keys; each with its cache."""
+"""Codecs to compare with: scalar quantizers, float16, axes without a bit plan, sharpened keys; each with its cache."""
 
 from __future__ import annotations
 
@@ -209,7 +209,7 @@ class SharpenedCodec(E8Codec):
 
 
 class ScalarCache(NexusQuantCache):
-    """Our cache with scalar codes in place of the lattice; bits are whole numbers."""
+    """Our cache with scalar quantizers in place of the lattice; bits are whole numbers."""
 
     def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
         """Return the codec of the keys or the values of a layer."""

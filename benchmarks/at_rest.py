@@ -7,7 +7,7 @@ A prompt, in bfloat16, is compressed with each preset.  For each kind of tensor 
 - ``codes``: bytes in each packing that a file may use (`nexusquant_cache.files.packing`), at each level of zstd;
 - ``ideal``: the length that an adaptive arithmetic coder would reach with a model of the bytes.  Each context counts
   the symbols that it has met (Krichevsky & Trofimov 1981, with 1/16 in place of 1/2 for bytes): nothing is known in
-  advance.  For words the symbols are bytes, or the fields of the block codes with counts of their own for each rate of
+  advance.  For words the symbols are bytes, or the fields of the codes with counts of their own for each rate of
   a layer, and for each block, coset (which is told first) or value of the token before where the name says so;
 - ``file``: the file as it is written, with the time that writing and reading take.
 
@@ -21,6 +21,7 @@ Writes ``benchmarks/results/at_rest.json``.
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from collections import defaultdict
@@ -30,8 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import zstandard
-from _common import RESULTS, read_texts, shown_steps
-from lattice import nearest_point
+from _common import RESULTS, ROOT, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
@@ -48,6 +48,9 @@ from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.packing import PACKINGS, arrange, pieces
 from nexusquant_cache.files.saving import export_cache
+
+sys.path.insert(0, str(ROOT / "tests"))
+from lattice import nearest_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

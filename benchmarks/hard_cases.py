@@ -1,4 +1,4 @@
-"""What is hard for a compressed cache: keys with a constant bias, code, many languages, and short prompts.
+"""What is hard for a compressed cache: keys with a constant bias, programs, many languages, and short prompts.
 
 python benchmarks/hard_cases.py --text frankenstein.txt
 python benchmarks/hard_cases.py --caches quant predecessor --biases 100
@@ -12,7 +12,7 @@ Every case is a prompt and the tokens after it, predicted through each cache and
   to code.  We add N times the root mean square of a layer's keys to both channels of the pair that turns slowest, after
   the rotation, where Qwen adds before it: once the rotary phase is removed, ours is not quite constant, so it is the
   harder case.  The plain cache with the same bias is measured too; its divergence is what rounding does.
-- ``code``: two modules of the running Python.
+- ``code``: two modules of the running Python, as texts.
 - ``multilingual``: Sphinx's messages in ten languages, or a file.
 - ``short N``: prompts of N tokens, cut from the first text.
 

@@ -1,4 +1,4 @@
-"""Find the companded levels of the block codes: the constants in `nexusquant_cache.codec.layout`.
+"""Find the companded levels of blocks: the constants in `nexusquant_cache.codec.layout`.
 
 For each rate, candidates of (step, offset) of the float16 bit patterns are tried with an encoder of its own
 (float64, written from the definition), each at the level unit that distorts a Gaussian least.  Writes

@@ -3,7 +3,7 @@
 python benchmarks/quality.py --text frankenstein.txt moby_dick.txt pride_and_prejudice.txt wikitext2_raw_test.txt
 
 Every row is written as soon as it is measured; run again to go on after an interruption.  Rows of a cache
-whose settings changed are measured again; after a change of the code itself use ``--fresh``.
+whose settings changed are measured again; after a change of the package itself use ``--fresh``.
 """
 
 from __future__ import annotations

@@ -4,11 +4,11 @@ python benchmarks/transforms.py --text frankenstein.txt moby_dick.txt
 
 - ``axes_save``: bits per channel that principal axes save at equal error.  Keys (without rotary phase and mean) and
   values of a prompt are coded with both rotations at the same rate.  Where an error is smaller by a factor, the other
-  rotation would need half its binary logarithm more bits, if each bit halved a code's error, as in theory.  Of the real
+  rotation would need half its binary logarithm more bits, if each bit halved an error, as in theory.  Of the real
   codes a bit does a little less; ``equal_error`` goes by what one more bit does to the error of the Hadamard rotation.
   Means are over layers, heads and two texts.  `NexusQuantCache` chooses between the rotations by two such numbers.
 - ``reuse``: a prompt coded with axes of its own, with those of a part of the first text, or with a Hadamard rotation:
-  for another text like the first (the second, or another part of it) and for code.
+  for another text like the first (the second, or another part of it) and for a program.
 
 Writes ``benchmarks/results/transforms.json``.
 """

@@ -113,5 +113,5 @@ class VectorCodec(ABC):
         return self
 
     def with_more_bits(self) -> "VectorCodec | None":
-        """Return the same codec with more bits, for a layer that suffers from this one; None (the default) if none has."""
+        """Return this codec with more bits, for layers that suffer from it; None, the default, if it can have none."""
         return None
