@@ -16,8 +16,8 @@ from nexusquant_cache.policy.keys import centred, check_window, covariance_of, k
 class WindowAttentionPolicy(PooledPolicy):
     """Keeps what the last queries attend to: `KeyKeyPolicy` with real queries in place of keys.
 
-    Requires queries: `nexusquant_cache.attention.enable`.  Several query heads share
-    a key: the one that attends to it most decides.  Soft-capping and sink logits of a model are left out.
+    Requires queries: `nexusquant_cache.attention.enable`.  Several query heads share a key: the one that attends to it
+    most decides.  Soft-capping and sink logits of a model are left out.
 
     Args:
         observation_window: How many of the last queries are asked, at most 64.
