@@ -1,4 +1,4 @@
-"""Codecs to compare with: scalar codes, float16, axes without a bit plan, sharpened keys; each with its cache."""
+"""Codecs to compare with: scalar quantizers, float16, axes without a bit plan, sharpened keys; each with its cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.evaluation import Candidate, describe
+from nexusquant_cache.evaluation import Candidate
+from nexusquant_cache.evaluation.presets import describe
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,8 +28,8 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
     from nexusquant_cache import CacheConfig, EvictionPolicy
+    from nexusquant_cache.codec.held import Side
     from nexusquant_cache.codec.layout import CodeLayout
-    from nexusquant_cache.layer.layer import Side
 
 UNCHECKED = 1e9
 """The `CacheConfig.most_code_error` of a cache that never spends more bits than it was given."""
@@ -208,7 +209,7 @@ class SharpenedCodec(E8Codec):
 
 
 class ScalarCache(NexusQuantCache):
-    """Our cache with scalar codes in place of the lattice; bits are whole numbers."""
+    """Our cache with scalar quantizers in place of the lattice; bits are whole numbers."""
 
     def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
         """Return the codec of the keys or the values of a layer."""

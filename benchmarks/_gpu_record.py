@@ -16,7 +16,7 @@ import triton
 from _common import ROOT
 from rich.markup import escape
 
-from nexusquant_cache.evaluation import environment, read_json, write_json
+from nexusquant_cache.evaluation.results import environment, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

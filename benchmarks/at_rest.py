@@ -7,7 +7,7 @@ A prompt, in bfloat16, is compressed with each preset.  For each kind of tensor 
 - ``codes``: bytes in each packing that a file may use (`nexusquant_cache.files.packing`), at each level of zstd;
 - ``ideal``: the length that an adaptive arithmetic coder would reach with a model of the bytes.  Each context counts
   the symbols that it has met (Krichevsky & Trofimov 1981, with 1/16 in place of 1/2 for bytes): nothing is known in
-  advance.  For words the symbols are bytes, or the fields of the block codes with counts of their own for each rate of
+  advance.  For words the symbols are bytes, or the fields of the codes with counts of their own for each rate of
   a layer, and for each block, coset (which is told first) or value of the token before where the name says so;
 - ``file``: the file as it is written, with the time that writing and reading take.
 
@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import zstandard
-from _common import RESULTS, read_texts, shown_steps
+from _common import RESULTS, ROOT, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
@@ -39,27 +39,18 @@ from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout, block_code
 from nexusquant_cache.codec.packing import unpack
 from nexusquant_cache.codec.rotation import HadamardRotation
-from nexusquant_cache.evaluation import (
-    Candidate,
-    LoadedModel,
-    Prefilled,
-    describe,
-    environment,
-    fill_and_compress,
-    load_model,
-    prefill,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import Candidate, LoadedModel, load_model
+from nexusquant_cache.evaluation.caches import Prefilled, fill_and_compress, prefill
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.packing import PACKINGS, arrange, pieces
 from nexusquant_cache.files.saving import export_cache
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-
-from lattice import nearest_point  # the truth of the tests
+sys.path.insert(0, str(ROOT / "tests"))
+from lattice import nearest_point
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -219,7 +210,7 @@ def layouts_of(codec: Any, transform: VectorTransform, heads: int) -> list[CodeL
 
 def measure_packings(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict[str, Any]]:
     """Return a row per kind of tensor."""
-    meta, tensors = export_cache(cache._whole())  # noqa: SLF001 - what `save` gives it
+    meta, tensors = export_cache(cache._whole())  # noqa: SLF001 - what `save` writes
     rows: dict[str, dict[str, Any]] = {}
     for name, spec in tensors_of(meta).items():
         row = rows.setdefault(spec.kind, {"kind": spec.kind, "packed_bytes": 0, "codes": {}, "ideal": {}})

@@ -25,7 +25,7 @@ from transformers import DynamicCache, QuantizedCache
 from transformers.utils import logging as transformers_logging
 
 from nexusquant_cache import NexusQuantCache, UnsupportedError
-from nexusquant_cache.evaluation import environment, write_json
+from nexusquant_cache.evaluation.results import environment, write_json
 from nexusquant_cache.layer.layer import NexusQuantLayer
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ python benchmarks/gpu.py --plot                   # nothing but the pictures, fr
 python benchmarks/gpu.py --smoke --output FILE    # a look at the mechanics in triton's interpreter, on the CPU
 
 The kernels are compared with float64 before anything is timed; where they differ, nothing is.  Rows are written one by
-one.  A later run with the same card, versions, code and settings goes on where an earlier one ended, and what
+one.  A later run with the same card, versions, sources and settings goes on where an earlier one ended, and what
 is not to be had in the time given is left out and named.
 """
 
@@ -56,7 +56,7 @@ def main() -> None:
     from _common import IMAGES, RESULTS  # noqa: PLC0415 - imports torch
     from rich.console import Console  # noqa: PLC0415
 
-    from nexusquant_cache.evaluation import read_json  # noqa: PLC0415
+    from nexusquant_cache.evaluation.results import read_json  # noqa: PLC0415
 
     console = Console(stderr=True)
     given.output = given.output or RESULTS / "gpu.json"

@@ -1,4 +1,4 @@
-"""What is hard for a compressed cache: keys with a constant bias, code, many languages, and short prompts.
+"""What is hard for a compressed cache: keys with a constant bias, programs, many languages, and short prompts.
 
 python benchmarks/hard_cases.py --text frankenstein.txt
 python benchmarks/hard_cases.py --caches quant predecessor --biases 100
@@ -12,7 +12,7 @@ Every case is a prompt and the tokens after it, predicted through each cache and
   to code.  We add N times the root mean square of a layer's keys to both channels of the pair that turns slowest, after
   the rotation, where Qwen adds before it: once the rotary phase is removed, ours is not quite constant, so it is the
   harder case.  The plain cache with the same bias is measured too; its divergence is what rounding does.
-- ``code``: two modules of the running Python.
+- ``code``: two modules of the running Python, as texts.
 - ``multilingual``: Sphinx's messages in ten languages, or a file.
 - ``short N``: prompts of N tokens, cut from the first text.
 
@@ -36,22 +36,12 @@ from _common import RESULTS, python_sources, read_texts, shown_steps, translated
 from transformers import DynamicCache
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
-from nexusquant_cache.evaluation import (
-    Candidate,
-    Continuation,
-    Results,
-    TextQuality,
-    describe,
-    environment,
-    load_model,
-    measure_quality,
-    read_text,
-    run_plain,
-    text_id,
-    token_windows,
-)
-from nexusquant_cache.evaluation.results import fingerprint, model_id
+from nexusquant_cache.evaluation import Candidate, load_model, read_text
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.quality import Continuation, TextQuality, measure_quality, run_plain
+from nexusquant_cache.evaluation.results import Results, environment, fingerprint, model_id, text_id
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -59,7 +49,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
-    from nexusquant_cache.evaluation import LoadedModel, PlainRun
+    from nexusquant_cache.evaluation import LoadedModel
+    from nexusquant_cache.evaluation.quality import PlainRun
 
 PLAIN_BIASED = "plain"
 PREDECESSOR = replace(

@@ -32,7 +32,7 @@ from triton.compiler import compile as compile_kernel
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import kernels_encode as encode
-from nexusquant_cache.evaluation import environment, read_json, write_json
+from nexusquant_cache.evaluation.results import environment, read_json, write_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""Find the companded levels of the block codes: the constants in `nexusquant_cache.codec.layout`.
+"""Find the companded levels of blocks: the constants in `nexusquant_cache.codec.layout`.
 
 For each rate, candidates of (step, offset) of the float16 bit patterns are tried with an encoder of its own
 (float64, written from the definition), each at the level unit that distorts a Gaussian least.  Writes
@@ -12,7 +12,7 @@ import torch
 from _common import RESULTS
 from torch import Tensor
 
-from nexusquant_cache.evaluation import environment, write_json
+from nexusquant_cache.evaluation.results import environment, write_json
 
 # Candidates per rate.  Steps divisible by a high power of two let a kernel multiply a field where it lies.
 CANDIDATES = {

@@ -18,7 +18,8 @@ from rich.progress import Progress
 from transformers import DynamicCache
 
 from nexusquant_cache import PRESETS, NexusQuantCache
-from nexusquant_cache.evaluation import describe, environment, write_json
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, write_json
 from nexusquant_cache.releases import CACHE
 
 

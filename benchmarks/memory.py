@@ -15,7 +15,8 @@ from rich.progress import track
 from transformers import LlamaConfig
 
 from nexusquant_cache import PRESETS, NexusQuantCache
-from nexusquant_cache.evaluation import describe, environment, write_json
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, write_json
 
 LAYERS = 2
 KV_HEADS = 8

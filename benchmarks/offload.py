@@ -32,19 +32,15 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from nexusquant_cache import PRESETS, NexusQuantCache
-from nexusquant_cache.cache.report import storage_bytes
-from nexusquant_cache.evaluation import (
-    describe,
-    environment,
-    load_model,
-    prefill,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.cache.report import content, storage_bytes
+from nexusquant_cache.evaluation import load_model
+from nexusquant_cache.evaluation.caches import prefill
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.layer.host import HOST
-from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.residency import Residency
 
 sys.path.insert(0, str(ROOT / "tests"))
 from integration.simulated import Placed, SimulatedDevices
@@ -142,15 +138,16 @@ def most_on_device(cache: Any) -> Iterator[list[int]]:
 
     def look(original: Callable[[Any], None]) -> Callable[[Any], None]:
         def looking(layer: Any) -> None:
-            parts = [(x.sinks, x.tail, x.body) if isinstance(x, NexusQuantLayer) else vars(x) for x in cache.layers]
+            ours = isinstance(cache, NexusQuantCache)
+            parts = [content(x) for x in cache.parts()] if ours else [vars(x) for x in cache.layers]
             found.append(storage_bytes(parts) - storage_bytes(parts, only=HOST))
             original(layer)
 
         return looking
 
-    ours = mock.patch.object(NexusQuantLayer, "release", look(NexusQuantLayer.release))
+    leaving = mock.patch.object(Residency, "release", look(Residency.release))
     theirs = mock.patch.object(DynamicLayer, "offload", look(DynamicLayer.offload))
-    with ours, theirs:
+    with leaving, theirs:
         yield found
 
 
@@ -185,8 +182,9 @@ def count_bytes(name: str, place: Place, config: Any, states: States, tokens: in
         feed(cache, place, states, 0, tokens)
         feed(cache, place, states, tokens, tokens + 1)
         prompt = {"fetched": bus.fetched, "sent": bus.sent}
-        for layer in cache.layers:
-            layer.state.codes_are_read = True  # nobody will: decoding moves nothing, and takes most of the time
+        if isinstance(cache, NexusQuantCache):
+            for layer in cache.layers:  # nobody will: decoding moves nothing, and takes most of the time
+                layer.state.codes_are_read = True
         bus.fetched = bus.sent = 0
         for token in range(tokens + 1, last):
             feed(cache, place, states, token, token + 1)

@@ -12,7 +12,7 @@ What is compared, and by whose bytes:
 * ``nexusquant-kv``: the package's presets, applied when the prompt has been read, evicted tokens masked.  It packs
   nothing; tables and plots show what its codes would take, the file's ``holdings`` what it really holds.
 * ``quanto``, ``hqq``, ``fp8``: transformers' `QuantizedCache`.  ``holdings`` says what it would hold in a 16-bit model.
-* ``turboquant``: scalar codes after a Hadamard rotation; ``turboquant+mean`` also has what we do to keys before coding
+* ``turboquant``: a scalar quantizer after a rotation; ``turboquant+mean`` also has what we do to keys before coding
   (mean and rotary phase removed); ``turboquant+snapkv`` evicts until it holds the bytes of a preset.
 * ``snapkv``, ``expected``, ``knorm``: eviction alone, kept tokens in 16 bit, each head its own.
 """
@@ -41,12 +41,11 @@ from nexusquant_cache.evaluation import (
     evaluate,
     load_model,
     preset_candidates,
-    read_json,
     summaries,
-    write_json,
 )
 from nexusquant_cache.evaluation.plots import quality_figure, save_png
 from nexusquant_cache.evaluation.report import measured_on
+from nexusquant_cache.evaluation.results import read_json, write_json
 from nexusquant_cache.policy import (
     EvictionPolicy,
     ExpectedAttentionPolicy,

@@ -19,7 +19,8 @@ from torch.utils._pytree import tree_map_only
 from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, NexusQuantCache
-from nexusquant_cache.evaluation import describe, environment, write_json
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, write_json
 from nexusquant_cache.releases import CACHE
 
 PRESET = "balanced"

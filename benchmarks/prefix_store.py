@@ -27,18 +27,12 @@ import torch
 from _common import RESULTS, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, NexusQuantCache, PrefixStore
-from nexusquant_cache.evaluation import (
-    LoadedModel,
-    describe,
-    environment,
-    load_model,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import LoadedModel, load_model
 from nexusquant_cache.evaluation.clock import now
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
-from nexusquant_cache.evaluation.texts import tokenize
+from nexusquant_cache.evaluation.texts import token_windows, tokenize
 from nexusquant_cache.releases import CACHE
 
 if TYPE_CHECKING:

@@ -3,7 +3,7 @@
 python benchmarks/quality.py --text frankenstein.txt moby_dick.txt pride_and_prejudice.txt wikitext2_raw_test.txt
 
 Every row is written as soon as it is measured; run again to go on after an interruption.  Rows of a cache
-whose settings changed are measured again; after a change of the code itself use ``--fresh``.
+whose settings changed are measured again; after a change of the package itself use ``--fresh``.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from nexusquant_cache.evaluation import (
     evaluate,
     load_model,
     nexusquant_candidate,
-    read_json,
     summaries,
 )
 from nexusquant_cache.evaluation.plots import quality_figure, save_png
 from nexusquant_cache.evaluation.report import measured_on
+from nexusquant_cache.evaluation.results import read_json
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

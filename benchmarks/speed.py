@@ -15,20 +15,12 @@ from _common import RESULTS
 from rich.progress import Progress
 
 from nexusquant_cache import PRESETS
-from nexusquant_cache.evaluation import (
-    describe,
-    encode_throughput,
-    environment,
-    load_model,
-    prefill,
-    preset_candidates,
-    python_topics,
-    read_text,
-    text_id,
-    time_steps,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import load_model, preset_candidates, python_topics, read_text
+from nexusquant_cache.evaluation.caches import prefill
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
+from nexusquant_cache.evaluation.texts import token_windows
+from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
 
 if TYPE_CHECKING:
     from collections.abc import Callable

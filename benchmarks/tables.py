@@ -23,7 +23,9 @@ from nexusquant_cache.evaluation import summaries
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from nexusquant_cache.evaluation import CacheSummary, Interval, Recall
+    from nexusquant_cache.evaluation import CacheSummary
+    from nexusquant_cache.evaluation.intervals import Interval
+    from nexusquant_cache.evaluation.summary import Recall
 
 ROOT = Path(__file__).resolve().parent.parent
 _MEBIBYTE = 2**20

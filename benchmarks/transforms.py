@@ -4,11 +4,11 @@ python benchmarks/transforms.py --text frankenstein.txt moby_dick.txt
 
 - ``axes_save``: bits per channel that principal axes save at equal error.  Keys (without rotary phase and mean) and
   values of a prompt are coded with both rotations at the same rate.  Where an error is smaller by a factor, the other
-  rotation would need half its binary logarithm more bits, if each bit halved a code's error, as in theory.  Of the real
+  rotation would need half its binary logarithm more bits, if each bit halved an error, as in theory.  Of the real
   codes a bit does a little less; ``equal_error`` goes by what one more bit does to the error of the Hadamard rotation.
   Means are over layers, heads and two texts.  `NexusQuantCache` chooses between the rotations by two such numbers.
 - ``reuse``: a prompt coded with axes of its own, with those of a part of the first text, or with a Hadamard rotation:
-  for another text like the first (the second, or another part of it) and for code.
+  for another text like the first (the second, or another part of it) and for a program.
 
 Writes ``benchmarks/results/transforms.json``.
 """
@@ -28,22 +28,13 @@ from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
 from nexusquant_cache.codec.e8 import E8Codec, TransformRule
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.evaluation import (
-    Candidate,
-    Continuation,
-    LoadedModel,
-    PlainRun,
-    describe,
-    environment,
-    fill_and_compress,
-    load_model,
-    measure_quality,
-    run_plain,
-    text_id,
-    token_windows,
-    write_json,
-)
+from nexusquant_cache.evaluation import Candidate, LoadedModel, load_model
+from nexusquant_cache.evaluation.caches import fill_and_compress
+from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.quality import Continuation, PlainRun, measure_quality, run_plain
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

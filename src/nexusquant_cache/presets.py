@@ -42,7 +42,7 @@ REMOVED: dict[str, Removed] = {
         "to give a layer more, override make_codec",
     ),
 }
-"""Options of earlier releases by name: callers get the advice, and files may say what remains."""
+"""Options of earlier releases, by name.  Callers get the advice; files may still hold the value that remains."""
 
 
 @dataclass(frozen=True)
@@ -57,21 +57,21 @@ class CacheConfig:
         sink_tokens: First tokens, always kept, in full precision.
         residual_length: Newest tokens, always kept, in full precision.
         flush_length: Tokens by which the residual may grow before its oldest ones are encoded together.
-        min_tokens: Fewer tokens than this between sinks and residual are left in full precision: the
-            statistics of a handful of tokens would be frozen for all later ones.
+        min_tokens: Fewer tokens than this between sinks and residual stay in full precision: what is fitted to the
+            first tokens serves all later ones, and a handful would not do.
         center_keys: Remove the mean key of each head before coding.
         remove_rope: Code keys without their rotary phase; needs the model's config.
         transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
-            Where ``"auto"`` finds a prompt too short for principal axes, it takes the other and some more bits than
-            `key_bits` and `value_bits` say, so that quality stays and bytes are least.
+            On prompts too short for principal axes ``"auto"`` takes a Hadamard rotation, with somewhat more bits than
+            `key_bits` and `value_bits` say: equal quality in fewer bytes.
         scale_candidates: Scales to try per vector, relative to its root mean square.
-        most_code_error: A layer whose attention output would move by more than this part of its length when the first
-            tokens are coded gets one more bit per channel, and again, up to 4.  `MemoryReport` says what it was.
-        codec: Name of the codec of keys and values; ``"e8"``, or one of your own (`register_codec`), which makes what
-            it likes of bits, transform and candidates: it is not told them.
-        impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that has them and in plain torch, with
-            a line in the log, on one that has not.  ``"torch"`` never uses Triton kernels; ``"triton"`` insists on
-            them.
+        most_code_error: How much encoding may change what attention reads from a layer, see `LayerReport.code_error`.
+            A layer above it gets one more bit per channel, and again, up to 4.
+        codec: Name of the codec of keys and values: ``"e8"``, or one of your own (`register_codec`), for which the
+            bits, the centring, the transform and the candidates have no meaning.
+        impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that can run them, and in plain torch
+            elsewhere; of a GPU that cannot, a line in the log says why.  ``"torch"`` never uses Triton kernels;
+            ``"triton"`` insists on them.
 
     Raises:
         OptionError: If a value is outside its range.

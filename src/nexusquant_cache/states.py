@@ -17,8 +17,8 @@ Kwargs: TypeAlias = dict[str, object]
 class HeldStates(torch.Tensor):
     """The keys or the values of a `HeldTokens`, decoded when anything but our attention looks at them.
 
-    Shape, dtype and device are there at once.  Every torch function gets the decoded tensor in place of this one, so
-    code that knows nothing of it computes what it would have computed.
+    Shape, dtype and device are there at once.  Every torch function gets the decoded tensor in place of this one, so a
+    model that knows nothing of all this computes what it would have computed.
     """
 
     held: HeldTokens

@@ -325,8 +325,8 @@ def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: Sof
         found = found.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else found + mask
     weights = found.exp()
     total = weights.sum(-1, keepdim=True)
-    if options.sinks is not None:
-        total = total + options.sinks.double().exp()[None, :, None, None]
+    if options.sink_logits is not None:
+        total = total + options.sink_logits.double().exp()[None, :, None, None]
     return weights / total @ values
 
 
@@ -345,15 +345,15 @@ def test_is_attention_on_the_decoded_tokens(rotary: bool, transform: Any, keep_r
 
 @pytest.mark.parametrize("kind", ["bool", "float", "none"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("has_sinks", [False, True])
-def test_masks_and_what_families_add(kind: str, softcap: float | None, has_sinks: bool) -> None:
+@pytest.mark.parametrize("has_sink_logits", [False, True])
+def test_masks_and_what_families_add(kind: str, softcap: float | None, has_sink_logits: bool) -> None:
     held = held_tokens()
     generator = torch.Generator().manual_seed(4)
     queries = torch.randn(2, 4, 3, 16, generator=generator)
     mask = torch.rand(2, 1, 3, held.tokens, generator=generator) > 0.3
     given = {"bool": mask, "float": torch.where(mask, 0.5, -torch.inf), "none": None}[kind]
-    sinks = torch.randn(4, generator=generator) if has_sinks else None
-    options = Softmax(scaling=0.25, softcap=softcap, sinks=sinks)
+    sinks = torch.randn(4, generator=generator) if has_sink_logits else None
+    options = Softmax(scaling=0.25, softcap=softcap, sink_logits=sinks)
     out, _ = attend(queries, held, given, options)
     torch.testing.assert_close(out.double(), by_hand(queries, held, given, options), rtol=1e-4, atol=1e-4)
 

@@ -60,8 +60,8 @@ def attended(query, keys, values, mask, softmax):
     if softmax.softcap is not None:
         logits = softmax.softcap * torch.tanh(logits / softmax.softcap)
     logits = logits + mask
-    if softmax.sinks is not None:
-        sinks = softmax.sinks.double()[None, :, None, None].expand(*logits.shape[:3], 1)
+    if softmax.sink_logits is not None:
+        sinks = softmax.sink_logits.double()[None, :, None, None].expand(*logits.shape[:3], 1)
         logits = torch.cat([logits, sinks], -1)
     weights = torch.softmax(logits, -1)[..., : keys.shape[2]]
     return weights.nan_to_num() @ values

@@ -139,7 +139,7 @@ def test_a_head_of_any_size():
     assert_alike(codec, vectors, E8Codec(codec.layout, transform="principal").fit(vectors))
 
 
-def test_every_scale_code():
+def test_every_scale_byte():
     codec = E8Codec(CodeLayout.flat(64, 1), candidates=(1.0,))
     vectors = normal(1, 1, 1, 64) * torch.linspace(-8.3, 8.3, 600).exp2()[:, None]
     transform = codec.fit(normal(1, 1, 9, 64))

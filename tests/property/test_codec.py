@@ -259,7 +259,7 @@ def coded(layout: CodeLayout, y: Tensor) -> Tensor:
 class TestScale:
     @given(codecs(), st.data())
     def test_keeps_the_norm(self, make, data) -> None:
-        """|scale * q| = |y|; in coded blocks, before it is a scale code."""
+        """|scale * q| = |y|; in coded blocks, before it is a byte."""
         codec = make()
         y = data.draw(strategies.normal(20, codec.layout.head_dim))
         q, scale = codes_and_scales(codec, y)
@@ -268,7 +268,7 @@ class TestScale:
 
     @pytest.mark.parametrize("bits", BITS)
     def test_keeps_the_norm_of_decoded_vectors(self, bits) -> None:
-        """Through scale codes: within half a step."""
+        """As a scale byte: within half a step."""
         x = torch.randn(1, 2, 1000, 64)
         norms = round_trip(E8Codec(CodeLayout.uniform(64, bits)), x).norm(dim=-1) / x.norm(dim=-1)
         assert norms.min() > 1 / (1 + SCALE_ERROR) - 1e-4

@@ -13,7 +13,7 @@ from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.evaluation import footprint
+from nexusquant_cache.evaluation.caches import footprint
 from nexusquant_cache.releases import CACHE
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)

@@ -13,15 +13,9 @@ from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.rope import RotaryPhase
-from nexusquant_cache.evaluation import (
-    Candidate,
-    Continuation,
-    EvaluationError,
-    fill_and_compress,
-    measure_quality,
-    nexusquant_candidate,
-    run_plain,
-)
+from nexusquant_cache.evaluation import Candidate, EvaluationError, nexusquant_candidate
+from nexusquant_cache.evaluation.caches import fill_and_compress
+from nexusquant_cache.evaluation.quality import Continuation, measure_quality, run_plain
 from nexusquant_cache.policy import ScoreInputs
 
 UNCHECKED = 1e9

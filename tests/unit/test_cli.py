@@ -12,9 +12,13 @@ from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
-from nexusquant_cache.evaluation import Footprint, Needle, NeedleResult, StepTime, TextQuality
+from nexusquant_cache.evaluation.caches import Footprint
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
+from nexusquant_cache.evaluation.kinds import Needle
+from nexusquant_cache.evaluation.needle import NeedleResult
+from nexusquant_cache.evaluation.quality import TextQuality
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.timing import StepTime
 
 
 def run(*arguments):

@@ -10,34 +10,30 @@ from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
 from nexusquant_cache.codec import impl
-from nexusquant_cache.evaluation import (
-    PLAIN_CANDIDATE,
-    Candidate,
-    Continuation,
-    EvaluationError,
+from nexusquant_cache.evaluation import Candidate, EvaluationError, load_model, python_topics, read_text
+from nexusquant_cache.evaluation import models as models_module
+from nexusquant_cache.evaluation.caches import (
+    QUERY_WINDOW,
     Footprint,
     Prefilled,
-    TextQuality,
-    encode_throughput,
     fill,
     fill_and_compress,
     footprint,
-    load_model,
-    mean_interval,
+    prefill,
+)
+from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.evaluation.intervals import mean_interval, wilson_interval
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.quality import (
+    Continuation,
+    TextQuality,
     measure_quality,
     plain_quality,
-    prefill,
-    python_topics,
-    read_text,
     run_plain,
     summarize,
-    time_steps,
-    token_windows,
-    wilson_interval,
 )
-from nexusquant_cache.evaluation import models as models_module
-from nexusquant_cache.evaluation.caches import QUERY_WINDOW
-from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.evaluation.texts import token_windows
+from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
 from nexusquant_cache.releases import CACHE
 
 SPEED = {

@@ -6,19 +6,12 @@ from transformers import DynamicCache
 from unit.evaluation_tiny import PROSE, KeepAll, build_tokenizer, tiny
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.evaluation import (
-    KINDS,
-    PLAIN_CANDIDATE,
-    Candidate,
-    EvaluationError,
-    Needle,
-    ask,
-    make_needle,
-    needle_grid,
-    prefill,
-    prefill_needle,
-    token_windows,
-)
+from nexusquant_cache.evaluation import KINDS, Candidate, EvaluationError
+from nexusquant_cache.evaluation.caches import prefill
+from nexusquant_cache.evaluation.kinds import Needle
+from nexusquant_cache.evaluation.needle import ask, make_needle, needle_grid, prefill_needle
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.releases import CACHE
 
 SECRET = Needle("single", "Find it.", ("The code is 123456.",), "What is the code?", ("123456",))

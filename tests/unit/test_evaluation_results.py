@@ -16,18 +16,13 @@ from nexusquant_cache.evaluation import (
     EvaluationError,
     EvaluationOptions,
     LoadedModel,
-    Recall,
-    Results,
-    environment,
     evaluate,
     preset_candidates,
-    read_json,
-    recall_by_place,
     summaries,
-    text_id,
-    wilson_interval,
-    write_json,
 )
+from nexusquant_cache.evaluation.intervals import wilson_interval
+from nexusquant_cache.evaluation.results import Results, environment, read_json, text_id, write_json
+from nexusquant_cache.evaluation.summary import Recall, recall_by_place
 
 TEXTS = {"a": PROSE, "b": PROSE[3:]}
 OPTIONS = EvaluationOptions(

@@ -1,4 +1,4 @@
-"""The laws of the 8-bit scale codes."""
+"""The laws of the 8-bit scales."""
 
 import math
 

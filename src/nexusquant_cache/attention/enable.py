@@ -10,7 +10,7 @@ from torch import nn
 from nexusquant_cache.attention.function import find_stock, has_interface, register, stock_of
 from nexusquant_cache.errors import OptionError, UnsupportedError
 
-# Code that does something else under another name than that of the stock implementation.
+# What a module says that computes something else if its implementation is not called by the stock name.
 _ASKS_FOR_NAME = re.compile(r"config\._attn_implementation (?:==|in \()")
 # Files of transformers where that does no harm: it concerns `reorder_and_upcast_attn` only, which is refused below;
 # queries that are cut, see `implementation`; a part without a cache.
@@ -20,10 +20,10 @@ _ASKS_IN_VAIN = frozenset({"gpt2", "decision_transformer", "gemma4", "gemma4_uni
 def enable(model: nn.Module) -> None:
     """Let a model read the codes of a compressed cache, and show it its queries.
 
-    Steps of up to 16 tokens read codes; what differs from decoding them first is rounding.  All other outputs are bit
-    for bit those of the implementation that is selected now (sdpa, eager, flash, ...); `disable` selects it again.
-    Of a model that reads images, only the part that writes text changes.  Other caches work as before.  Enabling twice
-    is enabling once.
+    Steps of up to 16 tokens read codes, and differ by rounding from what they were.  All other outputs are bit for bit
+    those of the implementation that is selected now (sdpa, eager, flash, ...); `disable` selects it again.  In a model
+    that reads images, only the part that writes text changes.  Other caches work as before.  Calling it twice changes
+    nothing.
 
     Args:
         model: The model, or a wrapper around it, as of PEFT.
@@ -31,7 +31,8 @@ def enable(model: nn.Module) -> None:
     Raises:
         OptionError: If this is no model of transformers.
         UnsupportedError: If the model has an encoder, computes attention without transformers' `AttentionInterface`
-            (Bloom, and GPT-J before 5.24), or does so in another way under another name (DeepSeek V3.2).
+            (Bloom, and GPT-J before 5.24), or computes it in another way if its implementation has another name
+            (DeepSeek V3.2).
     """
     text = text_config(model)
     if text.is_encoder_decoder:
@@ -135,7 +136,7 @@ def _check(model: nn.Module, kind: type, stock: str) -> None:
 
 
 def _asks_for_name(file: str) -> bool:
-    """Tell whether the code of a Python module depends on the name of the attention implementation."""
+    """Tell whether what a Python module does depends on the name of the attention implementation."""
     if file.rpartition(".modeling_")[2] in _ASKS_IN_VAIN:
         return False
     try:

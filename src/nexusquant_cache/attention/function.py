@@ -1,8 +1,8 @@
 """The attention function: that of another implementation, and a look at the queries.
 
-For each stock implementation there is one of ours, named after it: ``nexusquant_sdpa``, ``nexusquant_eager``.  The name
-in the model's config so says all there is to know, also in a copy of the model and for transformers' own tests for
-"flash" in a name.
+For each stock implementation there is one of ours, named after it: ``nexusquant_sdpa``, ``nexusquant_eager``.  So the
+name in the model's config says all there is to know, in a copy of the model too, and transformers still finds "flash"
+in it where it looks for that.
 """
 
 import inspect
@@ -31,7 +31,7 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
 
 MOST_QUERIES = 16
-"""With more queries at once decoded tokens pay for themselves."""
+"""More queries at once than this are worth decoding for."""
 _UNDERSTOOD = frozenset(
     {"dropout", "is_causal", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
 )
@@ -140,7 +140,8 @@ def read_codes(
 ) -> tuple[Tensor, Tensor | None] | None:
     """Return what the stock implementation would, read from the codes; None if it has to compute it.
 
-    That is for many queries at once, where decoding pays, and for whatever is not understood here.
+    The stock implementation has to compute many queries at once, for which decoding pays, and whatever is not
+    understood here.
 
     Raises:
         UnsupportedError: If dropout is asked for.
@@ -154,11 +155,11 @@ def read_codes(
     if unknown or held.keys is None or not _is_understood(mask, query.shape[2], held.tokens):
         return None
     scaling = options.get("scaling")
-    bounded = stock != "sdpa"  # which passes over softcap and sinks
+    bounded = stock != "sdpa"  # which passes over softcap and sink logits
     softmax = Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=options.get("softcap") if bounded else None,
-        sinks=options.get("s_aux") if bounded else None,
+        sink_logits=options.get("s_aux") if bounded else None,
     )
     visible = mask if isinstance(mask, Tensor) else None
     is_eager = stock == "eager"  # which tells its weights

@@ -42,9 +42,9 @@ def reconstruct(
         attention.reconstruct(model, cache, context_ids)
         model.generate(torch.cat([context_ids, question_ids], -1), cache=cache)
 
-    The cache stays as it is, whatever happens, but for one number per token and head, which its memory report counts
-    and the compression frees.  Tokens that it is given later count as fully attended.  The cost is that of a second
-    prefill, with up to twice as many keys to attend to.
+    The cache gets one number per token and head, which its memory report counts and the compression frees; an error
+    leaves it as it was.  Tokens that come later count as fully attended.  The cost is that of a second prefill, with up
+    to twice as many keys to attend to.
 
     Args:
         model: The model that has read the prompt; `enable` selects the attention for the time of the call.
@@ -181,7 +181,7 @@ class _GreatestAttention(Observer):
         """Hand everything to the layers.
 
         Raises:
-            UnsupportedError: If the attention of one was not heard.
+            UnsupportedError: If the attention of one was not seen.
         """
         if any(reader.attention is None for reader in self.readers):
             msg = "the model changes keys between cache and attention, as in latent attention: nothing can be seen"

@@ -57,10 +57,9 @@ class NexusQuantCache(DynamicCache):
     show a cache the token ids, so a cache reused for another, longer prompt cannot be told from a
     conversation that goes on.
 
-    In a left-padded batch every row is treated as if it began at its first real token.  transformers does not show
-    a cache the attention mask either: give it as ``attention_mask``, or else padding is recognised where two
-    leading keys of a row are equal.  A batch in which it cannot be told is coded and nothing is evicted from
-    it, with a warning.
+    In a left-padded batch every row is treated as if it began at its first real token.  transformers does not show a
+    cache the attention mask either: give it as ``attention_mask``.  Without it padding is recognised where two leading
+    keys of a row are equal.  Where padding cannot be told from text, all tokens are kept, and a warning says so.
 
     Subclass it and override `make_policy` or `make_codec` for policies and codecs of your own.
 
@@ -69,12 +68,12 @@ class NexusQuantCache(DynamicCache):
         config: The model's config.
         policy: Which tokens to keep; `DEFAULT_POLICY` by default.
         attention_mask: The mask of the prompt, ``[batch, tokens]``, 1 for text and 0 for padding on the left.
-        transforms: The `transforms` of an earlier cache of the same model, preset and config, to be used in place of
-            fitting new ones to this prompt: encoding is faster, and a prompt too short to pay for its own has some.
-        when: ``"post_prefill"`` compresses at the first generation step, so that the whole prompt attends to itself
-            exactly; ``"during_prefill"`` compresses each layer as soon as the next one is reached, so that about
-            one layer at a time is held in full precision.  A prompt in one piece still attends to itself exactly;
-            with ``prefill_chunk_size`` each chunk attends to what is left of the ones before.
+        transforms: The `transforms` of an earlier cache of the same model, preset and config, used in place of fitting
+            new ones to this prompt.  That is faster, and gives principal axes to a prompt too short for its own.
+        when: ``"post_prefill"`` compresses at the first generation step: the prompt attends to itself exactly.
+            ``"during_prefill"`` compresses each layer as soon as the next one is reached: only about one layer at a
+            time is in full precision.  A prompt in one piece still attends to itself exactly; with
+            ``prefill_chunk_size`` each chunk attends to what is left of the ones before.
         offloading: Keep the codes, and a prompt that waits for its compression, in host memory.  A layer's codes are
             copied to the device while the layer before it computes, and let go of when its own attention is over.
         offload_only_non_sliding: Leave sliding-window layers on the device.
@@ -82,7 +81,7 @@ class NexusQuantCache(DynamicCache):
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
-        UnsupportedError: If tokens are to be evicted and the model tells their distance by counting the kept ones.
+        UnsupportedError: If tokens are to be evicted and the model counts distances in kept tokens, as with ALiBi.
     """
 
     def __init__(  # noqa: PLR0913 - all have defaults
@@ -326,9 +325,9 @@ class NexusQuantCache(DynamicCache):
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
 
-        Exact tokens are cut off; of packed tokens the codes are dropped.  Where tokens had been evicted, heads may have
-        kept different numbers of those that remain; transformers' mask wants equal ones, so each head then
-        keeps as many of its newest as the head with the fewest has, and a warning says so.
+        Exact tokens are cut off, and codes of packed tokens dropped.  If the cut goes into text that was evicted from,
+        heads may have kept different numbers of the tokens before it, and transformers' mask wants equal ones.  Each
+        head then keeps its newest, as many as the head with the fewest has, and a warning says so.
 
         Args:
             tokens_to_remove: 0 or a negative number.
@@ -405,7 +404,7 @@ class NexusQuantCache(DynamicCache):
     # Host memory
 
     def offload(self, layer_idx: int | None = None, only_non_sliding: bool = False, **removed: object) -> None:
-        """Send the cache, or one layer, to host memory, packed as it is; the device has nothing of it then.
+        """Send the cache, or one layer, to host memory, packed as it is; nothing of it stays on the device.
 
         Each layer comes back by itself at its next update, or when something else needs it on the device; `prefetch`
         fetches them all.  Linear-attention and indexer layers of transformers stay where they are.
@@ -413,7 +412,7 @@ class NexusQuantCache(DynamicCache):
         Args:
             layer_idx: The layer; all by default.
             only_non_sliding: Leave sliding-window layers on the device.
-            removed: Takes ``level``, an option that was removed, to say so.
+            removed: Takes ``level``, which was removed, for the error that says so.
 
         Raises:
             OptionError: If ``level`` is given.
@@ -434,8 +433,8 @@ class NexusQuantCache(DynamicCache):
         On CUDA devices the copies may still be under way, in the order of the current stream.
 
         Args:
-            layer_idx: The layer; by default all, of which an offloading cache leaves codes and a waiting prompt in host
-                memory.
+            layer_idx: The layer; all by default.  Of all, an offloading cache leaves the codes and a waiting prompt in
+                host memory.
             only_non_sliding: Leave sliding-window layers where they are.
         """
         for part in _leaving(self.parts(), layer_idx, only_non_sliding=only_non_sliding):
@@ -472,8 +471,8 @@ class NexusQuantCache(DynamicCache):
             What each tensor takes in the file.
 
         Raises:
-            OptionError: If the level or the number of threads is none, the token ids are not ``[batch, tokens]``, or
-                the metadata are no texts or too long.
+            OptionError: If the level or the number of threads is out of its range, the token ids are not ``[batch,
+                tokens]``, or the metadata are too long or anything but texts.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
                 (`nexusquant_cache.register_codec`), rotations and layers of other classes, layers that
                 have seen different numbers of tokens, or anything else that `load` would refuse.
@@ -520,8 +519,8 @@ class NexusQuantCache(DynamicCache):
         Raises:
             FormatError: If the file is damaged, of another model, of a later version, of another prompt, or anything
                 but a saved cache.
-            OptionError: If the config or the policy is needed and not given, the dtype is not one for tokens, or the
-                number of threads is none.
+            OptionError: If the config or the policy is needed and not given, the dtype is none of these, or the number
+                of threads is out of its range.
             OSError: If the file cannot be read.
         """
         check_dtype(dtype)
@@ -561,7 +560,7 @@ class NexusQuantCache(DynamicCache):
             at_rest: Also what `save` would write, by kind of tensor.  It is compressed for that, which takes as long.
 
         Raises:
-            UnsupportedError: If that is wanted, and something in the cache cannot be saved.
+            UnsupportedError: With ``at_rest``, if something in the cache cannot be saved.
         """
         parts = self.parts()
         self._forward.note_peak(parts)

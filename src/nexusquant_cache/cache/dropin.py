@@ -1,4 +1,4 @@
-"""`compressed_generation`: a compressed cache for code that cannot pass one, put in by torch's module hooks."""
+"""`compressed_generation`: a compressed cache where none can be passed, put in by torch's module hooks."""
 
 import inspect
 from collections.abc import Iterator
@@ -33,19 +33,19 @@ def compressed_generation(
 ) -> Iterator["CompressedGeneration"]:
     """Give every generation of a model inside a ``with`` block a compressed cache of its own.
 
-    For code that calls `generate` and offers no way to pass a cache::
+    For libraries that call `generate` and offer no way to pass a cache::
 
         with compressed_generation(model) as compressed:
             answer = library.answer(model, question)
         print(compressed.cache.memory_report())
 
-    It is as if a `NexusQuantCache` had been passed, and the padding of a batch is always known, since the attention
-    mask is seen.  All threads are served.  A call of the model itself is served too where it would make a cache of its
-    own (``use_cache`` is on, and the model is not in training mode) or is given an empty DynamicCache, which becomes
-    a compressed one.
+    It is as if a `NexusQuantCache` had been passed.  The padding of a batch is always known, since the attention mask
+    is seen.  All threads are served.  So are calls of the model itself, without `generate`: where it would make a cache
+    of its own (``use_cache`` is on, and it is not in training mode), and where it is given an empty DynamicCache, which
+    becomes a compressed one.
 
-    A cache passed to `generate` is left alone.  Blocks may be nested: the inner one wins.  When a block ends,
-    also by an exception, its hooks are gone; the caches made inside it stay compressed.
+    Other caches that are passed are left alone.  Blocks may be nested: the inner one wins.  When a block ends, also by
+    an exception, its hooks are gone; the caches made inside it stay compressed.
 
     Args:
         model: The model, or a wrapper around it, as of PEFT.

@@ -1,4 +1,4 @@
-"""What happens around the update of a layer: what has to come before it, and how an error is undone."""
+"""What surrounds the update of a layer: what has to come before it, and how an error is undone."""
 
 import copy
 from collections.abc import Callable
@@ -41,7 +41,7 @@ class Forward:
         self.peak_bytes = 0
 
     def check(self) -> None:
-        """Refuse to go on with a cache that is in two states.
+        """Refuse to go on after an error that could not be undone.
 
         Raises:
             CacheStateError: If an earlier forward failed when part of the layers had already been compressed.
@@ -99,7 +99,7 @@ class Forward:
                 parts[index].release()
 
     def _make_way(self, parts: list[Part], part: CompressedPart, key_states: Tensor) -> None:
-        """Make what has to happen outside a layer before it takes new tokens."""
+        """Do what has to be done in other layers before this one takes new tokens."""
         tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
         ours = list(compressed(parts))
         if self.shared.when == "during_prefill" and tokens > 1:
@@ -154,7 +154,7 @@ class Forward:
         return rotary_phase(self.config, index, 0) is not None
 
     def _position_shows_in_turns(self, index: int) -> bool:
-        """Tell the same of tokens inside a text, where images may stand: like patches side by side look alike."""
+        """Tell the same of tokens inside a text.  Where images may stand, they do not: like patches look alike."""
         parameters: Any = getattr(self.config, "rope_parameters", None) or {}
         return parameters.get("mrope_section") is None and self._position_shows(index)
 

@@ -64,8 +64,9 @@ class LayerReport:
         code_bytes: Packed codes and scales, with the room they have to grow.
         other_bytes: Positions of kept tokens and what the transforms hold.
         dense_bytes: What a plain 16-bit cache would hold.
-        code_error: How far coding the first tokens moved what the prompt's last queries (or keys, where no queries are
-            known) read from them, relative to its length, in the head that suffered most; None if nothing was coded.
+        code_error: How much encoding the first tokens changed what the prompt's last queries read from them (its last
+            keys, where no queries are known): relative to what they read, in the head that suffered most.  None if
+            nothing is encoded.
         host_bytes: How much of all that is in host memory, away from the layer's device.
     """
 

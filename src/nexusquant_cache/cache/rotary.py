@@ -1,7 +1,7 @@
 """Read from a transformers config which rotation each layer applies to its keys.
 
 transformers offers the frequencies of every scaled rope type (`ROPE_INIT_FUNCTIONS`), but keeps three
-things in the modeling code: the plain frequencies, which channels form a pair, and which layers have no
+things in its modeling files: the plain frequencies, which channels form a pair, and which layers have no
 rotary embedding at all.  They are written down here, as found in transformers 5.17 to 5.23.
 
 A model that is missing from these lists is taken for the common case (channel ``i`` paired with

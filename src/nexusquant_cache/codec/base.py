@@ -15,11 +15,11 @@ from nexusquant_cache.errors import UnsupportedError
 
 @dataclass(frozen=True)
 class PackedVectors:
-    """The codes of the keys or values of some tokens.
+    """The keys or values of some tokens, encoded.
 
     Attributes:
         words: Packed codes, one row of bytes per vector.
-        scales: One scale code per vector (`codec.scale`).
+        scales: One scale byte per vector (`codec.scale`).
     """
 
     words: UInt8[Tensor, "b h n bytes"]
@@ -63,22 +63,25 @@ class VectorCodec(ABC):
 
     @abstractmethod
     def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
-        """Return what the tokens of this layer will share; ``vectors`` excludes the sinks."""
+        """Return what all tokens of this layer will share.
+
+        Args:
+            vectors: The tokens of the first compression, without the sinks.
+        """
 
     @abstractmethod
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
-        """Return the codes of finite vectors."""
+        """Return finite vectors, encoded."""
 
     @abstractmethod
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
-        """Return the vectors of the codes as a new float32 tensor."""
+        """Return the vectors as a new float32 tensor."""
 
     @property
     def has_channels(self) -> bool:
         """Whether `decode` is `VectorTransform.inverse` of `coded_channels`.
 
-        Attention then works on coded channels and rotates what it has summed; otherwise it decodes some tokens at a
-        time.
+        If so, attention sums coded channels and rotates the sum.  If not, it decodes some tokens at a time.
         """
         return False
 
@@ -88,7 +91,7 @@ class VectorCodec(ABC):
         """Return what `VectorTransform.inverse` makes vectors of: coded channels and scales, in float32.
 
         Args:
-            packed: The codes.
+            packed: The encoded vectors.
             transform: The transform they were encoded with.
             first_stride: Hadamard stages below this stride shall be done, see `Rotation.first_stride`.
 
@@ -110,5 +113,5 @@ class VectorCodec(ABC):
         return self
 
     def with_more_bits(self) -> "VectorCodec | None":
-        """Return the codec for a layer that this one serves badly; None, which is the default, if there is none."""
+        """Return this codec with more bits, for layers that suffer from it; None, the default, if it can have none."""
         return None

@@ -1,4 +1,4 @@
-"""The parity-coset block code in plain torch: decode by definition, encode in closed form.
+"""Blocks and their codes in plain torch: decode by definition, encode in closed form.
 
 `decode_blocks` is the definition of `layout` written out.  `nearest_codes` finds the nearest codeword
 exactly: the distance is separable, so each coset needs only the nearest level of every channel and, if
@@ -24,7 +24,7 @@ def decode_blocks(codes: Int[Tensor, "*rows"], bits: int) -> Float[Tensor, "*row
     """Return the codeword of each code, for channels of unit variance, in float32.
 
     Args:
-        codes: Block codes of ``8 * bits`` bits, int64.
+        codes: Codes of blocks, ``8 * bits`` bits each, int64.
         bits: Bits per channel, 1 to 4.
     """
     code = block_code(bits)

@@ -1,4 +1,4 @@
-"""The E8 codec: rotation, one scale per vector, parity-coset block codes."""
+"""The E8 codec: rotation, one scale per vector, blocks of 8 channels as points of E8."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -26,7 +26,7 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class E8Codec(VectorCodec):
-    """Codes vectors block by block after centring and rotating them.
+    """Encodes vectors block by block after centring and rotating them.
 
     A vector ``y`` with root mean square ``r`` is divided by ``r * c`` for each candidate ``c``, and the nearest
     codeword ``q`` is found.  The candidate wins whose ``q`` points most nearly where ``y`` does.  The scale that is
@@ -43,7 +43,7 @@ class E8Codec(VectorCodec):
             principal axes of its own vectors and, of the layouts of equal size (`layout.sloped_layouts`), the one that
             suits their variances.  ``"auto"`` leaves the choice to `for_tokens`; `fit` takes it for ``"principal"``.
         axes_save: Bits per channel that principal axes are expected to save at equal error, for `for_tokens`.
-        impl: Which implementation computes, see `codec.impl`; the codes are the same.
+        impl: Which implementation computes, see `codec.impl`; up to rounding, all compute the same.
 
     Raises:
         OptionError: If the transform or ``impl`` is unknown or a candidate is not positive.
@@ -80,7 +80,7 @@ class E8Codec(VectorCodec):
 
     @property
     def bytes_per_vector(self) -> int:
-        """Packed codes and one byte of scale."""
+        """Packed codes and the scale byte."""
         return self.layout.bytes_per_vector + 1
 
     def for_tokens(self, tokens: int) -> "E8Codec":
@@ -131,12 +131,12 @@ class E8Codec(VectorCodec):
         return VectorTransform(rotation, mean, _reference(rotation.rotate(centred)), plans)
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
-        """Return the codes of finite vectors; see the class for the search."""
+        """Return finite vectors, encoded; see the class for the search."""
         self._check(vectors)
         return impl.encode(self, vectors, transform, self.candidates)
 
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
-        """Return the vectors of the codes as a new float32 tensor."""
+        """Return the vectors as a new float32 tensor."""
         return impl.decode(self, packed, transform)
 
     @property

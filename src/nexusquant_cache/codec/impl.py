@@ -31,8 +31,8 @@ from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 
 Impl = Literal["auto", "torch", "triton"]
-"""``"torch"``, or the name of another folder, insists on that implementation.  ``"auto"`` takes the first one after
-``"torch"`` that is wanted on the device, if it can do the work, and else plain torch."""
+"""``"torch"``, or the name of another folder, insists on that implementation.  ``"auto"`` goes through those after
+``"torch"`` and takes the first that is wanted on the device and can do the work; plain torch if there is none."""
 
 _LOG = logging.getLogger("nexusquant_cache")
 _OTHERS: tuple[str, ...] = get_args(Impl)[2:]
@@ -74,7 +74,7 @@ def encode(
     transform: VectorTransform,
     candidates: tuple[float, ...],
 ) -> PackedVectors:
-    """Return the codes of finite vectors; see `codec.torch.encode.encode`."""
+    """Return finite vectors, encoded; see `codec.torch.encode.encode`."""
     name, layouts = choose(codec, transform), codec.layouts
     if name != "torch":
         packed: PackedVectors = _module(name, "encode").encode(vectors, transform, layouts, candidates)
@@ -90,7 +90,7 @@ def encode(
 
 
 def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
-    """Return the vectors of the codes as a new float32 tensor."""
+    """Return the vectors as a new float32 tensor."""
     name, layouts = choose(codec, transform), codec.layouts
     if name != "torch":
         vectors: Tensor = _module(name, "decode").decode(packed, transform, layouts)
@@ -188,9 +188,9 @@ def _say_once(reason: str) -> None:
 
 
 def is_right(asked: str, key: Hashable, error: Callable[[], float], most: float) -> bool:
-    """Tell whether an implementation computes what plain torch computes; found out at the first use of each key.
+    """Tell whether an implementation computes what plain torch computes; they are compared at the first use of a key.
 
-    A compiler or a card that nobody has tried then costs time, and no answer.
+    On a card, or with a compiler, on which it is wrong, plain torch goes on: that costs time, and no answer is wrong.
 
     Args:
         asked: The codec's choice, see `Impl`.
@@ -225,7 +225,7 @@ def _code_error(
     transform: VectorTransform,
     layouts: tuple[CodeLayout, ...],
 ) -> float:
-    """Return by how much codes are worse than those of plain torch, or further from them."""
+    """Return by how much encoded vectors are worse than those of plain torch, or differ from them beyond ties."""
     errors = [distance(plain_decode.decode(packed, transform, layouts), vectors.float()) for packed in (found, plain)]
     # Where two codes are equally near, rounding decides: a few vectors may differ, and then as a whole.
     differ = (found.words != plain.words).any(-1).float().mean()

@@ -1,8 +1,9 @@
 """The bit layout of packed codes: the only definition, read by every implementation and file.
 
-**Block code.**  A block is 8 channels.  At ``b`` bits per channel its code is an integer of ``8 b``
-bits holding one field ``t_i`` of ``b`` bits per channel; all bits are free, so every integer is a
-codeword.  With ``s`` the parity of the lowest two bits of all fields (of the only bit at ``b = 1``)
+**Block.**  A block is 8 channels.  At ``b`` bits per channel its code is an integer of ``8 b`` bits
+holding one field ``t_i`` of ``b`` bits per channel.  All bits are free: every integer is the code of
+a codeword, the 8 values of its block.  With ``s`` the parity of the lowest two bits of all fields (of
+the only bit at ``b = 1``)
 
     value_i = (-1) ** (t_i + s) * magnitude(t_i)
 
@@ -52,7 +53,7 @@ _OCTAVES = (0, 2, 4, 6, 8)  # how far the variance falls from the first block to
 
 @dataclass(frozen=True)
 class BlockCode:
-    """Levels and field positions of the parity-coset code at ``bits`` bits per channel.
+    """How the code of a block is made at ``bits`` bits per channel: its levels, and where its fields are.
 
     Raises:
         OptionError: If ``bits`` is not 1, 2, 3 or 4.
@@ -61,10 +62,10 @@ class BlockCode:
     bits: int
 
     def __post_init__(self) -> None:
-        """Refuse rates that have no code."""
+        """Refuse other rates."""
         given: object = self.bits  # whatever the annotation says
         if type(given) is not int or given not in COMPANDER:
-            msg = f"a block code has 1 to {MAX_BITS} whole bits per channel, got {self.bits!r}"
+            msg = f"a block has 1 to {MAX_BITS} whole bits per channel, got {self.bits!r}"
             raise OptionError(msg)
 
     @cached_property
@@ -94,7 +95,7 @@ class BlockCode:
 
 @dataclass(frozen=True)
 class CodeLayout:
-    """Which code each 8-channel block of a vector has, and where its bits lie in the row.
+    """How many bits each 8-channel block of a vector has, and where in the row they lie.
 
     Args:
         head_dim: Channels per vector, a multiple of 8.
@@ -190,9 +191,8 @@ def whole_bits(blocks: int, bits: Bits) -> int:
 def sloped_layouts(head_dim: int, total: int) -> tuple[CodeLayout, ...]:
     """Return layouts of one size for channels sorted by falling variance, from flat to steep.
 
-    Each is the reverse water-filling for a variance that falls by a fixed number of octaves from the first block to the
-    last.  A few of them serve every spectrum nearly as well as a plan of its own, so that compiled code knows all
-    plans when it is compiled.
+    Each has the bits that reverse water-filling gives to a variance that falls by a fixed number of octaves from the
+    first block to the last.  A few such plans serve every spectrum nearly as well as a plan of its own would.
 
     Args:
         head_dim: Channels per vector.
@@ -222,5 +222,5 @@ def fill_with_bits(variances: Sequence[float], total: int) -> tuple[int, ...]:
 
 @lru_cache(maxsize=64)
 def block_code(bits: int) -> BlockCode:
-    """Return the shared `BlockCode` of this rate."""
+    """Return the `BlockCode` of this rate, of which there is one."""
     return BlockCode(bits)

@@ -1,4 +1,4 @@
-"""What compiled code is given: packed tokens with their plans, rotations and phases, as plain numbers and tensors.
+"""What kernels are given: packed tokens with their plans, rotations and phases, as plain numbers and tensors.
 
 What never changes while tokens are added is made once (`SidePlan`); a step adds views of the stored bytes
 (`PackedOperand`).  No implementation is imported here.
@@ -66,7 +66,7 @@ def side_plan(  # noqa: PLR0913, PLR0917 - what a layer has fitted, piece by pie
     """Return the plan of one side of a layer, on the device of ``reference``.
 
     Args:
-        reference: Scale that scale code 128 stands for.
+        reference: Scale that scale byte 128 stands for.
         axes: Row ``c`` is what coded channel ``c`` adds to a vector, in units of ``step``: principal axes, or a +-1
             matrix.
         step: Unit of each axis for channels of unit variance, ``[d]`` or anything that broadcasts to ``[b, h, d]``.
@@ -168,7 +168,7 @@ class PackedOperand:
     Attributes:
         plan: What all tokens share.
         words: Packed rows; a view of a larger buffer may have any strides along batch and heads.
-        scales: Scale codes; any strides along batch and heads.
+        scales: Scale bytes; any strides along batch and heads.
     """
 
     plan: SidePlan
@@ -176,7 +176,7 @@ class PackedOperand:
     scales: UInt8[Tensor, "b h n"]
 
     def __post_init__(self) -> None:
-        """Refuse rows that are not laid out as compiled code reads them.
+        """Refuse rows that are not laid out as kernels read them.
 
         Raises:
             ShapeError: If rows or scales of a head are not one behind the other, or have another length than the plan.

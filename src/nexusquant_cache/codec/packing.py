@@ -1,4 +1,4 @@
-"""Pack block codes into rows of bytes and back: bits only, as `layout.CodeLayout` lays them out."""
+"""Pack the codes of blocks into rows of bytes and back: bits only, as `layout.CodeLayout` lays them out."""
 
 from functools import lru_cache
 

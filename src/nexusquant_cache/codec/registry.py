@@ -48,7 +48,7 @@ def _describe_e8(codec: E8Codec) -> Options:
 def _e8_options() -> Options:
     """Return what a file may say of an E8 codec besides its layout, with defaults for what it does not say.
 
-    What is not compared does not decide codes (which implementation computes them) and is the reader's choice.
+    A field that is not compared, like the implementation, does not decide the result: it is the reader's choice.
     """
     return {field.name: field.default for field in fields(E8Codec) if field.compare and field.name != "layout"}
 
@@ -93,19 +93,20 @@ def register_codec(
     describe: Callable[[Any], Options] | None = None,
     make: Callable[[Options], VectorCodec] | None = None,
 ) -> None:
-    """Let caches use a codec of your own by its name, ``NexusQuantCache(codec=name)``, and be saved and loaded with it.
+    """Register a codec of your own: caches then use it by its name, ``NexusQuantCache(codec=name)``, and can be saved.
 
-    Call it in every program that does either.  The codec's transforms must have one of the package's rotations
-    (`codec.rotation`), and its words must be one row of ``bytes_per_vector - 1`` bytes per vector.
+    Every program that makes such caches, or loads them from files, registers it first.  The codec's transforms must
+    have one of the package's rotations (`codec.rotation`), and each vector must become a row of
+    ``bytes_per_vector - 1`` bytes.
 
     Args:
         name: What caches and files call the codec; choose one that nobody else will, such as ``"yourname.codec"``.
         codec_class: The class; subclasses need names of their own.
-        describe: Returns what ``make`` needs, as values that JSON knows.  By default the fields of a dataclass that are
-            compared.
-        make: Makes a codec of such options.  A new cache asks for ``make({"head_dim": ...})``; a file asks for the
-            equal of the codec that was described.  What a file says may be wrong: raise ValueError then.  By
-            default ``codec_class(**options)``, if the options are fields of plain types that the values have.
+        describe: Returns a codec's options, in values that JSON knows.  A dataclass needs none: its options are the
+            fields that are compared.
+        make: Makes a codec from options, those of a file or, for a new cache, ``{"head_dim": ...}``.  Options of a
+            file may be wrong: raise ValueError then.  A dataclass needs none: it is called with the options, whose
+            values must have the types of its fields.
 
     Raises:
         OptionError: If the name is taken by another class, or there is no default for the class.

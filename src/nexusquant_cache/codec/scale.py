@@ -25,18 +25,17 @@ def _cuts(device: torch.device) -> Float[Tensor, "254"]:
 
 
 def encode_scales(scales: Float[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]) -> UInt8[Tensor, "b h n"]:
-    """Return the nearest code of each scale on a grid of 16 steps per octave around ``reference``.
+    """Return the byte of each scale: the nearest of a grid of 16 steps per octave around ``reference``.
 
-    Code ``c`` stands for ``reference * 2 ** ((c - 128) / 16)`` and 0 for a vector of zeros, so the
-    grid reaches from 1/245 to 245 times the reference; scales beyond it take its end.  The comparison
-    with exact thresholds, in place of a logarithm, makes the code independent of a platform's
-    ``log2``.
+    Byte ``c`` stands for ``reference * 2 ** ((c - 128) / 16)``, and 0 for a vector of zeros.  The grid reaches from
+    1/245 to 245 times the reference; scales beyond it take its end.  Scales are compared with exact thresholds, so
+    that the byte does not depend on a platform's ``log2``.
     """
     relative = scales / reference
-    codes = torch.bucketize(relative.contiguous(), _cuts(scales.device)) + 1
-    return torch.where(relative > 0, codes, 0).to(torch.uint8)
+    nearest = torch.bucketize(relative.contiguous(), _cuts(scales.device)) + 1
+    return torch.where(relative > 0, nearest, 0).to(torch.uint8)
 
 
-def decode_scales(codes: UInt8[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]) -> Float[Tensor, "b h n"]:
-    """Return the scale of each code (see `encode_scales`)."""
-    return _levels(codes.device).index_select(0, codes.flatten().int()).view(codes.shape) * reference
+def decode_scales(stored: UInt8[Tensor, "b h n"], reference: Float[Tensor, "b h 1"]) -> Float[Tensor, "b h n"]:
+    """Return the scale of each byte (see `encode_scales`)."""
+    return _levels(stored.device).index_select(0, stored.flatten().int()).view(stored.shape) * reference

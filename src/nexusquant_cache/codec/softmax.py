@@ -13,9 +13,9 @@ class Softmax:
     Attributes:
         scaling: Factor of the inner products.
         softcap: Logits ``x`` become ``softcap * tanh(x / softcap)``; None to leave them.
-        sinks: A further logit of each query head, whose token has no value.
+        sink_logits: A further logit of each query head (``s_aux`` in transformers), whose token has no value.
     """
 
     scaling: float
     softcap: float | None = None
-    sinks: Float[Tensor, " query_heads"] | None = None
+    sink_logits: Float[Tensor, " query_heads"] | None = None

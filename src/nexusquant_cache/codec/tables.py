@@ -1,11 +1,11 @@
-"""Decode packed rows by table look-up: the fast path of the torch implementation.
+"""Decode packed rows by table look-up: how the torch implementation decodes.
 
 Half a block, four channels, is looked up at once: its bits and the sign of the block are the index.  The halves of all
 blocks of a row, whatever their rates, are one look-up in one table, which writes the decoded row as it lies in memory.
 The table is built with `blocks.decode_blocks`, so the results are those of the definition, bit for bit; it can hold
 the result of the first Hadamard stages, which stay inside a half (see `hadamard.apply_hadamard_rows`).
 
-Tables are process-wide constants like code: at most 2.3 MiB each, shared by every cache.
+Tables are constants of the process: at most 2.3 MiB each, shared by all caches, and counted in no report.
 """
 
 from dataclasses import dataclass

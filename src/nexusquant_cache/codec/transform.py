@@ -1,4 +1,4 @@
-"""The linear map between vectors and the unit-variance channels that the block code sees."""
+"""The linear map between vectors and the unit-variance channels that blocks are made of."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -30,7 +30,7 @@ class Rotation(ABC):
 
     @property
     def block_variances(self) -> Float[Tensor, "b h blocks"] | None:
-        """What squared error in a coded channel of each block weighs in the vector; None if all weigh alike."""
+        """How much the squared error of a coded channel counts in the vector, by block; None if all count alike."""
         return None
 
     @abstractmethod
@@ -49,9 +49,9 @@ class Rotation(ABC):
         return self.rotate(x)
 
     def axes(self, device: torch.device) -> tuple[Int8[Tensor, "b_or_1 h_or_1 d d"], Float[Tensor, "*heads d"]] | None:
-        """Return the same map for compiled code: what a coded channel adds to a vector, in whole numbers and a unit.
+        """Return the map as kernels take it: what each coded channel adds to a vector, in whole numbers and their unit.
 
-        None, which is the default, if it cannot be written so; plain torch computes then.
+        The default is None: the map cannot be written so, and plain torch computes.
         """
         del device
         return None
@@ -69,7 +69,7 @@ class VectorTransform:
     Attributes:
         rotation: The rotation of the channels.
         mean: Subtracted from every vector before rotation, ``[batch, kv_heads, 1, head_dim]`` float16, or None.
-        reference: The scale that scale code 128 stands for, float32.
+        reference: The scale that scale byte 128 stands for, float32.
         plans: Which of the codec's layouts each head has, on the CPU; None if all have the first.
     """
 
@@ -82,7 +82,7 @@ class VectorTransform:
     )
 
     def side_plan(self, layouts: tuple[CodeLayout, ...]) -> SidePlan | None:
-        """Return what compiled code needs to know of this transform, made once; None if the rotation has no `axes`.
+        """Return this transform as kernels take it, made once; None if its rotation has no `Rotation.axes`.
 
         Args:
             layouts: The codec's layouts.

@@ -85,7 +85,7 @@ def evaluate(  # noqa: PLR0913 - all but three have defaults
         texts: Real texts by name.
         options: What to measure.
         output: The result file, JSON.
-        fresh: Measure everything again, as is needed after a change of a cache's code.
+        fresh: Measure everything again, as is needed after a change of a cache's program.
         report: Called before every row.
 
     Returns:

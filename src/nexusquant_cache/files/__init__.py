@@ -1,7 +1,7 @@
 """Compressed caches at rest: one safetensors file, checked before anything is believed (docs/file_format.md).
 
-This package knows the file and what its metadata promises, and nothing of transformers or of living caches;
-`nexusquant_cache.files.state` turns one into the other.
+What a file holds of a layer follows from `nexusquant_cache.layer.state.TENSORS` and the metadata (`files.contents`).
+This room knows layers, and no cache: `files.saving` is given what a cache holds, and gives it back.
 """
 
 from nexusquant_cache.files.commands import FileSummary, KindSummary, convert_file, inspect_file, verify_file

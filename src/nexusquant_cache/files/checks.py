@@ -17,7 +17,7 @@ from nexusquant_cache.presets import REMOVED, CacheConfig
 
 _MOST_NUMBER = 1 << 48
 _WHENS = ("post_prefill", "during_prefill")
-# Of means, and of what scales are relative to: decoded, the largest code of the largest scale is still finite.
+# Of means, and of what scales are relative to: decoded, the largest vector of the largest scale is still finite.
 _MOST_MAGNITUDE = 2.0**96
 
 

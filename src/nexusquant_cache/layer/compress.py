@@ -23,9 +23,9 @@ from nexusquant_cache.policy import ScoreInputs
 
 
 def make_room(state: LayerState, shared: Shared) -> None:
-    """Encode what the tail need not hold: a prompt with eviction, or generated tokens without, if enough of them wait.
+    """Encode what the tail need not hold, if enough of it waits: of a prompt the best tokens, else all.
 
-    It is done in the precision that the code asks for, also under autocast.
+    Autocast is switched off meanwhile: precision is chosen step by step.
     """
     settings, count = shared.settings, candidates(state, shared)
     compression = Compression(state, shared)
@@ -156,7 +156,7 @@ class Compression:
     def _encode_first(
         self, first: _First, codecs: Codecs
     ) -> tuple[tuple[PackedVectors, VectorTransform], tuple[PackedVectors, VectorTransform]]:
-        """Return the codes of the first tokens, each with its transform."""
+        """Return the first tokens encoded, keys and values each with their transform."""
         transforms = self._given_transforms(codecs)
         if transforms is None:
             transforms = self._fit(first, codecs)
@@ -164,7 +164,7 @@ class Compression:
         return (keys, transforms[0]), (values, transforms[1])
 
     def _given_transforms(self, codecs: Codecs) -> tuple[VectorTransform, VectorTransform] | None:
-        """Return the transforms of another prompt for this batch, if there are any that these codecs can use."""
+        """Return the transforms that were given, for this batch; None if there are none, or these codecs differ."""
         given = self.shared.given_to(self.state.layer_idx)
         if given is None or given.codecs != codecs:
             return None
@@ -176,7 +176,7 @@ class Compression:
         return given.keys.map_batch(fitted), given.values.map_batch(fitted)
 
     def _code_error(self, first: _First, decoded: tuple[Tensor, Tensor]) -> float:
-        """Return what coding does to attention on the coded tokens; see `probe.attention_error`."""
+        """Return how much encoding changes attention; see `probe.attention_error`."""
         keys, pads = [first.keys, decoded[0]], self.shared.padding.pads
         stop = first.start + first.keys.shape[2]
         positions: Int[Tensor, "*heads n"] = torch.arange(first.start, stop, device=self.state.home)

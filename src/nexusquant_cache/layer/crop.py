@@ -24,7 +24,7 @@ def check_crop(state: LayerState, count: int) -> None:
 
 
 def kept_before(state: LayerState, count: int) -> Int[Tensor, "b h"] | None:
-    """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
+    """Return how many packed tokens each head has without the newest ``count``; None if all of these are exact."""
     if state.body is None or count <= state.tail_tokens:
         return None
     return state.body.kept_before(state.seen - count)

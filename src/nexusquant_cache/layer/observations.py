@@ -1,13 +1,12 @@
-"""What attention shows of a prompt, kept until it has helped to choose its tokens, and how attention finds the layer.
+"""What attention shows of a prompt until the prompt is compressed, and how attention finds the layer.
 
 transformers shows a cache keys and values only.  An attention function sees queries and the keys that `update`
-returned, but not the cache.  So a layer that wants queries notes which key tensor it has just returned, and whoever
-runs attention asks for the layer of a key tensor (`take_layer_of`).
+returned, but not the cache.  So each layer notes which key tensor it has just returned (`note_keys`), and attention
+asks for the layer of a key tensor (`take_layer_of`).
 
-The note is one per thread: attention follows the update of its own layer, in the same thread, before any other
-layer of any cache is updated.  It holds weak references, so it keeps nothing alive, copies and pickles of a cache
-know nothing of it, and it fits a single call: layers that share keys and values with an earlier one do not
-replace its queries.
+There is one note per thread, since attention follows the update of its layer in the same thread, before any other
+layer is updated.  It holds weak references, so it keeps nothing alive and goes into no copy or pickle of a cache.  It
+is taken once, so a layer that shares the keys of an earlier one does not replace its queries.
 """
 
 import threading
@@ -57,7 +56,7 @@ class Observations:
         queries: Those of the newest tokens, at most `QUERY_WINDOW`, as attention sees them.
         end: Tokens seen when the newest of them came.
         before: The same two as they were before the last update, so that it can be taken back.
-        reconstruction: The attention paid to each of the tokens that had been seen by then, see
+        reconstruction: The greatest attention paid to each token in a second reading, see
             `nexusquant_cache.attention.reconstruct`.
     """
 
@@ -67,7 +66,7 @@ class Observations:
     reconstruction: Float[Tensor, "b h n"] | None = None
 
     def start_update(self) -> None:
-        """Let go of what was kept to take the last update back."""
+        """Forget how it was before the last update, which can no longer be taken back."""
         self.before = None
 
     def append(self, queries: Float[Tensor, "b q new d"], seen: int) -> None:
@@ -111,7 +110,7 @@ class Observations:
 
 
 def scaled(queries: Float[Tensor, "b q w d"], scaling: float | None) -> Float[Tensor, "b q w d"]:
-    """Return queries whose logits are those of the model when they are divided by ``head_dim ** 0.5``."""
+    """Return queries that give the model's logits at the usual scaling, ``head_dim ** -0.5``."""
     factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
     return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
 

@@ -98,7 +98,8 @@ class Beginning:
         """Return the number of pads of each row, or None if it cannot be told.
 
         Args:
-            position_shows: Whether equal tokens at different positions differ; if not, a text may begin with a run.
+            position_shows: Whether equal tokens at different positions have different keys.  If not, equal leading keys
+                may be text.
         """
         same = _close(self.first[:, None], self.first[None]).cpu()
         padded = self._surely_padded(position_shows, same)
@@ -111,7 +112,7 @@ class Beginning:
         return torch.where(padded, self.run, torch.where(single, 1, 0))
 
     def _surely_padded(self, position_shows: bool, same: Bool[Tensor, "b b"]) -> Bool[Tensor, "b"] | None:
-        """Return the rows that have pads for certain, or None if that says nothing about the others.
+        """Return which rows certainly have pads; None if nothing can be concluded about the other rows.
 
         Args:
             position_shows: As in `pads`.
@@ -119,18 +120,23 @@ class Beginning:
         """
         padded = self.run > 1
         if not position_shows:
-            padded_means_nothing = bool(padded.any()) and len(padded) > 1
-            return None if padded_means_nothing else torch.zeros_like(padded)
+            # Equal keys may be equal tokens: in a batch, either could be meant.  A single row is taken for text.
+            is_ambiguous = bool(padded.any()) and len(padded) > 1
+            return None if is_ambiguous else torch.zeros_like(padded)
         if bool(padded.any()) or bool(same.all()):
             return padded
-        # A second key like another row's first: both are at position 0, so before it there is a pad.
+        # If a row's second key equals another row's first, both stand at position 0: the row begins with a pad.
         padded = (_close(self.after[:, None], self.first[None]).cpu() & ~same).any(1)
         return padded if bool(padded.any()) else None
 
     def _behind_is_first(self, single: Bool[Tensor, "b"], unpadded: Bool[Tensor, "b"]) -> bool:
-        """Tell whether these rows have one pad each, and are not texts that begin with the pad's own token.
+        """Tell whether these rows begin with one pad each, and not with a text whose first token is the pad's.
 
-        So they have if the vector behind is one that an unpadded row begins with, at position 0.
+        They do if their second vector is one that an unpadded row begins with: then it stands at position 0.
+
+        Args:
+            single: The rows.
+            unpadded: Rows without pads.
         """
         known = self.first[unpadded.to(self.first.device)]
         behind = self.after[single.to(self.after.device)]
@@ -162,14 +168,14 @@ class BatchPadding:
         return 0 if self.pads is None else int(self.pads.max())
 
     def is_settled(self, seen: int) -> bool:
-        """Tell whether the padding was known, and every row had a real token, when this many tokens had been seen.
+        """Tell whether, with so many tokens seen, the padding was known and every row had a real token.
 
-        Asked with the count of the layer at hand, the answer is the same for all layers of one forward.
+        Layers of one forward are updated one by one.  Each asks with its own count, so all get the same answer.
         """
         return self.settled_at is not None and seen >= self.settled_at and seen > self.most
 
     def may_evict(self, seen: int) -> bool:
-        """Tell whether tokens may be evicted without risk of taking text for padding or padding for text."""
+        """Tell whether tokens may be evicted: only where text and padding cannot be mistaken for each other."""
         return self.certain and self.is_settled(seen)
 
     def take_stated(self, pads: Int[Tensor, "rows"], batch: int | None) -> None:
@@ -217,7 +223,7 @@ class BatchPadding:
             self.beginning = None
 
     def observe_turn(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"], evicted: int) -> None:
-        """Look for padding in a later turn, which transformers' mask would hide in the wrong place.
+        """Look for padding in a later turn: after an eviction, transformers' mask would hide other tokens instead.
 
         Raises:
             UnsupportedError: If a row of the turn has pads, at least two, and tokens have been evicted.
@@ -263,13 +269,13 @@ def _per_row(pads: Int[Tensor, "rows"], batch: int) -> Int[Tensor, "b"] | None:
 
 
 def _vectors(keys: Tensor, values: Tensor) -> Float[Tensor, "b n c"]:
-    """Return one vector per token: all heads, keys and values, as they are seen by whoever compares tokens."""
+    """Return one vector per token, to compare tokens by: the keys and values of all heads."""
     both = [x.detach().float().transpose(1, 2).flatten(2) for x in (keys, values)]
     return torch.cat(both, -1)
 
 
 def _has_equal_neighbours(keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> bool:
-    """Tell whether two tokens side by side are the same, position included, in any row."""
+    """Tell whether any row has two tokens side by side with equal keys and values."""
     few = torch.cat([x[:, 0, :, :8].detach().float() for x in (keys, values)], -1)  # enough to rule out nearly all
     rows, tokens = _close(few[:, 1:], few[:, :-1]).nonzero(as_tuple=True)
     if not len(rows):

@@ -216,17 +216,17 @@ class CompressedPart(Part):
         check_crop(self.layer.state, count)
 
     def kept_before(self, count: int) -> Tensor | None:
-        """Return how many packed tokens each head has without the newest ``count``; None if no code is to go."""
+        """Return how many packed tokens each head has without the newest ``count``; None if all of these are exact."""
         self.layer.residency.arrive()
         return kept_before(self.layer.state, count)
 
     def take_back(self, seen: int) -> bool:
         """Undo the last update, back to so many tokens seen; without tokens, forget shapes as well.
 
-        A compression that the update caused stays: it would have come with the next one.
+        A compression that the update caused stays: the next update would have caused it too.
 
         Returns:
-            Whether that was possible: not where tokens of before were compressed together with those of the update.
+            Whether that was possible.  It is not if the update's tokens have been compressed already.
         """
         state = self.layer.state
         count = state.seen - seen

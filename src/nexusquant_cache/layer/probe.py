@@ -1,4 +1,4 @@
-"""A look at what coding does to attention, taken once for each layer, while the exact tokens are still there."""
+"""How much encoding a layer's first tokens changes attention; measured once, while their exact copies are there."""
 
 import torch
 from jaxtyping import Bool, Float
@@ -8,7 +8,12 @@ _QUERIES = 16
 
 
 def stand_in_queries(newest: Float[Tensor, "b h m d"], keys: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h w d"]:
-    """Return the newest keys without the mean of the others, which takes the place of queries where none are known."""
+    """Return what stands in for queries that nobody has shown: the newest keys, centred.
+
+    Args:
+        newest: Keys of the newest tokens, of which the last 16 are used.
+        keys: Those that are going to be encoded, whose mean is taken off.
+    """
     return newest[:, :, -_QUERIES:].float() - keys.float().mean(2, keepdim=True)
 
 
@@ -18,19 +23,19 @@ def attention_error(
     coded: tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]],
     hidden: Bool[Tensor, "b h n"] | None = None,
 ) -> float:
-    """Return how far coding moves the output of attention on the coded tokens, relative to its length.
+    """Return how much encoding changes what queries read from the encoded tokens, in the head that suffers most.
 
-    Exact tokens are left out: they hide in what they add what becomes of the others.
+    The tokens that stay exact are left out.  They would add the same to both outputs, and so hide the change.
 
     Args:
         queries: With their rotary phase, of which the last 16 are used; a multiple of the KV heads.
         exact: Keys and values as they came.
-        coded: The same tokens as they will be from now on.
-        hidden: Those that attention does not look at; a head in which all are suffers nothing.
+        coded: Those of the same tokens, encoded and decoded.
+        hidden: Tokens that no query sees.  A head that sees none suffers nothing.
 
     Returns:
-        The root of the mean squared distance of outputs over that of their squared lengths, in the head that suffers
-        most: 0 is exact, 1 is as bad as an output of zeros.
+        The root mean square of the change, divided by that of the exact output: 0 if nothing changes, 1 if the change
+        is as large as the output.
     """
     right, wrong = (_outputs(queries[:, :, -_QUERIES:], *pair, hidden) for pair in (exact, coded))
     distance, length = (x.square().mean((-1, -2)) for x in (right - wrong, right))
@@ -42,7 +47,7 @@ def attention_error(
 def _outputs(
     queries: Tensor, keys: Tensor, values: Tensor, hidden: Bool[Tensor, "b h n"] | None
 ) -> Float[Tensor, "b h rows dv"]:
-    """Return what every query, of whatever head of a group, reads."""
+    """Return what each query reads; the query heads that share a KV head stand one behind the other."""
     rows = queries.float().reshape(*keys.shape[:2], -1, keys.shape[-1])
     logits, values = rows @ keys.float().mT * keys.shape[-1] ** -0.5, values.float()
     if hidden is not None:

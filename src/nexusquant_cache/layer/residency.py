@@ -117,5 +117,5 @@ class Residency:
 
 
 def _moved_to(home: torch.device, stays: tuple[Tensor, ...]) -> Callable[[Tensor], Tensor]:
-    """Return what moves tensors to a device, all but those that stay."""
+    """Return a function that moves tensors to a device, all but those that stay."""
     return lambda x: x if any(x is tail for tail in stays) else to_device(x, home)

@@ -14,7 +14,7 @@ def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
 
 
 def is_due_early(state: LayerState, shared: Shared) -> bool:
-    """Tell whether to compress before the prefill is over: if enough tokens wait, and all pads will go."""
+    """Tell whether to compress before the prefill is over: only if enough tokens wait, and all pads would go."""
     padding = shared.padding
     if shared.when == "post_prefill" or not state.turn.is_pending or not padding.is_settled(state.seen):
         return False
@@ -26,7 +26,7 @@ def is_due_early(state: LayerState, shared: Shared) -> bool:
 
 
 def candidates(state: LayerState, shared: Shared) -> int:
-    """Return how many tokens are between the sinks and the residual."""
+    """Return how many tokens of the tail a compression would take: those between the sinks and the residual."""
     sinks = 0 if state.sinks is not None else shared.settings.sink_tokens
     return state.tail_tokens - shared.settings.residual_length - sinks
 

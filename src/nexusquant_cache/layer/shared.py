@@ -29,8 +29,8 @@ class Shared:
         make_codec: Returns the codec of a side, for vectors of this length, in a layer.
         make_phase: Returns the rotary phase to take off a layer's keys when so many tokens have been seen, or None.
         given_transforms: Of each layer, what it shall use in place of fitting its own; may be empty.
-        phases: The rotary phases that layers have been given, each once.
-        has_warned: Whether it was said that tokens are kept for want of knowledge about the padding.
+        phases: The rotary phases of the layers, each once.
+        has_warned: Whether it was said that nothing is evicted because the padding is not known.
     """
 
     settings: CacheConfig
@@ -54,7 +54,7 @@ class Shared:
         return self.given_transforms[layer_idx] if layer_idx < len(self.given_transforms) else None
 
     def warn_code_error(self, layer_idx: int, error: float) -> None:
-        """Say that coding a layer changes what attention reads beyond what is allowed."""
+        """Warn that encoding changes what attention reads from a layer by more than is allowed."""
         warnings.warn(
             f"coding the prompt moves the attention output of layer {layer_idx} by {100 * error:.0f} % of its length, "
             f"also at the most bits its codec has; {100 * self.settings.most_code_error:.0f} % are allowed "
@@ -63,7 +63,7 @@ class Shared:
         )
 
     def warn_kept_whole(self) -> None:
-        """Say, once for each prompt, that tokens are kept since it is not known which of them are padding."""
+        """Warn, once for each prompt, that nothing is evicted because the padding is not known."""
         if self.has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
             return
         self.has_warned = True

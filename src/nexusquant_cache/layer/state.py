@@ -103,7 +103,7 @@ class Declared:
         path: Where a `LayerState` has it: attributes, and places in tuples.
         axes: Names of its axes in the layer's facts, or lengths.
         dtype: Torch's name of its dtype, or the name of a fact that is one.  A layer has no such tensor where a fact
-            that is asked for is None.  If this is the tensor's own name, a file says of each layer whether it is there.
+            that it asks for is None.  If this is the tensor's own name, a file says of each layer whether it is there.
         kind: What it is.
         check: What its values must satisfy; None if all are possible.
         stays: Whether it is on the CPU wherever the layer is.
@@ -209,7 +209,7 @@ class Turn:
         record_past: Whether a `crop` is expected after each update.
         expects_prompt: Whether the next multi-token update is a prompt, and not candidates that may be taken back.
         updated_since_crop: Whether there was an update that no crop has followed.
-        undo: The first, second and last of these as they were before the last update.
+        undo: ``pending_from``, ``record_past`` and ``updated_since_crop`` as they were before the last update.
     """
 
     pending_from: int | None = None
@@ -234,7 +234,7 @@ class Turn:
         self.updated_since_crop = False
 
     def note_update(self, seen: int, tokens: int) -> None:
-        """Take note of an update of so many tokens behind those seen; without a crop before, it ends a recording."""
+        """Take note of an update of so many tokens behind those seen; it ends a recording that no crop has followed."""
         self.undo = (self.pending_from, self.record_past, self.updated_since_crop)
         self.record_past = self.updated_since_crop = self.is_recording
         if tokens > 1 and self.pending_from is None:
@@ -260,7 +260,7 @@ class LayerState:
             come before it.  On the CPU.
         observed: What attention has shown of the prompt that waits for its compression.
         turn: What the layer waits for.
-        code_error: What coding the first tokens did to attention, see `probe.attention_error`; None before.
+        code_error: How much encoding the first tokens changed attention, see `probe.attention_error`; None before.
         codecs: Of keys and values, as used; the first compression may choose others than were asked for.
         asked: Those that the cache was asked for.
         policy: Which tokens to keep.

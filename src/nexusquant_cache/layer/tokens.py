@@ -147,7 +147,7 @@ class PackedSide:
         self.scales.crop(tokens, dropped)
 
     def packed(self) -> PackedVectors:
-        """Return all codes; shares memory."""
+        """Return all packed tokens; shares memory."""
         return PackedVectors(self.words.view(), self.scales.view())
 
     def map_transform(self, function: Callable[[Tensor], Tensor]) -> None:

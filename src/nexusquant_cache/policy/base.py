@@ -90,7 +90,7 @@ class EvictionPolicy(ABC):
 
     @property
     def wants_queries(self) -> bool:
-        """Whether the cache shall keep the last queries of a prompt for this policy, if it is shown any."""
+        """Whether the policy looks at queries.  The cache then keeps the last ones that it is shown."""
         return self.requires_queries
 
     @property
@@ -116,9 +116,9 @@ class EvictionPolicy(ABC):
         Ties go to the earlier token, so that the choice does not depend on the device.
 
         Raises:
-            CacheStateError: If the policy requires queries or a reconstruction, and there are none.
-            ShapeError: If `score` returned another shape than ``[batch, kv_heads, tokens]``.
-            NonFiniteError: If a score of an unprotected token is NaN or infinite.
+            CacheStateError: As in `checked_scores`.
+            ShapeError: Likewise.
+            NonFiniteError: Likewise.
         """
         batch, heads, tokens, _ = inputs.keys.shape
         keep = inputs.protected.expand(batch, heads, tokens).clone()
@@ -130,12 +130,12 @@ class EvictionPolicy(ABC):
         return keep.scatter_(-1, free[best], value=True)
 
     def checked_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return what `score` returns, if it is what it should be; for policies that go by those of others.
+        """Return the result of `score`, checked.  Policies made of others call it on these.
 
         Raises:
-            CacheStateError: As in `select`, like the following.
-            ShapeError: Wrong shape.
-            NonFiniteError: NaN or infinity.
+            CacheStateError: If the policy requires queries or a reconstruction, and there are none.
+            ShapeError: If `score` returned another shape than ``[batch, kv_heads, tokens]``.
+            NonFiniteError: If a score of an unprotected token is NaN or infinite.
         """
         self.check_inputs(inputs)
         scores = self.score(inputs)
@@ -149,7 +149,11 @@ class EvictionPolicy(ABC):
         return scores
 
     def check_inputs(self, inputs: ScoreInputs) -> None:
-        """Raise CacheStateError if there is not what the policy requires; say so if it makes do without queries."""
+        """Check that the policy has what it requires; log it if keys stand in for queries that it wants.
+
+        Raises:
+            CacheStateError: If queries or a reconstruction are required, and there are none.
+        """
         name = type(self).__name__
         if self.requires_queries and inputs.queries is None:
             msg = (
@@ -170,7 +174,7 @@ class EvictionPolicy(ABC):
 
 @dataclass(frozen=True)
 class PooledPolicy(EvictionPolicy):
-    """Scores tokens one by one, then gives each the greatest score near it.
+    """Scores tokens one by one, then gives each token the greatest score near it.
 
     A fact is several tokens long, and half of it is worth nothing.
 
@@ -191,12 +195,12 @@ class PooledPolicy(EvictionPolicy):
         """Return the importance of every token by itself."""
 
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return the greatest of the scores in the middle of which a token stands."""
+        """Return for each token the greatest score within ``pool // 2`` tokens of it."""
         return F.max_pool1d(self.token_scores(inputs), self.pool, stride=1, padding=self.pool // 2)
 
 
 def check_aggregate(aggregate: str) -> None:
-    """Raise OptionError if this is no way to make one score of several."""
+    """Raise OptionError if this is neither ``"max"`` nor ``"mean"``."""
     if aggregate not in get_args(Aggregate):
         msg = f"unknown aggregate={aggregate!r}. {suggest(str(aggregate), get_args(Aggregate))}"
         raise OptionError(msg)
@@ -209,7 +213,7 @@ def aggregated(scores: Tensor, aggregate: Aggregate, axis: int, *, keepdim: bool
 
 @functools.cache
 def _note_stand_ins(name: str) -> None:
-    """Say, once for each kind of policy, that there are no queries."""
+    """Log, once for each class of policies, that keys stand in for queries."""
     _LOGGER.info(
         "%s is shown no queries and takes keys in their place; nexusquant_cache.attention.enable(model) shows them",
         name,

@@ -48,12 +48,12 @@ class PolicyOfPolicies(EvictionPolicy):
 
 @dataclass(frozen=True)
 class ValueAware(PolicyOfPolicies, PooledPolicy):
-    """Multiplies the scores of another policy by the size of the values: what attention adds is weight times value.
+    """Multiplies the scores of another policy by the size of the values: attention adds weight times value.
 
-    Scores that begin below zero, like negative norms, are first shifted to begin at zero.
+    Negative scores, like those of `KeyNormPolicy`, are first shifted so that the least one is zero.
 
     Args:
-        policy: The other policy; give it ``pool=1`` where the pooling shall come after the product.
+        policy: The other policy; with ``pool=1`` it leaves the pooling to this one.
         pool: Width of the max-pooling of the product, in tokens; odd.  1 leaves it to the other policy.
 
     References:
@@ -113,8 +113,8 @@ class Combined(PolicyOfPolicies):
     Args:
         policies: The policies.
         aggregate: ``"max"`` keeps what any of them ranks high, ``"mean"`` what they agree on.
-        shares: Which part of the places each of them fills, up to tokens that several choose; positive, relative
-            to each other.  Equal parts by default.  For ``"mean"`` they are weights.
+        shares: How many of the places each policy fills, relative to each other; positive, equal by default.  A token
+            that several choose takes one place.  For ``"mean"`` they are weights.
     """
 
     policies: Sequence[EvictionPolicy]
@@ -151,7 +151,7 @@ class Combined(PolicyOfPolicies):
 
 
 def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-    """Return for each token which part of the unprotected tokens of its head scores less; 0 for protected ones."""
+    """Return the part of its head's unprotected tokens that score less than a token; 0 for protected ones."""
     scores = policy.checked_scores(inputs).float()
     free = inputs.free
     given = scores.index_select(-1, free).contiguous()

@@ -15,11 +15,11 @@ _TINY = 1e-12  # in place of zero, where all keys are equal
 
 @dataclass(frozen=True)
 class KeyKeyPolicy(PooledPolicy):
-    """Attention of the last keys on all keys, standing in for queries, which a cache does not see by itself.
+    """Keeps what the last keys attend to: keys stand in for queries, which a cache does not see by itself.
 
-    Keys are centred (without the sinks), so that the large common component of keys does not decide.
-    The **maximum** over the observation window and max-pooling over some twenty tokens keep whole facts:
-    a number is several tokens long, and half of it is worth nothing.
+    Keys are centred first (sinks not counted), since what all keys have in common is large and tells nothing.  The
+    **maximum** over the observation window and max-pooling over some twenty tokens keep whole facts: a number is
+    several tokens long, and half of it is worth nothing.
 
     Args:
         observation_window: How many of the newest keys act as queries.
@@ -44,7 +44,7 @@ class KeyKeyPolicy(PooledPolicy):
 
 @dataclass(frozen=True)
 class MeanKeyKeyPolicy(KeyKeyPolicy):
-    """The mean attention of the last keys, narrowly pooled: the usual recipe, kept for comparison.
+    """Keeps what the last keys attend to on average, narrowly pooled: the usual recipe, for comparison.
 
     A fact that only a few of the last keys attend to drowns in the mean, and narrow pooling keeps parts of it.
 
@@ -76,7 +76,7 @@ class KeyNormPolicy(EvictionPolicy):
 
 @dataclass(frozen=True)
 class KeyDiffPolicy(PooledPolicy):
-    """Keeps keys that point elsewhere than the others do; knows nothing of any question.
+    """Keeps keys whose direction is unlike that of the others, whatever will be asked.
 
     References:
         Park et al. (2025), "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference in
@@ -92,14 +92,14 @@ class KeyDiffPolicy(PooledPolicy):
 
 @dataclass(frozen=True)
 class LeveragePolicy(PooledPolicy):
-    """Keeps keys that the other keys cannot be combined to; knows nothing of any question.
+    """Keeps keys that no combination of the other keys comes near, whatever will be asked.
 
-    The score is the ridge leverage of a key without its rotary phase: with the covariance ``C`` of the layer's keys,
-    centred without the sinks, ``k^T (C + lambda I)^-1 k``, where ``lambda`` is ``ridge`` times the mean variance of a
-    channel.
+    The score of a key ``k`` is its ridge leverage ``k^T (C + lambda I)^-1 k``.  Keys are without their rotary phase and
+    centred (sinks not counted).  ``C`` is their covariance, ``lambda`` is ``ridge`` times their mean variance.
 
     Args:
-        ridge: Keeps directions in which keys hardly differ from deciding; positive.
+        ridge: How large a variance must be to count, relative to the mean; positive.  With less, directions in which
+            keys hardly differ would decide.
         pool: Width of the max-pooling, in tokens; odd.
 
     References:
@@ -130,7 +130,7 @@ class LeveragePolicy(PooledPolicy):
 
 
 def key_attention(inputs: ScoreInputs, window: int) -> Float[Tensor, "b h w n"]:
-    """Return the attention that the last keys would pay if they were queries, all of them centred."""
+    """Return the attention that the last keys would pay if they were queries; all keys are centred."""
     keys = centred(inputs.keys.float(), inputs)
     logits: Tensor = keys[:, :, -window:] @ keys.mT * keys.shape[-1] ** -0.5
     return logits.softmax(-1)

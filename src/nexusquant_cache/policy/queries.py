@@ -14,10 +14,10 @@ from nexusquant_cache.policy.keys import centred, check_window, covariance_of, k
 
 @dataclass(frozen=True)
 class WindowAttentionPolicy(PooledPolicy):
-    """Attention of the last queries on all keys: `KeyKeyPolicy` with the queries that it has to guess.
+    """Keeps what the last queries attend to: `KeyKeyPolicy` with real queries in place of keys.
 
-    Requires queries: `nexusquant_cache.attention.enable`.  Of the query heads that share a key, the one that attends to
-    it most decides.  Soft-capping and attention sinks of a model are left out.
+    Requires queries: `nexusquant_cache.attention.enable`.  Several query heads share a key: the one that attends to it
+    most decides.  Soft-capping and sink logits of a model are left out.
 
     Args:
         observation_window: How many of the last queries are asked, at most 64.
@@ -44,16 +44,16 @@ class WindowAttentionPolicy(PooledPolicy):
         return True
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return the attention that a token gets from the window, of the head that attends to it most."""
+        """Return the attention that each token gets from the window, by the head that attends to it most."""
         weights = _causal_attention(inputs, self.observation_window)
         return aggregated(weights, self.aggregate, 3).amax(2)
 
 
 @dataclass(frozen=True)
 class RecentAttentionPolicy(WindowAttentionPolicy):
-    """The mean attention of the last queries; without queries, of the last keys as in `MeanKeyKeyPolicy`.
+    """Keeps what the last queries attend to on average; without queries, what the last keys do.
 
-    What the model is busy with stays, which keeps its predictions; for facts that it is not busy with, combine it with
+    That keeps what the model is busy with, and so its predictions.  For facts that it is not busy with, combine it with
     `LeveragePolicy`.
 
     References:
@@ -83,16 +83,16 @@ class RecentAttentionPolicy(WindowAttentionPolicy):
 
 @dataclass(frozen=True)
 class ExpectedAttentionPolicy(PooledPolicy):
-    """The attention that queries still to come are expected to pay, if they are distributed like those that were.
+    """Keeps what queries still to come are expected to attend to, if they are like the last ones.
 
-    Queries without their rotary phase are taken for Gaussian, with mean and covariance of the last ones.  Turned by
-    the phases of the next positions, on average, they give each key the expectation of ``exp(q k / sqrt(d))``.
+    The last queries, without their rotary phase, give the mean and covariance of a Gaussian.  It is turned by the mean
+    phase of the next positions, and the score of a key is the expectation of ``exp(q k / sqrt(d))``.
 
-    Without queries (`nexusquant_cache.attention.enable` shows them) the keys stand in for them, centred as in
-    `KeyKeyPolicy`; a line in the log says so.  Without a known rotary phase, nothing is turned.
+    Where no queries are shown (`nexusquant_cache.attention.enable` shows them), keys stand in for them, centred as in
+    `KeyKeyPolicy`, and a line in the log says so.  Where no rotary phase is known, nothing is turned.
 
     Args:
-        future_tokens: Over how many of the next positions phases are averaged.
+        future_tokens: How many of the next positions the mean phase is taken over.
         pool: Width of the max-pooling, in tokens; odd.
 
     References:
@@ -116,7 +116,7 @@ class ExpectedAttentionPolicy(PooledPolicy):
         return True
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return the expected attention, of the head for which it is greatest; sinks get none."""
+        """Return the expected attention, by the query head for which it is greatest; sinks get none."""
         keys, mean, spread = _stand_in_statistics(inputs) if inputs.queries is None else _statistics(inputs)
         turn, root = _mean_turn(inputs, self.future_tokens), keys.shape[-1] ** 0.5
         logits = _products(mean @ turn, keys)[..., 0, :] / root
@@ -128,12 +128,14 @@ class ExpectedAttentionPolicy(PooledPolicy):
 
 @dataclass(frozen=True)
 class ReconstructionPolicy(PooledPolicy):
-    """Keeps what the model looks at when it reads the prompt a second time, to repeat it: for any later question.
+    """Keeps what the model attends to when it reads the prompt a second time, as if to repeat it.
+
+    That depends on no question, so it serves any that comes later.
 
     Requires `nexusquant_cache.attention.reconstruct`, which costs about as much as a prefill.
 
     Args:
-        pool: Width of the max-pooling, in tokens; odd.  Every token was looked for on its own, so none by default.
+        pool: Width of the max-pooling, in tokens; odd.  1 by default: each token has been looked for by itself.
 
     References:
         Kim et al. (2025), "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv:2505.23416.
@@ -176,7 +178,7 @@ Statistics: TypeAlias = tuple[
 
 
 def _statistics(inputs: ScoreInputs) -> Statistics:
-    """Return them of the queries, without their rotary phase."""
+    """Return the statistics of the queries, without their rotary phase."""
     queries = inputs.grouped_queries
     if inputs.phase is not None:
         positions = inputs.positions[-queries.shape[3] :]
@@ -186,7 +188,7 @@ def _statistics(inputs: ScoreInputs) -> Statistics:
 
 
 def _stand_in_statistics(inputs: ScoreInputs) -> Statistics:
-    """Return them of the keys in place of queries."""
+    """Return the statistics of the keys, which stand in for queries."""
     stand_ins = centred(inputs.unrotated_keys, inputs)
     variances, axes = torch.linalg.eigh(covariance_of(stand_ins[:, :, inputs.sink_tokens :]))
     spread = variances.clamp_min(0).sqrt()[..., None] * axes.mT

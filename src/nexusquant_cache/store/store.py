@@ -71,12 +71,12 @@ class PrefixStore:
     """Keeps compressed prefixes in a folder and finds the longest one of a new prompt.
 
     Any number of processes and threads may use a folder at the same time, on one machine: the index relies on shared
-    memory, which network file systems do not have.  What `put` has returned for survives a kill at any moment, and is
-    there until it is evicted, removed or replaced.  An object holds no open files; it may be pickled and forked.
+    memory, which network file systems do not have.  Once `put` has returned, a kill at any moment leaves the entry in
+    place, until it is evicted, removed or replaced.  A store holds no open files; it may be pickled and forked.
 
-    A prefix belongs to a model, by the fingerprint of its config.  What it does not tell apart needs a namespace for
-    each: models that differ in their weights alone, such as a base model and what was tuned from it, and classes of
-    caches that choose policies or codecs of their own.
+    A prefix belongs to a model, by the fingerprint of its config.  The fingerprint does not see weights: give a base
+    model and each of its fine-tunings a namespace.  The same goes for classes of caches that choose policies or codecs
+    of their own.
 
     Args:
         folder: Where the store is.  Files in it that are not the store's own are left alone.
@@ -166,7 +166,7 @@ class PrefixStore:
         return StoreEntry(**{name: row[name] for name in StoreEntry.__dataclass_fields__})
 
     def _withdraw(self, path: Path) -> None:
-        """Delete the file of a `put` that has failed, unless its row was committed; in doubt, `_collect` will."""
+        """Delete the file of a `put` that has failed, unless its row is there.  If that is unknown, `_collect` will."""
         with contextlib.suppress(FormatError, OSError):
             if self._index.ids_of(path.name) is None:
                 _discard(path)
@@ -226,12 +226,12 @@ class PrefixStore:
             token_ids: The prompt, ``[tokens]`` or ``[1, tokens]``.
             config: The model's config; None finds caches that were made without one.
             policy: The policy that caches were given; None finds those of the default policy.
-            preset: The preset or settings that caches must have; None takes any, of several the one used last.
-            leave: How many tokens at the end the prefix must leave over.  The model reads at least one, for its
-                logits; 0 also finds the whole prompt.
+            preset: The preset or settings that caches must have.  None takes any; of several, the one used last.
+            leave: How many tokens of the prompt the prefix must leave over, at least.  The model has to read one to say
+                anything; 0 also finds the whole prompt.
 
         Raises:
-            OptionError: If an argument is of no use.
+            OptionError: If the ids are not one row of integers, ``leave`` is negative, or there is no such preset.
             FormatError: If the index is damaged.
             OSError: If the index cannot be read.
         """

@@ -53,8 +53,8 @@ def _softmax(logits: Tensor, mask: Tensor | None, options: Softmax) -> Tensor:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
-    if options.sinks is not None:
-        extra = options.sinks.float()[None, :, None, None].expand(*logits.shape[:3], 1)
+    if options.sink_logits is not None:
+        extra = options.sink_logits.float()[None, :, None, None].expand(*logits.shape[:3], 1)
         return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
     # A query that may see nothing (a pad's) sees nothing.
     return logits.softmax(-1) if mask is None else logits.softmax(-1).nan_to_num(0.0)

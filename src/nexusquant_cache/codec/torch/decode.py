@@ -13,10 +13,10 @@ from nexusquant_cache.codec.transform import VectorTransform
 def decode(
     packed: PackedVectors, transform: VectorTransform, layouts: tuple[CodeLayout, ...]
 ) -> Float[Tensor, "b h n d"]:
-    """Return the vectors of the codes as a new float32 tensor.
+    """Return the vectors as a new float32 tensor.
 
     Args:
-        packed: The codes.
+        packed: The encoded vectors.
         transform: The transform they were encoded with.
         layouts: Layouts of one size; `VectorTransform.plans` says which of them each head has.
     """
@@ -30,7 +30,7 @@ def coded_channels(
     """Return codewords for channels of unit variance, and scales; see `VectorCodec.coded_channels`.
 
     Args:
-        packed: The codes.
+        packed: The encoded vectors.
         transform: The transform they were encoded with.
         layouts: As of `decode`.
         first_stride: Hadamard stages below this stride shall be done; at most 4.

@@ -23,7 +23,7 @@ def encode(
     layouts: tuple[CodeLayout, ...],
     candidates: tuple[float, ...],
 ) -> PackedVectors:
-    """Return the codes of finite vectors; the search for scales is that of `codec.e8.E8Codec`.
+    """Return finite vectors, encoded; the search for scales is that of `codec.e8.E8Codec`.
 
     Args:
         vectors: Keys or values.

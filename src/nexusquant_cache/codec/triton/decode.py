@@ -14,7 +14,7 @@ from nexusquant_cache.codec.triton.support import operand
 def decode(
     packed: PackedVectors, transform: VectorTransform, layouts: tuple[CodeLayout, ...]
 ) -> Float[Tensor, "b h n d"]:
-    """Return the vectors of the codes as a new float32 tensor; arguments as in plain torch."""
+    """Return the vectors as a new float32 tensor; arguments as in plain torch."""
     shape = (*packed.scales.shape, layouts[0].head_dim)
     out = torch.empty(shape, dtype=torch.float32, device=packed.words.device)
     kernels_decode.decode(operand(packed, transform, layouts), out)

@@ -1,4 +1,4 @@
-"""Encoding by Triton kernels: the codes of `codec.torch.encode`, up to rounding."""
+"""Encoding by Triton kernels: what `codec.torch.encode` returns, up to rounding."""
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ def encode(
     layouts: tuple[CodeLayout, ...],
     candidates: tuple[float, ...],
 ) -> PackedVectors:
-    """Return the codes of finite vectors; arguments as in plain torch."""
+    """Return finite vectors, encoded; arguments as in plain torch."""
     batch, heads, tokens, head_dim = vectors.shape
     words = torch.empty(batch, heads, tokens, layouts[0].bytes_per_vector, dtype=torch.uint8, device=vectors.device)
     packed = PackedVectors(words, words.new_empty(batch, heads, tokens))

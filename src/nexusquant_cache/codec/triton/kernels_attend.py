@@ -1,12 +1,12 @@
 """Attention of a few queries over packed tokens, which are decoded in registers and nowhere else.
 
-One program reads a part of the tokens of one head (a *split*) for all queries of its group.  It multiplies the other
-way round, tokens by queries, so that few queries waste little of a tensor core: logits ``[tokens, queries]`` are the
-sum of four products of a plane of keys (`kernels_codes`) with a plane of queries, and sums of values ``[channels,
-queries]`` are collected in coded channels, plane by plane.
+One program reads a part of the tokens of one head (a *split*) for all queries of its group.  Products are tokens by
+queries, and not the other way round, so that few queries waste little of a tensor core.  Logits ``[tokens, queries]``
+are the sum of four products, each of a plane of keys (`kernels_codes`) and a plane of queries.  Sums of values
+``[channels, queries]`` are those of coded channels, plane by plane.
 
-What can be folded into the queries or left to the end is: keys that were coded with their rotary phase need no
-rotation, since the queries are rotated in their place, and values are rotated once, after the softmax.  Keys coded
+Rotations are kept out of the loop where that is possible.  Keys that were encoded with their rotary phase are not
+rotated: the queries are, in their place.  Values are rotated once, after the softmax.  Only keys that were encoded
 without their phase are rotated in the loop.
 
 A second kernel joins the splits and the exact tokens, rotates the sum of values, and adds the mean.
@@ -109,7 +109,11 @@ def _pair_axes(axes, step, plane: tl.constexpr, channel, COLUMNS: tl.constexpr, 
 @triton.jit
 @no_type_check
 def token_phase(low, high, position, pair, used, PAIRS: tl.constexpr):
-    """Return cosine and sine of each pair at each position, ``[positions, pairs]``."""
+    """Return cosine and sine of the angle that each pair turns by at each position, ``[positions, pairs]``.
+
+    A position is 256 times an upper part, plus a lower part; the angle is the sum of those of both parts, which the
+    tables ``high`` and ``low`` hold (`operands.RopeOperand`).
+    """
     row = low + (position & (_LOW_POSITIONS - 1)).to(tl.int64)[:, None] * (2 * PAIRS) + pair[None, :]
     base = high + (position // _LOW_POSITIONS).to(tl.int64)[:, None] * (2 * PAIRS) + pair[None, :]
     inside = used[None, :]
@@ -129,11 +133,11 @@ def _softcapped(logits, softcap):
 @triton.jit
 @no_type_check
 def _turned_logits(k0, k1, k2, k3, scale, position, axes, query, rope, PAIRS: tl.constexpr, MEAN: tl.constexpr):
-    """Return the logits of the channels that turn, for keys without their phase.
+    """Return what the rotary channels add to the logits, for keys that were encoded without their phase.
 
-    A position is 256 times an upper part, plus a lower part.  Each key is turned by its lower part.  The upper part
-    turns the queries in the key's place, the other way round.  The tokens of a tile are near one another and share one
-    or two upper parts, and the queries are turned once for each of these.
+    A position is 256 times an upper part, plus a lower part.  Keys are turned by the lower part.  In place of turning
+    them further, the queries are turned back by the upper part, which gives the same products.  Tokens of a tile are
+    near one another, so they share one or two upper parts: the queries are turned once for each of these.
     """
     low, high, pair, used = rope
     even_query, odd_query, even_mean, odd_mean, least, factor = query
@@ -415,7 +419,7 @@ def attend_kernel(
 )
 @no_type_check
 def combine_kernel(
-    sums, lse, query, keys, values, mask, axes, step, factor, mean, sinks, out,
+    sums, lse, query, keys, values, mask, axes, step, factor, mean, sink_logits, out,
     splits, tokens, scaling, softcap,
     query_b, query_h, query_m, keys_b, keys_h, keys_e, values_b, values_h, values_e, mask_b, mask_m, mask_e,
     axes_b, axes_h, out_b, out_h, out_m,
@@ -495,8 +499,8 @@ def combine_kernel(
         total = total * fade + tl.sum(weight, 0)
         most = peak
 
-    if sinks is not None:
-        sink = tl.load(sinks + query_head).to(tl.float32) * 1.4426950408889634
+    if sink_logits is not None:
+        sink = tl.load(sink_logits + query_head).to(tl.float32) * 1.4426950408889634
         peak = tl.maximum(most, sink)
         fade = tl.exp2(most - peak)
         result *= fade
@@ -526,7 +530,7 @@ def attend_packed(
         query: Rotated queries of any floating dtype.
         keys: Packed keys of the heads, each of which serves ``query_heads / h`` query heads in a row.
         values: Packed values of the same tokens.
-        softmax: How logits are made; `Softmax.sinks` has no effect here.
+        softmax: How logits are made; `Softmax.sink_logits` has no effect here.
         rope: The phase that the keys were coded without; None if they were coded with it.
         places: Where the tokens stand; needed with ``rope``.
         hidden: Tokens of each row that no query attends to.
@@ -586,7 +590,7 @@ def combine(
         packed: What it returned; None if there are no packed tokens.
         values: Plan of the packed values.
         exact: The other tokens.
-        softmax: As there, with the sinks.
+        softmax: As there, with the sink logits.
         out: Where to write; the last axis is contiguous.
 
     Returns:
@@ -606,7 +610,7 @@ def combine(
     combine_kernel[(batch * query_heads * queries,)](
         *((query, query) if packed is None else (packed.sums, packed.lse)),
         *(query, exact.keys, exact.values, mask),
-        *(values.axes, values.step, values.factor, values.mean, softmax.sinks, out),
+        *(values.axes, values.step, values.factor, values.mean, softmax.sink_logits, out),
         *(0 if packed is None else len(packed.sums), count, softmax.scaling, softmax.softcap or 1.0),
         *query.stride()[:3],
         *exact.keys.stride()[:3],
@@ -787,6 +791,6 @@ def compile_cases() -> Iterator[CompileCase]:
         "scaling": "fp32",
         "softcap": "fp32",
     }
-    constexprs = _combine_shape(128, 128) | {"SOFTCAP": False, "BOOLEAN": False, "mask": None, "sinks": None}
+    constexprs = _combine_shape(128, 128) | {"SOFTCAP": False, "BOOLEAN": False, "mask": None, "sink_logits": None}
     options = _combine_options(128)
     yield compile_case("combine d=128", combine_kernel, types, constexprs, options, constexprs["BLOCK"])

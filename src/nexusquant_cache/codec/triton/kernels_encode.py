@@ -36,7 +36,7 @@ _HALF: tl.constexpr = tl.constexpr((0.0, 1.0, 2.0, 4.0, 8.0))
 _PER_UNIT: tl.constexpr = tl.constexpr(tuple(1 / unit if unit else 0.0 for _, _, unit in _CODES))
 _UNIT: tl.constexpr = tl.constexpr(tuple(unit * 2.0**24 for _, _, unit in _CODES))
 _WHOLE: tl.constexpr = tl.constexpr(-0x2000)  # the bits of a float32 number that a product in tf32 takes
-_STEPS_PER_OCTAVE = 16  # of scale codes
+_STEPS_PER_OCTAVE = 16  # of scale bytes
 
 _ROWS = 16  # vectors of a program: the least that a tensor core multiplies
 _CHUNK = 32  # channels per step of the rotation
@@ -44,7 +44,7 @@ _OPTIONS = {"num_warps": 1, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def _cuts() -> tuple[int, ...]:
-    """Return where within an octave the scale code rises, as mantissas of float32."""
+    """Return where within an octave the scale byte rises, as mantissas of float32."""
     exponents = (torch.arange(_STEPS_PER_OCTAVE, dtype=torch.float64, device="cpu") + 0.5) / _STEPS_PER_OCTAVE
     return tuple((exponents.exp2().float().view(torch.int32) & 0x7FFFFF).tolist())
 
@@ -183,15 +183,15 @@ def _products(planes, fields, coset, step, first):
 
 @triton.jit
 @no_type_check
-def _scale_code(relative, cuts: tl.constexpr):
-    """Return the scale code of a scale relative to the reference: 128 at 1, 16 per octave, from exact thresholds."""
+def _scale_byte(relative, cuts: tl.constexpr):
+    """Return the byte of a scale relative to the reference: 128 at 1, 16 per octave, from exact thresholds."""
     bits = relative.to(tl.int32, bitcast=True)
     mantissa = bits & 0x7FFFFF
-    code = 128 + 16 * ((bits >> 23) - 127)
+    stored = 128 + 16 * ((bits >> 23) - 127)
     for i in tl.static_range(16):
-        code += (mantissa > cuts[i]).to(tl.int32)
-    code = tl.minimum(tl.maximum(code, 1), 255)
-    return tl.where(relative > 0, code, 0).to(tl.uint8)
+        stored += (mantissa > cuts[i]).to(tl.int32)
+    stored = tl.minimum(tl.maximum(stored, 1), 255)
+    return tl.where(relative > 0, stored, 0).to(tl.uint8)
 
 
 @triton.jit
@@ -360,8 +360,8 @@ def _encode(
             best = tl.where(better[:, None], fields, best)
 
     size = tl.where(power > 0, tl.sqrt(power / tl.maximum(best_norm, _TINY)), 0.0) * peak
-    code = _scale_code(size / tl.load(reference + head), _CUTS)
-    tl.store(scales + b * scale_b + h * scale_h + n, code, present)
+    stored = _scale_byte(size / tl.load(reference + head), _CUTS)
+    tl.store(scales + b * scale_b + h * scale_h + n, stored, present)
     words += b * word_b + h * word_h + row * row_bytes
     _store_codes(words, best, places, bits, present[:, None], blocks, rates, even)
 
@@ -375,8 +375,8 @@ class EncodeOperand:
         places: For each layout, by block, where in the row its first word, its second word and its byte begin, and its
             bits.
         forward: For each of the 8 channels of a block its axis in every block, in two parts that add up to it.
-        reference: Scale that scale code 128 stands for, in units of ``forward``.
-        weights: What squared error in a coded channel of each block weighs in the vector; None if all weigh alike.
+        reference: Scale that scale byte 128 stands for, in units of ``forward``.
+        weights: As `Rotation.block_variances`.
     """
 
     plan: SidePlan
@@ -397,8 +397,8 @@ def encode_operand(
     Args:
         plan: Layouts and mean.
         forward: The coded channels of a vector ``x`` are ``(x - mean) @ forward``.
-        reference: Scale that scale code 128 stands for.
-        weights: What squared error in a coded channel of each block weighs in the vector; None if all weigh alike.
+        reference: Scale that scale byte 128 stands for.
+        weights: As `Rotation.block_variances`.
     """
     # Entries of at most 1: no product of a finite vector is too large or too small because of a head's unit.
     largest = forward.float().abs().amax((-1, -2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
@@ -421,7 +421,7 @@ def encode(
     candidates: tuple[float, ...],
     out: PackedOperand,
 ) -> None:
-    """Write the codes of vectors: those of `codec.e8.E8Codec.encode`, up to rounding of the rotation.
+    """Encode vectors as `codec.e8.E8Codec.encode` does, up to rounding of the rotation.
 
     Args:
         vectors: Finite vectors; their products with ``forward`` must not overflow float32.

@@ -61,7 +61,7 @@ def specialisation(layouts: tuple[CodeLayout, ...], transform: VectorTransform) 
 
 
 def operand(packed: PackedVectors, transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> PackedOperand:
-    """Return codes as kernels read them; only if `why_not` has nothing against it."""
+    """Return encoded vectors as kernels read them; only where `why_not` returns None."""
     plan = transform.side_plan(layouts)
     assert plan is not None, "why_not has found nothing"
     return PackedOperand(plan, packed.words, packed.scales)
