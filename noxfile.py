@@ -85,7 +85,14 @@ def example(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the quick suite with branch coverage (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
+    """Run the quick suite (`-P 3.12` for another Python, `-- -k NAME` for a few)."""
+    install_for_tests(session)
+    run_pytest(session)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the quick suite and show what it leaves out, line by line; tracing takes as long again as the tests."""
     install_for_tests(session)
     run_pytest(session, "--cov", "--cov-report=term-missing")
 
