@@ -380,14 +380,14 @@ def given_facts(given: GivenMeta, shape: ShapeMeta, codecs: Sequence[VectorCodec
 def _transform_facts(
     side: Side, transform: TransformMeta | None, shape: ShapeMeta, codec: VectorCodec
 ) -> dict[str, Any]:
-    one, layouts = side[:-1], getattr(codec, "layouts", None)
+    one = side[:-1]
     dim = shape.key_dim if side == "keys" else shape.value_dim
     return {
         f"{one}_rows": None if transform is None else transform.rows,
         f"{one}_axes": dim if transform is not None and transform.rotation == "principal" else None,
         f"{one}_mean": None if transform is None else transform.mean,
         f"{one}_plans": "uint8" if transform is not None and transform.plans else None,
-        f"{one}_layouts": None if layouts is None else len(layouts),
+        f"{one}_layouts": len(codec.layouts) or None,  # none: what plans are to a codec of the user's, it alone knows
     }
 
 
