@@ -14,8 +14,8 @@ from nexusquant_cache.layer.host import to_device, to_host
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.reading import dense, held
 from nexusquant_cache.layer.schedule import is_due, is_due_early
-from nexusquant_cache.layer.state import LayerState, own
-from nexusquant_cache.layer.tokens import LayerTransforms
+from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.tokens import LayerTransforms, own
 
 
 class Part:
