@@ -157,6 +157,9 @@ class CompressedPart(Part):
         """Wait for copies that are made beside the computation."""
         self.layer.residency.arrive()
 
+    def fetch(self) -> None:
+        """Do nothing: the update of the layer fetches what it needs, after its checks."""
+
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """Keep the queries until the compression, if the policy wants them."""
         self.layer.observe(queries)
