@@ -190,6 +190,18 @@ class TestOffloading:
         assert loaded.offloading
         assert fingerprint(loaded) == fingerprint(cache)
 
+    def test_a_subclass_without_the_option_is_loaded(self, model, tmp_path):
+        class Plain(NexusQuantCache):
+            def __init__(self, preset: Any, *, config: Any, policy: Any, when: Any) -> None:
+                super().__init__(preset, config=config, policy=policy, when=when)
+
+        cache = balanced(model)
+        generate(model, prompt(60), cache, 4)
+        cache.save(tmp_path / "cache")
+        for offloading in (False, True):
+            loaded = Plain.load(tmp_path / "cache", config=model.config, offloading=offloading)
+            assert loaded.offloading is loaded.shared.offloading is offloading
+
     @pytest.mark.usefixtures("fresh_tables")
     def test_loading_fetches_what_stays_on_the_device_alone(self, model, tmp_path):
         for waiting in (False, True):

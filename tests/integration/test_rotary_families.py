@@ -16,7 +16,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
-from nexusquant_cache.cache.rotary import rotary_phase, rotary_phases
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.releases import CACHE
 
 POSITIONS = [0, 1, 2, 17, 63, 64, 65, 100, 200, 255, 256, 500]
@@ -199,7 +200,9 @@ def test_what_the_config_says(family: Family) -> None:
 def test_removing_and_restoring_is_the_identity_to_rounding(family: Family) -> None:
     """R(p) R(-p) k = k."""
     keys, positions = torch.randn(2, 2, len(POSITIONS), 64), torch.tensor(POSITIONS)
-    for phase in rotary_phases(family.config(), seen_tokens=501):
+    config = family.config()
+    layers = range(config.get_text_config(decoder=True).num_hidden_layers)
+    for phase in (rotary_phase(config, layer_idx, seen_tokens=501) for layer_idx in layers):
         if phase is not None:
             back = phase.rotate(phase.rotate(keys, positions, inverse=True), positions)
             assert (back - keys).norm() <= 8 * torch.finfo(torch.float32).eps * keys.norm()
@@ -228,11 +231,12 @@ def test_longrope_changes_factors_beyond_the_original_context() -> None:
 
 
 def test_layers_with_equal_rotations_share_one_object() -> None:
-    phases = rotary_phases(FAMILIES["gemma3"].config(), seen_tokens=8)
+    cache = NexusQuantCache(config=FAMILIES["gemma3"].config())
+    phases = [cache.make_phase(layer_idx, seen_tokens=8) for layer_idx in range(4)]
     assert phases[0] is phases[2]
     assert phases[1] is phases[3]
     assert phases[0] is not phases[1]
-    assert rotary_phases(FAMILIES["cohere2"].config(), seen_tokens=8)[1] is None
+    assert NexusQuantCache(config=FAMILIES["cohere2"].config()).make_phase(1, seen_tokens=8) is None
 
 
 def test_text_part_of_a_multimodal_config() -> None:

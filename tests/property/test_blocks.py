@@ -9,7 +9,7 @@ from torch import Tensor
 
 import oracles
 import strategies
-from nexusquant_cache.codec.blocks import decode_blocks, level_indices, nearest, nearest_codes
+from nexusquant_cache.codec.blocks import decode_blocks, nearest, nearest_codes
 from nexusquant_cache.codec.layout import BLOCK, CodeLayout, block_code
 from nexusquant_cache.codec.packing import pack
 from nexusquant_cache.codec.tables import covered_stages, decode_heads, decode_rows
@@ -76,6 +76,14 @@ def test_encode_after_decode_is_the_identity(bits: int) -> None:
 def test_codewords_are_distinct(bits: int) -> None:
     """No bit is wasted: 2^(8 b) codes are 2^(8 b) codewords."""
     assert len(decode_blocks(some_codes(bits), bits).unique(dim=0)) == 1 << BLOCK * bits
+
+
+def level_indices(codes: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return the level indices ``k`` and the coset ``s`` of each code, as `codec.layout` defines them."""
+    shifts, weights = torch.tensor(block_code(bits).field_shifts), 1 << torch.arange(bits)
+    fields = ((codes[..., None, None] >> shifts & 1) * weights).sum(-1)
+    k = torch.where(fields % 2 == 0, fields >> 1, -(fields >> 1) - 1)
+    return k, k.sum(-1) & 1
 
 
 @pytest.mark.parametrize("bits", BITS)

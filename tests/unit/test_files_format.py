@@ -776,6 +776,17 @@ class TestStockLayers:
                 with pytest.raises(FormatError, match=f"{wrong} in the file does not fit"):
                     restore_stock(new, 0, meta, source, seen)
 
+    def test_none_is_one_of_ours(self, write):
+        """Whatever a file calls it, a compressed layer is not filled like one of transformers' own."""
+
+        def change(content, named):
+            numbers = {"is_initialized": True, "record_past": False}
+            content["layers"][1] = {"layer_class": "NexusQuantLayer", "numbers": numbers, "tensors": []}
+            for name in [name for name in named if name.startswith("layers.1.")]:
+                del named[name]
+
+        self.refused(write, change, "layer 1 of the file is of another kind than NexusQuantLayer")
+
     def test_keys_without_values(self, write):
         def change(content, named):
             del content["layers"][0]["tensors"][1]

@@ -169,6 +169,15 @@ class NexusQuantCache(DynamicCache):
         """How the cache spends its bytes."""
         return self.shared.settings
 
+    @property
+    def offloading(self) -> bool:
+        """Whether codes, and a prompt that waits for its compression, stay in host memory."""
+        return self.shared.offloading
+
+    @offloading.setter
+    def offloading(self, value: bool) -> None:
+        self.shared.offloading = value
+
     # What a subclass may override
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
@@ -529,13 +538,14 @@ class NexusQuantCache(DynamicCache):
         settings = settings_of(promise.meta)
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
-        cache = cls(settings, config=config, policy=policy, when=when, offloading=offloading)
+        cache = cls(settings, config=config, policy=policy, when=when)
+        cache.offloading |= offloading
         home = torch.empty(0, device=device or "cpu").device  # "cuda" gets an index
         if config is None:
             cache.reach_layer(len(promise.meta.layers) - 1)
         cache.preset, cache._records_from_start = promise.meta.preset, promise.meta.records_from_start
         source = Source.of(promise.meta, tensors, home, dtype)
-        import_cache(cache._whole(), promise.meta, source, has_policy=policy is not None)
+        import_cache(cache._whole(), promise.meta, source, has_policy=cache.policy is not None)
         return cache
 
     def _whole(self) -> WholeCache:
@@ -561,6 +571,8 @@ class NexusQuantCache(DynamicCache):
 
         Raises:
             UnsupportedError: With ``at_rest``, if something in the cache cannot be saved.
+            CacheStateError: With ``at_rest``, if an earlier forward failed half-way through a compression.
+            NonFiniteError: With ``at_rest``, if something that `save` would refuse holds NaN or infinity.
         """
         parts = self.parts()
         self._forward.note_peak(parts)

@@ -43,7 +43,7 @@ def storage_bytes(*things: object, only: torch.device | None = None) -> int:
     """
     storages = {}
     for tensor in tensors_of(things):
-        if tensor.is_meta or only not in {None, tensor.device}:  # on the device "meta" there are no bytes
+        if only not in {None, tensor.device}:
             continue
         storage = tensor.untyped_storage()
         storages[storage.data_ptr(), tensor.device] = storage.nbytes()

@@ -41,13 +41,6 @@ def _fields(codes: Int[Tensor, "*rows"], bits: int) -> Int[Tensor, "*rows 8"]:
     return ((codes[..., None, None] >> shifts & 1) * weights).sum(-1)
 
 
-def level_indices(codes: Int[Tensor, "*rows"], bits: int) -> tuple[Int[Tensor, "*rows 8"], Int[Tensor, "*rows"]]:
-    """Return the level indices ``k`` and the coset ``s`` of each code (see `layout`)."""
-    fields = _fields(codes, bits)
-    k = torch.where(fields % 2 == 0, fields >> 1, -(fields >> 1) - 1)
-    return k, k.sum(-1) & 1
-
-
 @dataclass(frozen=True)
 class _Cells:
     """The candidates of a channel between consecutive thresholds.

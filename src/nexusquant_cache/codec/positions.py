@@ -1,6 +1,5 @@
 """The original positions of kept tokens, at a bit per token."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -92,8 +91,3 @@ class PositionMap:
         kept = bits.nonzero()[:, -1].view(*bits.shape[:2], self.kept) + self.start
         dense = torch.arange(end, end + self.dense, device=device).expand(*bits.shape[:2], -1)
         return torch.cat([kept, dense], -1)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to the bitmap, whose first axis is the batch."""
-        if self.bitmap is not None:
-            self.bitmap = function(self.bitmap)

@@ -206,7 +206,7 @@ class _Layer:
         meta, shape = self.meta, self.meta.shape
         if shape is None:
             parts = (meta.sinks, meta.asked, meta.used, meta.phase, meta.body, meta.observed, meta.given, meta.policy)
-            if any(part is not None for part in parts) or meta.seen or meta.tail or meta.sink_place:
+            if any(part is not None for part in parts) or meta.seen or meta.tail or meta.sink_place or meta.more:
                 self._wrong("holds something before its first update")
             return
         self._check_counts(shape)

@@ -34,6 +34,7 @@ from nexusquant_cache.layer.state import (
     LayerState,
     Turn,
     expected,
+    find,
     put,
     transform_tensors,
 )
@@ -68,19 +69,20 @@ def layer_state(state: LayerState, shared: Shared, lists: Lists) -> tuple[LayerM
         updated_since_crop=turn.updated_since_crop,
         pending_from=turn.pending_from,
         code_error=_number(state.code_error),
-        asked=None if state.asked is None else lists.pair(state.asked),
-        used=None if state.codecs is None else lists.pair(state.codecs),
+        asked=None if shape is None or state.asked is None else lists.pair(state.asked),
+        used=None if shape is None or state.codecs is None else lists.pair(state.codecs),
         phase=None if state.phase is None else lists.phase(state.phase),
         body=None if state.body is None else _body_meta(state.body),
         observed=None if shape is None else _observed_meta(state.observed),
         given=None if given is None else _given_meta(given, lists),
-        policy=None if state.policy is None else lists.policy(state.policy),
+        policy=None if shape is None or state.policy is None else lists.policy(state.policy),
         more={declared.name: NAMES[x.dtype] for declared, x in state.tensors() if declared.is_listed} or None,
     )
     tensors = {f"{name}.{declared.name}": tensor for declared, tensor in state.tensors()}
     if given is not None:
-        for side, transform in zip(SIDES, (given.keys, given.values), strict=True):
-            tensors |= _transform_tensors(f"{name}.given.{side}", transform)
+        for side in SIDES:
+            found = ((each.name, find(given, each.path)) for each in transform_tensors(side, side, "given."))
+            tensors |= {f"{name}.{what}": tensor for what, tensor in found if tensor is not None}
     check_finite(tensors)
     return meta, tensors
 
@@ -181,17 +183,6 @@ def _transform_meta(transform: VectorTransform) -> TransformMeta:
         mean=None if transform.mean is None else NAMES[transform.mean.dtype],
         plans=transform.plans is not None,
     )
-
-
-def _transform_tensors(name: str, transform: VectorTransform) -> Tensors:
-    found = {
-        "mean": transform.mean,
-        "reference": transform.reference,
-        "plans": transform.plans,
-        "basis": getattr(transform.rotation, "basis", None),
-        "step": getattr(transform.rotation, "step", None),
-    }
-    return {f"{name}.{what}": x for what, x in found.items() if x is not None}
 
 
 def _transform(meta: TransformMeta, name: str, side: Side, facts: Facts, source: Source) -> VectorTransform:

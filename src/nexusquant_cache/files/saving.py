@@ -187,7 +187,11 @@ def import_cache(cache: WholeCache, meta: CacheMeta, source: Source, *, has_poli
             restore_layer(part.layer, described, source)
             if not has_policy:
                 _check_policy(part.state, shared, meta, described)
-        elif isinstance(described, StockMeta) and type(part.layer).__name__ == described.layer_class:
+        elif (
+            part.state is None
+            and isinstance(described, StockMeta)
+            and type(part.layer).__name__ == described.layer_class
+        ):
             restore_stock(part.layer, part.index, described, source, meta.tokens_seen)
         else:
             msg = f"layer {part.index} of the file is of another kind than {type(part.layer).__name__}"

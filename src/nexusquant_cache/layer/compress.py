@@ -17,8 +17,8 @@ from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
 from nexusquant_cache.layer.schedule import candidates, kept_of
 from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import Codecs, LayerState, own
-from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens
+from nexusquant_cache.layer.state import Codecs, LayerState
+from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, own
 from nexusquant_cache.policy import ScoreInputs
 
 

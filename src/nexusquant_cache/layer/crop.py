@@ -7,6 +7,7 @@ from torch import Tensor
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.compress import stop_waiting
 from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.tokens import own
 
 
 def check_crop(state: LayerState, count: int) -> None:
@@ -59,8 +60,7 @@ def _remove_packed(state: LayerState, end: int, packed_tokens: int | None) -> No
     assert state.sinks is not None
     if end <= (0 if _is_padded(state) else state.sink_tokens):
         # Nothing packed is left: as if nothing had ever been.
-        state.tail = state.sinks
-        state.cut_tail(0, end)
+        state.tail = (own(state.sinks[0][:, :, :end]), own(state.sinks[1][:, :, :end]))
         state.forget_packed()
         return
     before = state.body.kept_before(end)

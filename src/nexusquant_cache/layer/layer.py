@@ -16,7 +16,8 @@ from nexusquant_cache.layer.reading import dense, visible
 from nexusquant_cache.layer.residency import Residency
 from nexusquant_cache.layer.schedule import is_due, planned_eviction, wants_queries
 from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import LayerState, own
+from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.tokens import own
 
 
 class NexusQuantLayer(CacheLayerMixin):

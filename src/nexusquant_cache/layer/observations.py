@@ -11,7 +11,6 @@ is taken once, so a layer that shares the keys of an earlier one does not replac
 
 import threading
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from jaxtyping import Float
 from torch import Tensor
+
+from nexusquant_cache.layer.tokens import own
 
 QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
@@ -74,29 +75,20 @@ class Observations:
         self.before = self.before or (self.queries, self.end)
         if self.queries is not None and self.end == seen - queries.shape[2]:
             queries = torch.cat([self.queries.to(queries.device), queries], 2)
-        self.queries, self.end = _own(queries[:, :, -QUERY_WINDOW:]), seen
+        self.queries, self.end = own(queries[:, :, -QUERY_WINDOW:]), seen
 
     def crop(self, end: int) -> None:
         """Forget what is known of the tokens from position ``end`` on."""
         if self.reconstruction is not None:
-            self.reconstruction = _own(self.reconstruction[:, :, :end])
+            self.reconstruction = own(self.reconstruction[:, :, :end])
         if self.end <= end:
             return
         if self.before is not None and self.before[1] == end:
             self.queries = self.before[0]
         elif self.queries is not None:
             left = self.queries.shape[2] - (self.end - end)
-            self.queries = _own(self.queries[:, :, :left]) if left > 0 else None
+            self.queries = own(self.queries[:, :, :left]) if left > 0 else None
         self.end, self.before = end, None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to all that is known."""
-        if self.before is not None and self.before[0] is not None:
-            self.before = function(self.before[0]), self.before[1]
-        if self.queries is not None:
-            self.queries = function(self.queries)
-        if self.reconstruction is not None:
-            self.reconstruction = function(self.reconstruction)
 
     def last_queries(self, count: int, seen: int) -> Float[Tensor, "b q w d"] | None:
         """Return up to ``count`` queries of the last of ``seen`` tokens, if they are known."""
@@ -113,8 +105,3 @@ def scaled(queries: Float[Tensor, "b q w d"], scaling: float | None) -> Float[Te
     """Return queries that give the model's logits at the usual scaling, ``head_dim ** -0.5``."""
     factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
     return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
-
-
-def _own(x: Tensor) -> Tensor:
-    """Return a copy that shares memory with nothing, so that the original can be freed."""
-    return x.detach().clone(memory_format=torch.contiguous_format)

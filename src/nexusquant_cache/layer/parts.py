@@ -14,8 +14,8 @@ from nexusquant_cache.layer.host import to_device, to_host
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.reading import dense, held
 from nexusquant_cache.layer.schedule import is_due, is_due_early
-from nexusquant_cache.layer.state import LayerState, own
-from nexusquant_cache.layer.tokens import LayerTransforms
+from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.tokens import LayerTransforms, own
 
 
 class Part:
@@ -156,6 +156,9 @@ class CompressedPart(Part):
     def arrive(self) -> None:
         """Wait for copies that are made beside the computation."""
         self.layer.residency.arrive()
+
+    def fetch(self) -> None:
+        """Do nothing: the update of the layer fetches what it needs, after its checks."""
 
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """Keep the queries until the compression, if the policy wants them."""

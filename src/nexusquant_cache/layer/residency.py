@@ -97,7 +97,7 @@ class Residency:
         """Wait for what is coming, in the order of the device's current stream."""
         if self.coming is None:
             return
-        came = [tensor for _, tensor in self.state.tensors("exact", "codes", "scales")]
+        came = [tensor for _, tensor in self.state.tensors()]
         came += [buffer.fetched for buffer in self.state.buffers if buffer.fetched is not None]
         arrive(self.coming, self.state.home, came)
         self.coming = None

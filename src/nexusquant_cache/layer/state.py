@@ -17,7 +17,7 @@ from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.layer.observations import Observations
-from nexusquant_cache.layer.tokens import PackedTokens, TokenBuffer
+from nexusquant_cache.layer.tokens import PackedTokens, TokenBuffer, own
 from nexusquant_cache.policy import EvictionPolicy
 
 Kind = Literal["exact", "codes", "scales", "positions", "transform"]
@@ -379,11 +379,6 @@ class LayerState:
         """What grows with the packed tokens."""
         found = (find(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
         return [buffer for buffer in found if buffer is not None]
-
-
-def own(x: Tensor) -> Tensor:
-    """Return a copy that shares memory with nothing, so that the original can be freed."""
-    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _of(kinds: tuple[Kind, ...], *, but: Kind | None = None) -> list[Declared]:

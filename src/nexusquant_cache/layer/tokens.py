@@ -98,6 +98,11 @@ class TokenBuffer:
         self.data, self.fetched = to_host(self.data), None
 
 
+def own(x: Tensor) -> Tensor:
+    """Return a copy that shares memory with nothing, so that the original can be freed."""
+    return x.detach().clone(memory_format=torch.contiguous_format)
+
+
 def _exact(data: Tensor) -> Tensor:
     """Return the tensor, copied if it is a view of something larger, which it would keep alive."""
     exact = data.is_contiguous() and data.untyped_storage().nbytes() == data.nbytes
@@ -141,18 +146,9 @@ class PackedSide:
         self.words.append(packed.words)
         self.scales.append(packed.scales)
 
-    def crop(self, tokens: int, dropped: Int[Tensor, "b h"] | None = None) -> None:
-        """Keep this many tokens; see `TokenBuffer.crop`."""
-        self.words.crop(tokens, dropped)
-        self.scales.crop(tokens, dropped)
-
     def packed(self) -> PackedVectors:
         """Return all packed tokens; shares memory."""
         return PackedVectors(self.words.view(), self.scales.view())
-
-    def map_transform(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to the tensors of the transform; all of them have the batch as first axis."""
-        self.transform = self.transform.map_batch(function)
 
 
 @dataclass
@@ -163,36 +159,7 @@ class PackedTokens:
     values: PackedSide
     positions: PositionMap
 
-    @property
-    def buffers(self) -> tuple[TokenBuffer, ...]:
-        """Codes and scales: what grows with the tokens."""
-        return self.keys.words, self.keys.scales, self.values.words, self.values.scales
-
-    def map_codes(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to codes and scales; all of them have the batch as first axis."""
-        for buffer in self.buffers:
-            buffer.map(function)
-
-    def map_rest(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply ``function`` to all other tensors: transforms and positions."""
-        self.keys.map_transform(function)
-        self.values.map_transform(function)
-        self.positions.map(function)
-
     def kept_before(self, end: int) -> Int[Tensor, "b h"]:
         """Return how many tokens before position ``end`` each head has."""
         scales, kept = self.keys.scales.data, self.positions.kept_before(end)
         return torch.as_tensor(kept, device=scales.device).expand(scales.shape[:2])
-
-    def crop(self, end: int, tokens: int) -> int:
-        """Forget what stands at ``end`` and behind, and the first tokens of each head, so that ``tokens`` are left.
-
-        Returns:
-            How many tokens before ``end`` the head that loses most has lost.
-        """
-        dropped = self.kept_before(end) - tokens
-        most = int(dropped.max())
-        self.positions.crop(end, tokens)
-        for side in (self.keys, self.values):
-            side.crop(tokens, dropped if most else None)
-        return most
