@@ -219,7 +219,7 @@ def test_what_a_batch_has_been_warned_of_is_not_said_again(sdpa, tmp_path):
     with pytest.warns(UserWarning, match="which tokens of this batch are padding"):
         generate(sdpa, ids, cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
-    assert not loaded.may_evict
+    assert not loaded.shared.padding.certain
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for each in (cache, loaded):

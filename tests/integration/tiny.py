@@ -140,7 +140,7 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
         return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
 
     pads = cache.shared.padding.pads
-    rows: list[object] = [cache.may_evict, None if pads is None else pads.tolist()]
+    rows: list[object] = [cache.shared.padding.certain, None if pads is None else pads.tolist()]
     for layer in cache.layers:
         flags = (
             layer.record_past,

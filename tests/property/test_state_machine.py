@@ -114,7 +114,7 @@ def config_of(model: dict[str, Any]) -> PreTrainedConfig:
 def state_of(cache: Any) -> list[object]:
     """Return all that the compressed layers of a cache hold and count."""
     layers = [layer for layer in cache.layers if isinstance(layer, NexusQuantLayer)]
-    return fingerprint(SimpleNamespace(may_evict=cache.may_evict, shared=cache.shared, layers=layers))
+    return fingerprint(SimpleNamespace(shared=cache.shared, layers=layers))
 
 
 class CacheMachine(RuleBasedStateMachine):

@@ -169,15 +169,6 @@ class NexusQuantCache(DynamicCache):
         """How the cache spends its bytes."""
         return self.shared.settings
 
-    @property
-    def offloading(self) -> bool:
-        """Whether codes, and a prompt that waits for its compression, stay in host memory."""
-        return self.shared.offloading
-
-    @offloading.setter
-    def offloading(self, value: bool) -> None:
-        self.shared.offloading = value
-
     # What a subclass may override
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
@@ -315,11 +306,6 @@ class NexusQuantCache(DynamicCache):
                 raise CacheStateError(msg)
             return
         self.shared.padding = new
-
-    @property
-    def may_evict(self) -> bool:
-        """Whether the padding of the batch is known, so that tokens may be evicted."""
-        return self.shared.padding.certain
 
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
@@ -539,7 +525,8 @@ class NexusQuantCache(DynamicCache):
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
         cache = cls(settings, config=config, policy=policy, when=when)
-        cache.offloading |= offloading
+        cache.shared.offloading |= offloading
+        cache.offloading = cache.shared.offloading
         home = torch.empty(0, device=device or "cpu").device  # "cuda" gets an index
         if config is None:
             cache.reach_layer(len(promise.meta.layers) - 1)
