@@ -176,6 +176,9 @@ def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
     if isinstance(preset, CacheConfig):
         return preset
     named: object = preset  # whatever the annotation says
+    if hasattr(named, "to_dict"):
+        msg = f"preset is the first argument, got {type(named).__name__}: write NexusQuantCache(config=model.config)"
+        raise OptionError(msg)
     if not isinstance(named, str) or named not in PRESETS:
         msg = f"unknown preset {named!r}. {suggest(str(named), PRESETS)} A CacheConfig is also accepted."
         raise OptionError(msg)

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from nexusquant_cache.cache.forward import Forward
 from nexusquant_cache.cache.report import MemoryReport, layer_report, storage_bytes
-from nexusquant_cache.cache.rotary import counts_kept_tokens, rotary_phase
+from nexusquant_cache.cache.rotary import counts_kept_tokens, is_self_attention, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import Side
@@ -43,6 +44,9 @@ from nexusquant_cache.uncompiled import uncompiled
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
 _AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
+
+
+_PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)$")
 
 
 class NexusQuantCache(DynamicCache):
@@ -108,7 +112,8 @@ class NexusQuantCache(DynamicCache):
             msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
             raise OptionError(msg)
         self.policy = policy
-        self.model_config = None if config is None else config.get_text_config(decoder=True)
+        self.model_config = _text_config(config)
+        self.placeholder_ids = placeholder_ids(config)
         self.shared = Shared(
             settings=settings,
             when=when,
@@ -145,7 +150,9 @@ class NexusQuantCache(DynamicCache):
             raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.
         return [
-            NexusQuantLayer(self.shared, index) if type(layer) is DynamicLayer else layer
+            NexusQuantLayer(self.shared, index)
+            if type(layer) is DynamicLayer and is_self_attention(self.model_config, index)
+            else layer
             for index, layer in enumerate(DynamicCache(config=self.model_config).layers)
         ]
 
@@ -157,7 +164,17 @@ class NexusQuantCache(DynamicCache):
         return self._parts
 
     def reach_layer(self, layer_idx: int) -> None:
-        """Make the layers up to this one, if there is no config to say how many there are."""
+        """Make the layers up to this one, if there is no config to say how many there are.
+
+        Raises:
+            OptionError: If there is a config, and it says otherwise.
+        """
+        if self.model_config is not None and layer_idx >= len(self.layers):
+            msg = (
+                f"the config that the cache was given has {len(self.layers)} layers, and the model updates layer "
+                f"{layer_idx}: give the config of this very model, config=model.config"
+            )
+            raise OptionError(msg)
         while self.model_config is None and len(self.layers) <= layer_idx:
             layer = NexusQuantLayer(self.shared, len(self.layers))
             if self._records_from_start:
@@ -368,8 +385,9 @@ class NexusQuantCache(DynamicCache):
         self.shared.padding.map(lambda x: x.repeat_interleave(repeats, dim=0), self.get_seq_length())
         super().batch_repeat_interleave(repeats)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch."""
+        indices = torch.as_tensor(indices)
         self.shared.padding.map(lambda x: x[indices.to(x.device), ...], self.get_seq_length())
         super().batch_select_indices(indices)
 
@@ -570,6 +588,31 @@ class NexusQuantCache(DynamicCache):
             preset=self.preset,
             at_rest=measure(*export_cache(self._whole())) if at_rest else None,
         )
+
+
+def _text_config(config: object) -> PretrainedConfig | None:
+    """Return the config of the part that writes text.
+
+    Raises:
+        OptionError: If this is no config.
+    """
+    if config is None or isinstance(config, PretrainedConfig):
+        return None if config is None else config.get_text_config(decoder=True)
+    msg = f"config must be the config of a model, got {type(config).__name__}: write config=model.config"
+    raise OptionError(msg)
+
+
+def placeholder_ids(config: PretrainedConfig | None) -> frozenset[int]:
+    """Return the token ids that stand for images, sounds and the like, as far as a config names them."""
+    found: set[int] = set()
+    waiting: list[Mapping[str, Any]] = [] if config is None else [config.to_dict()]
+    while waiting:
+        for name, value in waiting.pop().items():
+            if isinstance(value, dict):
+                waiting.append(value)
+            elif isinstance(value, int) and _PLACEHOLDER.search(name):
+                found.add(value)
+    return frozenset(found)
 
 
 def _leaving(parts: list[Part], layer_idx: int | None, *, only_non_sliding: bool) -> list[Part]:

@@ -75,7 +75,7 @@ class Forward:
                 self._make_way(parts, part, key_states)
             part.fetch()
             held = self._store(parts, index, store)
-        except Exception:
+        except BaseException:  # an interrupt too: KeyboardInterrupt, cancellation
             if part.state is not None:
                 self._roll_back(parts, before)
             raise

@@ -62,6 +62,9 @@ ROTARY_IF_SLIDING_OR_NO_WINDOW = frozenset({"exaone4", "exaone4_5", "exaone_moe"
 # Attention with a bias by distance (ALiBi); Falcon's config says for each model.
 ALIBI = frozenset({"bloom", "mpt"})
 
+# What configs call the buckets of a bias by distance: T5 and its relatives, CPM-Ant, ProphetNet.
+_RELATIVE_BUCKETS = ("relative_attention_num_buckets", "position_bias_num_buckets", "relative_max_distance")
+
 # Rotary before `rope_parameters` existed: fixed base, `rotary_dim` channels.
 SINUSOIDAL = frozenset({"codegen", "gptj"})
 _SINUSOIDAL_BASE = 10000.0
@@ -95,9 +98,16 @@ def counts_kept_tokens(config: PreTrainedConfig) -> str | None:
     """
     if _has_distance_biases(config):
         return "weighs tokens by their distance (ALiBi)"
+    if any(getattr(config, name, None) is not None for name in _RELATIVE_BUCKETS):
+        return "weighs tokens by their distance (relative position buckets)"
     if "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo, whose layers look like full attention
         return "cuts a local window"
     return None
+
+
+def is_self_attention(config: PreTrainedConfig, layer_idx: int) -> bool:
+    """Tell whether a layer attends to the text itself, and not to an image."""
+    return layer_idx not in (getattr(config, "cross_attention_layers", None) or ())  # Llama 3.2 Vision
 
 
 def _has_distance_biases(config: PreTrainedConfig) -> bool:

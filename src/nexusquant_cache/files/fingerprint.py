@@ -152,6 +152,33 @@ def hash_tokens(token_ids: TokenIds) -> str:
     return hashlib.sha256(head + ids.numpy().tobytes()).hexdigest()
 
 
+Besides: TypeAlias = Mapping[str, Tensor | bytes | str]
+"""What a prompt is made of besides token ids, by name: pixel values, audio, embeddings, the name of an adapter."""
+
+
+def hash_besides(besides: Besides | None) -> str:
+    """Return the hash of what a prompt is made of besides token ids; an empty text if there is nothing.
+
+    Raises:
+        OptionError: If something is no tensor, bytes or text.
+    """
+    if not besides:
+        return ""
+    total = hashlib.sha256()
+    for name in sorted(besides):
+        part: object = besides[name]  # whatever the annotation says
+        if isinstance(part, Tensor):
+            plain = part.detach().to("cpu").contiguous()
+            what, content = f"{plain.dtype} {list(plain.shape)}", plain.flatten().view(torch.uint8).numpy().tobytes()
+        elif isinstance(part, bytes | str):
+            what, content = type(part).__name__, part if isinstance(part, bytes) else part.encode()
+        else:
+            msg = f"besides[{name!r}] must be a tensor, bytes or a text, got {type(part).__name__}"
+            raise OptionError(msg)
+        total.update(f"{name} {what} {hashlib.sha256(content).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
 def content_hash(cache: str, digests: Mapping[str, str]) -> str:
     """Return the hash of a file's content, which does not depend on how its tensors are packed.
 

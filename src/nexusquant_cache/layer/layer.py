@@ -112,7 +112,8 @@ class NexusQuantLayer(CacheLayerMixin):
         if query_length == 0 and state.seen:
             msg = (
                 f"this forward brings no new token, and the cache has seen {state.seen}: the prompt is not its "
-                "continuation. Call cache.reset() or use a new cache for another prompt."
+                "continuation. Call cache.reset() or use a new cache for another prompt. For several questions about "
+                "one text, ask each of a copy.deepcopy(cache), or crop the cache back to the text."
             )
             raise CacheStateError(msg)
         kept = state.kept - planned_eviction(state, self.shared, query_length)

@@ -24,11 +24,11 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nexusquant_cache.cache.cache import NexusQuantCache
+from nexusquant_cache.cache.cache import NexusQuantCache, placeholder_ids
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files import inspect_file, verify_file
 from nexusquant_cache.files.container import VERSION
-from nexusquant_cache.files.fingerprint import TokenIds, describe_model
+from nexusquant_cache.files.fingerprint import Besides, TokenIds, describe_model, hash_besides
 from nexusquant_cache.files.state import describe_settings, policy_name
 from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.policy import EvictionPolicy
@@ -117,7 +117,9 @@ class PrefixStore:
 
     # Writing
 
-    def put(self, cache: NexusQuantCache, token_ids: TokenIds, *, level: int | None = 3) -> StoreEntry:
+    def put(
+        self, cache: NexusQuantCache, token_ids: TokenIds, *, level: int | None = 3, besides: Besides | None = None
+    ) -> StoreEntry:
         """Store what a cache holds, in place of an older entry of the same tokens, model, policy and settings.
 
         When this returns, the entry is on the disk.  The cache is compressed, as it would be at its next generation
@@ -127,6 +129,8 @@ class PrefixStore:
             cache: A cache of one row.
             token_ids: The ids of all tokens that it has seen, ``[tokens]`` or ``[1, tokens]``.
             level: See `NexusQuantCache.save`.
+            besides: What the prompt is made of besides token ids, by name: pixel values, sounds, embeddings, the name
+                of an adapter.  Only who names the same finds the entry.
 
         Raises:
             OptionError: If the ids do not fit the cache, or the file alone is larger than the store may be.
@@ -136,7 +140,13 @@ class PrefixStore:
         ids = _checked_ids(token_ids)
         _check_cache(cache, len(ids))
         cache.compress()
-        key = {**self._key(cache.model_config, cache.policy, cache.cache_config), **describe_ids(ids)}
+        key = {**self._key(cache.model_config, cache.policy, cache.cache_config, besides), **describe_ids(ids)}
+        if besides is None and _first_of(ids, cache.placeholder_ids) is not None:
+            warnings.warn(
+                "some of these token ids stand for images or sounds, which the ids do not tell apart, so the entry "
+                "will not be found. Name them: put(..., besides={'pixel_values': pixel_values}), and likewise for get.",
+                stacklevel=2,
+            )
         self._collect()
         for _ in range(_ATTEMPTS):
             path = self.folder / f"{token_hex(16)}.safetensors"
@@ -195,9 +205,12 @@ class PrefixStore:
         config: PretrainedConfig | None = None,
         policy: EvictionPolicy | None = None,
         preset: str | CacheConfig | None = None,
+        besides: Besides | None = None,
     ) -> int:
         """Remove the entries of exactly these tokens; return how many there were.  Arguments as in `longest_prefix`."""
-        gone = self._index.delete_same({**self._key(config, policy, preset), **describe_ids(_checked_ids(token_ids))})
+        gone = self._index.delete_same(
+            {**self._key(config, policy, preset, besides), **describe_ids(_checked_ids(token_ids))}
+        )
         self._discard_all(gone)
         return len(gone)
 
@@ -211,7 +224,7 @@ class PrefixStore:
 
     # Reading
 
-    def longest_prefix(
+    def longest_prefix(  # noqa: PLR0913 - all but the ids have defaults
         self,
         token_ids: TokenIds,
         *,
@@ -219,6 +232,7 @@ class PrefixStore:
         policy: EvictionPolicy | None = None,
         preset: str | CacheConfig | None = None,
         leave: int = 1,
+        besides: Besides | None = None,
     ) -> PrefixMatch | None:
         """Return the longest stored prefix of a prompt, or None.
 
@@ -229,6 +243,8 @@ class PrefixStore:
             preset: The preset or settings that caches must have.  None takes any; of several, the one used last.
             leave: How many tokens of the prompt the prefix must leave over, at least.  The model has to read one to say
                 anything; 0 also finds the whole prompt.
+            besides: What the prompt is made of besides token ids, as given to `put`.  Without it nothing is found that
+                reaches an id which stands for an image or a sound.
 
         Raises:
             OptionError: If the ids are not one row of integers, ``leave`` is negative, or there is no such preset.
@@ -239,7 +255,9 @@ class PrefixStore:
         if leave < 0:
             msg = f"leave must be 0 or more tokens, got {leave}"
             raise OptionError(msg)
-        entry = self._index.longest(self._key(config, policy, preset), id_bytes(ids), len(ids) - leave)
+        first = None if besides else _first_of(ids, placeholder_ids(config))
+        most = len(ids) - leave if first is None else min(len(ids) - leave, first)
+        entry = self._index.longest(self._key(config, policy, preset, besides), id_bytes(ids), most)
         return None if entry is None else PrefixMatch(entry, ids[: entry.tokens], config, policy)
 
     def load(
@@ -312,6 +330,7 @@ class PrefixStore:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         offloading: bool = False,
+        besides: Besides | None = None,
     ) -> tuple[NexusQuantCache, int] | None:
         """Return a cache that has seen the longest stored prefix of a prompt, and its length; None if there is none.
 
@@ -319,7 +338,9 @@ class PrefixStore:
         `longest_prefix` and `load`.
         """
         while (
-            match := self.longest_prefix(token_ids, config=config, policy=policy, preset=preset, leave=leave)
+            match := self.longest_prefix(
+                token_ids, config=config, policy=policy, preset=preset, leave=leave, besides=besides
+            )
         ) is not None:
             cache = self.load(match, device=device, dtype=dtype, offloading=offloading)
             if cache is not None:
@@ -380,18 +401,28 @@ class PrefixStore:
         return "" if found.sha256 == entry.sha256 else _OTHER  # `convert_file` keeps the content
 
     def _key(
-        self, config: PretrainedConfig | None, policy: EvictionPolicy | None, preset: str | CacheConfig | None
+        self,
+        config: PretrainedConfig | None,
+        policy: EvictionPolicy | None,
+        preset: str | CacheConfig | None,
+        besides: Besides | None,
     ) -> dict[str, Any]:
         """Return the columns that decide whose caches are found."""
         decoder = None if config is None else config.get_text_config(decoder=True)
         settings = None if preset is None else describe_settings(resolve_preset(preset))
         return {
-            "namespace": self.namespace,
+            "namespace": f"{self.namespace}\n{hash_besides(besides)}" if besides else self.namespace,
             "model": "" if decoder is None else describe_model(decoder.to_dict()).fingerprint,
             "policy": "" if policy is None else policy_name(policy),
             "settings": None if settings is None else json.dumps(settings, sort_keys=True),
             "format": VERSION,
         }
+
+
+def _first_of(ids: Int[Tensor, " n"], wanted: frozenset[int]) -> int | None:
+    """Return the place of the first of these ids; None if there is none."""
+    found = torch.isin(ids, torch.tensor(sorted(wanted), dtype=ids.dtype, device=ids.device)).nonzero()
+    return int(found[0, 0]) if len(found) else None
 
 
 def _discard(path: Path) -> None:
