@@ -42,7 +42,7 @@ def model() -> LlamaForCausalLM:
 
 
 def codes_of(layer: Any) -> list[Tensor]:
-    return [buffer.data for buffer in layer.state.body.buffers]
+    return [buffer.data for buffer in layer.state.buffers]
 
 
 def code_bytes(cache: NexusQuantCache) -> int:
@@ -82,8 +82,8 @@ class TestOffloading:
             for _ in range(3):
                 logits(model, prompt(1), cache)
                 assert [layer.state.tail[0].device.index for layer in cache.layers] == [0, 1]
-                assert [buffer.fetched is None for buffer in last.state.body.buffers] == [True] * 4
-                assert [buffer.fetched is None for buffer in first.state.body.buffers] == [False] * 4
+                assert [buffer.fetched is None for buffer in last.state.buffers] == [True] * 4
+                assert [buffer.fetched is None for buffer in first.state.buffers] == [False] * 4
                 assert {x.device for layer in cache.layers for x in codes_of(layer)} == {CPU}
 
     @pytest.mark.usefixtures("fresh_tables")
@@ -101,9 +101,7 @@ class TestOffloading:
                     layer.state.body.positions.tokens - count for layer, count in zip(cache.layers, tokens, strict=True)
                 ]
                 assert new in ([0, 0], [flush, flush])
-                per_token = sum(
-                    buffer.stored()[0, :, 0].numel() for x in cache.layers for buffer in x.state.body.buffers
-                )
+                per_token = sum(buffer.stored()[0, :, 0].numel() for x in cache.layers for buffer in x.state.buffers)
                 assert bus.sent - sent == per_token * new[0]
                 assert before <= bus.fetched - fetched <= code_bytes(cache)
 
@@ -238,7 +236,7 @@ class TestOffloading:
             logits(model, prompt(1), cache)
             for act in (cache.compress, lambda: look(cache), cache.prefetch, failing):
                 act()
-                assert [buffer.fetched for buffer in last.state.body.buffers] == [None] * 4
+                assert [buffer.fetched for buffer in last.state.buffers] == [None] * 4
             logits(model, prompt(60), cache)
             assert last.state.turn.is_pending
             before = bus.fetched
@@ -410,7 +408,7 @@ class TestOffload:
             for layer in cache.layers:
                 assert layer.state.tail[0].device.type == "xpu"
                 assert {x.device for x in codes_of(layer)} == {CPU}
-                assert all(buffer.fetched is None for buffer in layer.state.body.buffers)
+                assert all(buffer.fetched is None for buffer in layer.state.buffers)
             more = generate(model, torch.cat([text, prompt(9, seed=1)], 1), cache, 4)
         assert torch.equal(text, generate(model, prompt(60), alone, 4))
         assert torch.equal(more, generate(model, torch.cat([text, prompt(9, seed=1)], 1), alone, 4))

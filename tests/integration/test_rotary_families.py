@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from nexusquant_cache import NexusQuantCache
-from nexusquant_cache.cache.rotary import rotary_phase
+from nexusquant_cache.cache.rotary import rotary_phase, rotary_phases
 from nexusquant_cache.releases import CACHE
 
 POSITIONS = [0, 1, 2, 17, 63, 64, 65, 100, 200, 255, 256, 500]

@@ -91,6 +91,19 @@ def rotary_phase(config: PreTrainedConfig, layer_idx: int, seen_tokens: int) -> 
     return RotaryPhase(-inv_freq if text.model_type in BACKWARDS else inv_freq, text.model_type in INTERLEAVED)
 
 
+def rotary_phases(config: PreTrainedConfig, seen_tokens: int) -> list[RotaryPhase | None]:
+    """Return `rotary_phase` of every layer; equal rotations are one object and share their tables."""
+    found: list[RotaryPhase] = []
+    phases: list[RotaryPhase | None] = []
+    for layer_idx in range(config.get_text_config(decoder=True).num_hidden_layers):
+        phase = rotary_phase(config, layer_idx, seen_tokens)
+        known = next((known for known in found if known.matches(phase)), None)
+        if phase is not None and known is None:
+            found.append(phase)
+        phases.append(known or phase)
+    return phases
+
+
 def counts_kept_tokens(config: PreTrainedConfig) -> str | None:
     """Return what the model does with distances that it counts in kept tokens, or None if it does nothing such.
 
