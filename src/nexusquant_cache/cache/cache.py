@@ -610,7 +610,7 @@ def placeholder_ids(config: PretrainedConfig | None) -> frozenset[int]:
         for name, value in waiting.pop().items():
             if isinstance(value, dict):
                 waiting.append(value)
-            elif isinstance(value, int) and _PLACEHOLDER.search(name):
+            elif isinstance(value, int) and _PLACEHOLDER.search(str(name)):
                 found.add(value)
     return frozenset(found)
 
