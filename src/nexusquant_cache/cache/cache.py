@@ -387,7 +387,7 @@ class NexusQuantCache(DynamicCache):
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch."""
-        indices = torch.as_tensor(indices)
+        indices = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
         self.shared.padding.map(lambda x: x[indices.to(x.device), ...], self.get_seq_length())
         super().batch_select_indices(indices)
 
