@@ -145,6 +145,32 @@ def test_an_interrupt_in_a_later_flush_takes_the_step_back(
         torch.testing.assert_close(logits(three, step, cache), logits(three, step, other), rtol=0, atol=ROUNDING)
 
 
+def test_an_error_while_values_are_encoded_leaves_no_keys_behind(
+    three: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of generated tokens, keys are encoded first, then values: either both are stored or none."""
+    cache, other = read(three), read(three)
+    for each in (cache, other):
+        logits(three, torch.tensor([[9]]), each)  # which compresses the prompt
+    codec = type(cache.layers[0].state.codecs[0])
+    encode, calls, steps = codec.encode, [], 0
+
+    def failing(self: Any, *given: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, *given)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012 - at whichever step is due
+        patch.setattr(codec, "encode", failing)
+        for _ in range(20):
+            logits(three, torch.tensor([[10]]), cache)
+            steps += 1
+    for _ in range(steps):
+        logits(three, torch.tensor([[10]]), other)
+    assert fingerprint(cache) == fingerprint(other)
+
+
 @pytest.mark.parametrize("kind", [RuntimeError, KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("layer_idx", [0, 1, 2])
 def test_an_interrupt_during_the_prefill_is_undone_or_said(

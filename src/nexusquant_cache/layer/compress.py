@@ -126,8 +126,10 @@ class Compression:
         body, codecs = self.state.body, self.state.codecs
         assert body is not None
         assert codecs is not None
-        body.keys.append(codecs[0].encode(keys, body.keys.transform))
-        body.values.append(codecs[1].encode(values, body.values.transform))
+        packed_keys = codecs[0].encode(keys, body.keys.transform)
+        packed_values = codecs[1].encode(values, body.values.transform)
+        body.keys.append(packed_keys)  # when both are there
+        body.values.append(packed_values)
 
     def _start_body(self, first: _First) -> None:
         """Fit the transforms and encode the first tokens, with more bits if attention would suffer too much."""
