@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nexusquant_cache.codec import impl
-from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.layer.observations import scaled, take_layer_of
-from nexusquant_cache.states import HeldStates
+from nexusquant_cache.layer.observations import scaled
+from nexusquant_cache.states import answer
+from nexusquant_cache.states.source import Source, pads_in
+from nexusquant_cache.states.tensors import plain, source_of
 from nexusquant_cache.uncompiled import uncompiled
 
 PREFIX = "nexusquant_"
@@ -30,9 +30,7 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 # they avoid under the name "sdpa".
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
 
-MOST_QUERIES = 16
-"""More queries at once than this are worth decoding for."""
-_UNDERSTOOD = frozenset(
+_UNDERSTOOD = frozenset(  # options
     {"dropout", "is_causal", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
 )
 _AXES = 4  # batch, heads, queries, tokens
@@ -93,12 +91,16 @@ def _attention_on(stock: str) -> Attention:
         attention_mask: Any = None,  # noqa: ANN401 - of a type for each implementation
         **kwargs: Any,  # noqa: ANN401 - passed on
     ) -> Any:  # noqa: ANN401
-        observe(module, query, key, kwargs.get("scaling"))
-        held = held_tokens(key, value)
-        if held is not None:
-            read = read_codes(stock, query, held, attention_mask, kwargs)
+        scaling = kwargs.get("scaling")
+        for each in OBSERVERS.all:
+            if module in each.modules:
+                each.observe(each.modules[module], scaled(query.detach(), scaling), key)
+        source = source_of(key, value)
+        if source is not None:
+            read = _seen(stock, query, source, attention_mask, kwargs)
             if read is not None:
                 return read
+            key, value = plain((key, value))
         compute = _found.get((type(module), stock)) or find_stock(type(module), stock)
         if stock == "sdpa" and attention_mask is None and module.config.model_type in _CUTS_QUERIES:
             attention_mask = _causal_mask(query, key)
@@ -127,63 +129,81 @@ class _Renamed:
         return _Renamed(found, self._attn_implementation) if name == "config" else found
 
 
-def held_tokens(keys: object, values: object) -> HeldTokens | None:
-    """Return what keys and values stand for, if both are those of one layer at one moment and not yet decoded."""
-    if isinstance(keys, HeldStates) and isinstance(values, HeldStates) and keys.held is values.held:
-        return keys.held
-    return None
-
-
 @uncompiled
-def read_codes(
-    stock: str, query: Tensor, held: HeldTokens, mask: object, options: dict[str, Any]
+def _seen(
+    stock: str,
+    query: Tensor,
+    source: Source,
+    mask: Any,  # noqa: ANN401 - of a type for each implementation
+    options: dict[str, Any],
 ) -> tuple[Tensor, Tensor | None] | None:
-    """Return what the stock implementation would, read from the codes; None if it has to compute it.
+    """Show the layer its attention, and return what the stock implementation would, read from the codes.
 
-    The stock implementation has to compute many queries at once, for which decoding pays, and whatever is not
-    understood here.
+    None if the stock implementation has to compute it: there are no codes yet, or something is not understood here.
 
     Raises:
         UnsupportedError: If dropout is asked for.
     """
-    if options.get("dropout"):
-        msg = f"a compressed cache is read without dropout, got dropout={options['dropout']}: call model.eval()"
-        raise UnsupportedError(msg)
-    if query.shape[2] > MOST_QUERIES:
+    queries, seen = query.shape[2], source.held.seen
+    if not _is_understood(mask, seen):
         return None
-    unknown = {name for name, given in options.items() if given is not None} - _UNDERSTOOD
-    if unknown or held.keys is None or not _is_understood(mask, query.shape[2], held.tokens):
-        return None
+    is_packed = source.is_packed
     scaling = options.get("scaling")
+    source.show(query.detach(), scaling, _pads_in(mask, source.fresh, queries))
+    if not is_packed or {name for name, given in options.items() if given is not None} - _UNDERSTOOD:
+        return None
+    answer.check_dropout(options.get("dropout") or 0.0)
     bounded = stock != "sdpa"  # which passes over softcap and sink logits
     softmax = Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=options.get("softcap") if bounded else None,
         sink_logits=options.get("s_aux") if bounded else None,
     )
-    visible = mask if isinstance(mask, Tensor) else None
-    is_eager = stock == "eager"  # which tells its weights
-    out, weights = impl.attend(query, held, visible, softmax, weights=is_eager)
-    told = weights.to(query.dtype) if is_eager and weights is not None else None
-    return out.to(query.dtype).transpose(1, 2).contiguous(), told
+    visible = _dense_mask(mask, query, seen, is_causal=stock != "eager")
+    if stock == "eager":  # which tells its weights
+        out, weights = answer.attend_with_weights(query, source.held, visible, softmax)
+        return out.transpose(1, 2).contiguous(), weights
+    return answer.attend(query, source.held, visible, softmax).transpose(1, 2).contiguous(), None
 
 
-def _is_understood(mask: object, queries: int, tokens: int) -> bool:
-    """Tell whether this is a mask of logits, or none where all tokens may be seen."""
+def _is_understood(mask: object, seen: int) -> bool:
+    """Tell whether this is no mask, one of logits, one of tokens as flash attention has it, or one of flex attention."""
+    if isinstance(mask, Tensor):
+        return mask.ndim in {2, _AXES} and mask.shape[-1] == seen
+    return mask is None or type(mask).__name__ == "BlockMask"
+
+
+def _pads_in(mask: Any, fresh: int, queries: int) -> Tensor | None:  # noqa: ANN401 - one that is understood
+    """Return which of the newest tokens a mask hides from all queries, as `states.source.pads_in`."""
+    if fresh == 1 or mask is None:
+        return None
+    if not isinstance(mask, Tensor):
+        mask = _of_blocks(mask, queries)
+    return ~mask[:, -fresh:].bool() if mask.ndim == 2 else pads_in(mask, fresh)  # noqa: PLR2004 - batch, tokens
+
+
+def _dense_mask(mask: Any, query: Tensor, seen: int, *, is_causal: bool) -> Tensor | None:  # noqa: ANN401
+    """Return a mask of logits that says the same; None if every query may see all tokens."""
+    queries = query.shape[2]
+    if isinstance(mask, Tensor) and mask.ndim == _AXES:
+        return mask
+    if mask is not None and not isinstance(mask, Tensor):
+        return _of_blocks(mask, queries)
+    visible = None
+    if is_causal and queries > 1:
+        order = torch.arange(seen, device=query.device)
+        visible = (order <= order[-queries:, None])[None, None]
     if mask is None:
-        return queries == 1
-    return isinstance(mask, Tensor) and mask.ndim == _AXES and mask.shape[-1] == tokens
+        return visible
+    padding = mask[:, None, None].bool()
+    return padding if visible is None else visible & padding
 
 
-@uncompiled
-def observe(module: nn.Module, queries: Tensor, keys: Tensor, scaling: float | None) -> None:
-    """Let the cache layer that these keys come from, and whoever else observes, see the queries."""
-    layer = take_layer_of(keys)
-    if layer is not None:
-        layer.observe(queries, scaling, reads_codes=True)
-    for each in OBSERVERS.all:
-        if module in each.modules:
-            each.observe(each.modules[module], scaled(queries.detach(), scaling), keys)
+def _of_blocks(mask: Any, queries: int) -> Tensor:  # noqa: ANN401 - torch's BlockMask
+    from torch.nn.attention.flex_attention import create_mask  # noqa: PLC0415 - heavy, and imported by who has a mask
+
+    batch, heads, _, tokens = mask.shape
+    return create_mask(mask.mask_mod, batch, heads, queries, tokens, device=str(mask.kv_num_blocks.device))
 
 
 def has_interface(attention: type) -> bool:

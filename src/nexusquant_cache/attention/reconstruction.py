@@ -69,7 +69,7 @@ def reconstruct(
     ours = {part.index: part for part in compressed(cache.parts())}
     if not ours:
         return  # sliding windows only
-    context = _real(cache, input_ids)
+    context = _real(next(iter(ours.values())), input_ids)
     readers = [
         _Reader(ours[index]) if index in ours and ours[index].layer.is_initialized else layer
         for index, layer in enumerate(cache.layers)
@@ -112,11 +112,10 @@ def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
         raise ShapeError(msg)
 
 
-def _real(cache: NexusQuantCache, input_ids: Tensor) -> Bool[Tensor, "b n"]:
-    """Tell which tokens are not padding."""
-    pads = cache.shared.padding.pads
-    order = torch.arange(input_ids.shape[1], device=input_ids.device)
-    return torch.ones_like(input_ids, dtype=torch.bool) if pads is None else order >= pads.to(order.device)[:, None]
+def _real(part: CompressedPart, input_ids: Tensor) -> Bool[Tensor, "b n"]:
+    """Tell which tokens are not padding, as the prefill's mask had it."""
+    pads = part.state.pads
+    return torch.ones_like(input_ids, dtype=torch.bool) if pads is None else ~pads.to(input_ids.device)
 
 
 def _read(model: Any, layers: list[Any], ids: Tensor, real: Bool[Tensor, "b n"]) -> None:  # noqa: ANN401 - any model

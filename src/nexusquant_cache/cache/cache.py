@@ -32,7 +32,6 @@ from nexusquant_cache.files.saving import WholeCache, check_config, check_tokens
 from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
 from nexusquant_cache.layer.layer import NexusQuantLayer
-from nexusquant_cache.layer.padding import BatchPadding, leading_pads
 from nexusquant_cache.layer.parts import Part, compressed, part_of
 from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
@@ -61,9 +60,10 @@ class NexusQuantCache(DynamicCache):
     show a cache the token ids, so a cache reused for another, longer prompt cannot be told from a
     conversation that goes on.
 
-    In a left-padded batch every row is treated as if it began at its first real token.  transformers does not show a
-    cache the attention mask either: give it as ``attention_mask``.  Without it padding is recognised where two leading
-    keys of a row are equal.  Where padding cannot be told from text, all tokens are kept, and a warning says so.
+    What `update` returns knows its layer: the cache sees the queries, the scale and the mask of the model's attention,
+    and answers it from the codes.  So any mask is obeyed, and padding is never scored.  Where attention cannot be seen
+    (flash, flex, kernels of other libraries), call `nexusquant_cache.attention.enable` on the model; without it all
+    tokens are kept, and a warning says so.
 
     Subclass it and override `make_policy` or `make_codec` for policies and codecs of your own.
 
@@ -71,7 +71,8 @@ class NexusQuantCache(DynamicCache):
         preset: Name of a preset (`PRESETS`) or a `CacheConfig`.
         config: The model's config.
         policy: Which tokens to keep; `DEFAULT_POLICY` by default.
-        attention_mask: The mask of the prompt, ``[batch, tokens]``, 1 for text and 0 for padding on the left.
+        attention_mask: Not needed: the cache sees the model's own mask.  Given the mask of the prompt, ``[batch,
+            tokens]``, the prompt must have its shape.
         transforms: The `transforms` of an earlier cache of the same model, preset and config, used in place of fitting
             new ones to this prompt.  That is faster, and gives principal axes to a prompt too short for its own.
         when: ``"post_prefill"`` compresses at the first generation step: the prompt attends to itself exactly.
@@ -118,11 +119,11 @@ class NexusQuantCache(DynamicCache):
             settings=settings,
             when=when,
             offloading=offloading,
-            padding=BatchPadding(None if attention_mask is None else leading_pads(attention_mask)),
             make_policy=self.make_policy,
             make_codec=self.make_codec,
             make_phase=self.make_phase,
             given_transforms=_checked_transforms(transforms),
+            mask_shape=_shape_of(attention_mask),
         )
         self._forward = Forward(self.shared, self.model_config, spares_sliding=offload_only_non_sliding)
         self._parts: list[Part] = []
@@ -243,7 +244,7 @@ class NexusQuantCache(DynamicCache):
 
     @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Return (kept + new tokens, evicted tokens) of a layer, as they will be after the next update."""
+        """Return (seen + new tokens, 0) of a layer: the mask has a column for every token, kept or not."""
         return super().get_mask_sizes(query_length, layer_idx)
 
     @uncompiled
@@ -255,7 +256,10 @@ class NexusQuantCache(DynamicCache):
         *args: Any,  # noqa: ANN401 - passed on to layers of transformers
         **kwargs: Any,  # noqa: ANN401
     ) -> tuple[Tensor, Tensor]:
-        """Store the new tokens of a layer and return everything it keeps, decoded, for attention.
+        """Store the new tokens of a layer and return everything it keeps, for attention.
+
+        What is returned is answered from the codes by `scaled_dot_product_attention`, or by two products around a
+        softmax; see `nexusquant_cache.states`.
 
         An error leaves the cache as it was before this forward: layers that have already taken the new tokens
         give them back (layers of transformers' own classes, as for sliding windows, cannot).
@@ -296,34 +300,6 @@ class NexusQuantCache(DynamicCache):
         """What each layer has fitted to the prompt, for ``transforms=`` of another cache; None where nothing was."""
         return tuple(part.transforms for part in self.parts())
 
-    def set_attention_mask(self, attention_mask: Shaped[Tensor, "rows n"]) -> None:
-        """State the padding of the batch; the same as the constructor's ``attention_mask``.
-
-        Raises:
-            OptionError: If a row is not zeros, then ones.
-            ShapeError: If the mask does not fit the batch.
-            CacheStateError: If tokens have been compressed already and the mask says otherwise than was known.
-        """
-        pads = leading_pads(attention_mask)
-        states = [part.state for part in compressed(self.parts())]
-        tails = [state.tail for state in states if state.tail is not None]
-        if not tails:
-            self.shared.padding.take_stated(pads, None)
-            return
-        new = BatchPadding()
-        new.take_stated(pads, tails[0][0].shape[0])
-        if any(state.body is not None for state in states):
-            known = self.shared.padding.pads
-            # None stands for no padding in both.
-            if (None if known is None else known.tolist()) != (None if new.pads is None else new.pads.tolist()):
-                msg = (
-                    "the mask says otherwise than was known when tokens were compressed. Give it before the first "
-                    "generation step, or call cache.reset()."
-                )
-                raise CacheStateError(msg)
-            return
-        self.shared.padding = new
-
     def compress(self) -> None:
         """Compress now, instead of at the first generation step.
 
@@ -338,8 +314,8 @@ class NexusQuantCache(DynamicCache):
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
 
         Exact tokens are cut off, and codes of packed tokens dropped.  If the cut goes into text that was evicted from,
-        heads may have kept different numbers of the tokens before it, and transformers' mask wants equal ones.  Each
-        head then keeps its newest, as many as the head with the fewest has, and a warning says so.
+        the heads of a layer may have kept different numbers of the tokens before it.  Each then keeps its newest, as
+        many as the head with the fewest has, and a warning says so.
 
         Args:
             tokens_to_remove: 0 or a negative number.
@@ -361,34 +337,25 @@ class NexusQuantCache(DynamicCache):
         if len({part.is_pending for part in ours}) > 1:
             for part in ours:
                 part.compress_early()  # the last one still waits: all alike, before tokens go
-        counts = [kept for part in ours if (kept := part.kept_before(count)) is not None]
-        least = min((int(kept.min()) for kept in counts), default=None)
-        most = max((int(kept.max()) for kept in counts), default=None)
-        if ours and count > 0:
-            self.shared.padding.crop(ours[0].seen - count)
-        for part in ours:
-            part.layer.crop(tokens_to_remove, least)
-        if least != most:
+        lost = max([part.layer.crop(tokens_to_remove) for part in ours], default=0)
+        if lost:
             warnings.warn(
                 "the prompt was cut where tokens had been evicted: to leave equally many, heads keep their newest "
-                f"{least} packed tokens and lose up to {(most or 0) - (least or 0)} others.",
+                f"packed tokens and lose up to {lost} others.",
                 stacklevel=2,
             )
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of the batch in another order, as beam search does."""
-        self.shared.padding.map(lambda x: x.index_select(0, beam_idx.to(x.device)), self.get_seq_length())
         super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any index will do
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self.shared.padding.map(lambda x: x.repeat_interleave(repeats, dim=0), self.get_seq_length())
         super().batch_repeat_interleave(repeats)
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch."""
         indices = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
-        self.shared.padding.map(lambda x: x[indices.to(x.device), ...], self.get_seq_length())
         super().batch_select_indices(indices)
 
     def reset(self) -> None:
@@ -400,8 +367,7 @@ class NexusQuantCache(DynamicCache):
                 self.layers[part.index] = fresh[part.index]
             else:
                 part.layer.reset()
-        self.shared.padding = BatchPadding()
-        self.shared.phases, self.shared.has_warned = [], False
+        self.shared.phases, self.shared.has_warned, self.shared.mask_shape = [], False, None
         self._forward = Forward(self.shared, self.model_config, spares_sliding=self.only_non_sliding)
         self._records_from_start = False
 
@@ -600,6 +566,22 @@ def _text_config(config: object) -> PretrainedConfig | None:
         return None if config is None else config.get_text_config(decoder=True)
     msg = f"config must be the config of a model, got {type(config).__name__}: write config=model.config"
     raise OptionError(msg)
+
+
+def _shape_of(attention_mask: object) -> tuple[int, int] | None:
+    """Return the shape of the prompt's mask.
+
+    Raises:
+        OptionError: If it is no mask of a prompt.
+    """
+    if attention_mask is None:
+        return None
+    shape = tuple(attention_mask.shape) if isinstance(attention_mask, Tensor) else None
+    if shape is None or len(shape) != 2:  # noqa: PLR2004 - batch, tokens
+        what = type(attention_mask).__name__ if shape is None else f"shape {shape}"
+        msg = f"attention_mask must be a tensor [batch, tokens] of ones and zeros, got {what}; it may be left out"
+        raise OptionError(msg)
+    return shape[0], shape[1]
 
 
 def placeholder_ids(config: PretrainedConfig | None) -> frozenset[int]:

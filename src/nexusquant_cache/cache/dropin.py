@@ -12,7 +12,6 @@ from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, Static
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
-from nexusquant_cache.layer.padding import is_left_padding
 from nexusquant_cache.layer.parts import compressed
 from nexusquant_cache.layer.shared import When
 from nexusquant_cache.policy import EvictionPolicy
@@ -39,8 +38,7 @@ def compressed_generation(
             answer = library.answer(model, question)
         print(compressed.cache.memory_report())
 
-    It is as if a `NexusQuantCache` had been passed.  The padding of a batch is always known, since the attention mask
-    is seen.  All threads are served.  So are calls of the model itself, without `generate`: where it would make a cache
+    It is as if a `NexusQuantCache` had been passed.  All threads are served.  So are calls of the model itself, without `generate`: where it would make a cache
     of its own (``use_cache`` is on, and it is not in training mode), and where it is given an empty DynamicCache, which
     becomes a compressed one.
 
@@ -60,8 +58,7 @@ def compressed_generation(
     Raises:
         OptionError: If an option is wrong.
         UnsupportedError: If the model has an encoder, or none of its parts generates with a cache of keys and values.
-            Inside the block: if `generate` was told to make a cache of another kind, or if an attention mask hides
-            tokens that are no left padding and tokens are to be evicted.
+            Inside the block: if `generate` was told to make a cache of another kind.
     """
     block = _Block({"preset": preset, "policy": policy, "when": when} | overrides)
     with ExitStack() as hooks:
@@ -150,8 +147,6 @@ class _Hook:
             _refuse_kind(cache)
             self._take_over(cache, given)
             self.block.cache = cache
-        if isinstance(cache, _ServedCache):
-            _show_mask(cache, given)
         return args, kwargs
 
     def _uses_cache(self, given: dict[str, Any]) -> bool:
@@ -307,34 +302,3 @@ def _shape(given: dict[str, Any]) -> tuple[int, int] | None:
         if isinstance(given.get(name), Tensor) and given[name].ndim > 1:
             return tuple(given[name].shape[:2])
     return None
-
-
-def _show_mask(cache: NexusQuantCache, given: dict[str, Any]) -> None:
-    """Tell a cache what the attention mask says about padding.
-
-    Raises:
-        UnsupportedError: If the mask hides other tokens than left padding, and tokens are to be evicted.
-    """
-    seen, shape, mask = cache.get_seq_length(), _shape(given), given.get("attention_mask")
-    if shape is None or (seen and shape[1] == 1):
-        return  # a generated token
-    if mask is None:  # which says that all tokens are text
-        mask = torch.ones(shape[0], seen + shape[1])
-    padded = _left_padding(mask, seen + shape[1])
-    if padded is not None:
-        cache.set_attention_mask(padded)
-    elif cache.cache_config.keep_ratio < 1:
-        msg = (
-            f"the attention mask (shape {tuple(getattr(mask, 'shape', ()))}) is not [batch, {seen + shape[1]}] with "
-            "zeros only at the left of a row. When tokens are evicted, transformers would apply it to the wrong ones. "
-            "Pad the whole conversation on the left, or use the preset 'quant', which evicts nothing."
-        )
-        raise UnsupportedError(msg)
-
-
-def _left_padding(mask: object, tokens: int) -> Tensor | None:
-    """Return the part of a mask for so many tokens, or None if it is not just left padding."""
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or mask.shape[1] < tokens:  # noqa: PLR2004 - batch, tokens
-        return None
-    part = mask[:, :tokens]
-    return part if is_left_padding(part) else None

@@ -1,17 +1,12 @@
 """What surrounds the update of a layer: what has to come before it, and how an error is undone."""
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
-from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.cache.report import content, storage_bytes
-from nexusquant_cache.cache.rotary import rotary_phase
-from nexusquant_cache.errors import CacheStateError
-from nexusquant_cache.layer.padding import BatchPadding
+from nexusquant_cache.errors import CacheStateError, ShapeError
 from nexusquant_cache.layer.parts import CompressedPart, Part, compressed
 from nexusquant_cache.layer.shared import Shared
 
@@ -22,7 +17,6 @@ class Forward:
     """Updates the layers of a cache, one by one, so that an error leaves the cache as it was before the forward.
 
     Attributes:
-        padding_before: What was known about pads before this forward.
         is_broken: Whether an error could not be undone.
         peak_bytes: The most that was held at once.
     """
@@ -36,7 +30,6 @@ class Forward:
             spares_sliding: Whether sliding-window layers of an offloading cache stay on the device.
         """
         self.shared, self.config, self.spares_sliding = shared, config, spares_sliding
-        self.padding_before: BatchPadding = copy.copy(shared.padding)
         self.is_broken = False
         self.peak_bytes = 0
 
@@ -69,9 +62,8 @@ class Forward:
         part, key_states = parts[index], states[0]
         before = part.seen
         try:
-            if index == _first_attention_layer(parts):
-                self._watch_padding(parts, index, *states)
             if isinstance(part, CompressedPart):
+                self._check_mask(part, key_states)
                 self._make_way(parts, part, key_states)
             part.fetch()
             held = self._store(parts, index, store)
@@ -112,7 +104,6 @@ class Forward:
 
     def _roll_back(self, parts: list[Part], seen: int) -> None:
         """Take the tokens of an unfinished forward out of the layers that already have them."""
-        self.shared.padding = self.padding_before
         for part in compressed(parts):
             self.is_broken |= not part.take_back(seen)
 
@@ -124,40 +115,24 @@ class Forward:
     def shared_content(self, parts: list[Part]) -> list[object]:
         """Return what holds the tensors that layers share."""
         phases = [part.state.phase for part in parts if part.state is not None]
-        return [self.shared.padding, self.padding_before, *self.shared.phases, *phases]
+        return [*self.shared.phases, *phases]
 
-    # Padding, as far as keys show it
+    def _check_mask(self, part: CompressedPart, key_states: Tensor) -> None:
+        """Refuse a prompt that the mask given to the constructor does not fit.
 
-    def _watch_padding(self, parts: list[Part], index: int, key_states: Tensor, value_states: Tensor) -> None:
-        """Look at what a forward brings before any layer has changed."""
-        padding = self.shared.padding
-        self.padding_before = copy.copy(padding)
-        if key_states.ndim != _AXES or key_states.shape[:3] != value_states.shape[:3] or key_states.shape[2] == 0:
-            return  # the layer will refuse it
-        if not key_states.is_floating_point() or not value_states.is_floating_point():
-            return
-        seen = parts[index].seen
-        if padding.settled_at is None:
-            padding.observe(key_states, value_states, seen, self._position_shows(index))
-        elif key_states.shape[2] > 1 and padding.is_settled(seen) and self._position_shows_in_turns(index):
-            states = [part.state for part in parts if part.state is not None]
-            evicted = max((state.seen - state.kept for state in states), default=0)
-            padding.observe_turn(key_states, value_states, evicted)
-
-    def _position_shows(self, index: int) -> bool:
-        """Tell whether equal tokens at different positions differ at the first attention layer.
-
-        Without a config they are taken to, as in all rotary models.
+        Raises:
+            ShapeError: If it does not.
         """
-        if self.config is None or getattr(self.config, "kv_lora_rank", None):
-            return True
-        return rotary_phase(self.config, index, 0) is not None
-
-    def _position_shows_in_turns(self, index: int) -> bool:
-        """Tell the same of tokens inside a text.  Where images may stand, they do not: like patches look alike."""
-        parameters: Any = getattr(self.config, "rope_parameters", None) or {}
-        return parameters.get("mrope_section") is None and self._position_shows(index)
-
-
-def _first_attention_layer(parts: list[Part]) -> int:
-    return next((part.index for part in parts if isinstance(part.layer, CacheLayerMixin)), 0)
+        given = self.shared.mask_shape
+        if given is None or key_states.ndim != _AXES:
+            return
+        batch, tokens, seen = key_states.shape[0], key_states.shape[2], part.seen
+        is_read = bool(seen) and tokens == 1  # a prompt may come in chunks
+        if batch != given[0] or (seen != given[1] if is_read else seen + tokens > given[1]):
+            msg = (
+                f"attention_mask has the shape {list(given)}, and the prompt is [{batch}, {seen or tokens}]. Leave it "
+                "out: the cache sees the model's own mask."
+            )
+            raise ShapeError(msg)
+        if is_read:
+            self.shared.mask_shape = None

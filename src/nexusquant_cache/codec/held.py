@@ -1,10 +1,11 @@
 """What a layer holds at one moment, for attention: decoded, or read as it is."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
@@ -32,28 +33,28 @@ class CodedSide:
 class HeldTokens:
     """All tokens of a layer at one moment; shares memory with it, and stays as it is when the layer goes on.
 
-    The order in which attention sees them is that of their positions: sinks, packed tokens, tail; in a padded batch
-    some packed pads of a row come before its sinks.
+    Tokens are *stored* in the order sinks, packed tokens, tail.  That is the order of their positions, except in rows
+    that do not begin with their first token: there, sinks stand behind padding, some of which may be packed.
 
     Attributes:
         tail: Exact keys and values of the newest tokens.
+        seen: How many tokens the layer has seen, kept or not: the columns of the model's mask.
         sinks: Exact keys and values of the first ones; None while nothing is packed, then all else is None too.
         keys: Packed keys.
         values: Packed values.
         positions: Original positions of the packed tokens.
         phase: What was taken off the packed keys.
-        pads: How many pads each row began with, on the CPU.
-        before_sinks: How many packed tokens of each row come before its sinks; None if none do.
+        sink_positions: Original positions of the sinks, ascending; None if they are the first tokens of every row.
     """
 
     tail: tuple[Tensor, Tensor]
+    seen: int
     sinks: tuple[Tensor, Tensor] | None = None
     keys: CodedSide | None = None
     values: CodedSide | None = None
     positions: PositionMap | None = None
     phase: RotaryPhase | None = None
-    pads: Int[Tensor, "b"] | None = None
-    before_sinks: tuple[int, ...] | None = None
+    sink_positions: Int[Tensor, "b s"] | None = None
 
     @property
     def packed_tokens(self) -> int:
@@ -61,63 +62,139 @@ class HeldTokens:
         return 0 if self.positions is None else self.positions.tokens
 
     @property
+    def sink_tokens(self) -> int:
+        """Number of sinks."""
+        return 0 if self.sinks is None else self.sinks[0].shape[2]
+
+    @property
     def tokens(self) -> int:
         """Number of all tokens of each head."""
-        return self.packed_tokens + self.tail[0].shape[2] + (0 if self.sinks is None else self.sinks[0].shape[2])
+        return self.packed_tokens + self.tail[0].shape[2] + self.sink_tokens
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every token that was seen is kept."""
+        return self.tokens == self.seen
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token that was seen is kept, and stored in the order of the positions."""
+        return self.is_whole and self.sink_positions is None
+
+    @cached_property
+    def columns(self) -> Int[Tensor, "*heads n"]:
+        """The original positions of all tokens as they are stored, ``[n]`` or ``[b, h, n]``."""
+        device, tail = self.tail[0].device, self.tail[0].shape[2]
+        newest = torch.arange(self.seen - tail, self.seen, device=device)
+        if self.positions is None:
+            return newest
+        packed = self.positions.positions(device)
+        if self.sink_positions is None and packed.ndim == 1:
+            return torch.cat([torch.arange(self.sink_tokens, device=device), packed, newest])
+        lead = self.tail[0].shape[:2]
+        if self.sink_positions is None:
+            sinks: Tensor = torch.arange(self.sink_tokens, device=device)
+        else:
+            sinks = self.sink_positions[:, None]
+        return torch.cat([x.expand(*lead, x.shape[-1]) for x in (sinks, packed, newest)], -1)
+
+    def stored(self, x: Shaped[Tensor, "#b #q m seen"]) -> Shaped[Tensor, "#b heads group m n"]:
+        """Return what is given for every token seen, for those that are kept, as they are stored.
+
+        Args:
+            x: For all query heads, or for one that stands for all.
+
+        Returns:
+            By KV head and query head of its group; an axis of length 1 stands for all.
+        """
+        heads = self.tail[0].shape[1]
+        grouped = x.unflatten(1, (heads, -1)) if x.shape[1] > 1 else x[:, :, None]
+        if self.is_plain:
+            return grouped
+        if self.columns.ndim == 1:
+            return grouped.index_select(-1, self.columns)
+        index = self.columns[:, :, None, None]
+        batch, heads, tokens = self.columns.shape
+        return grouped.expand(batch, heads, -1, -1, -1).gather(
+            -1, index.expand(-1, -1, grouped.shape[2], grouped.shape[3], tokens)
+        )
+
+    def spread(self, x: Shaped[Tensor, "b heads group m n"], absent: float) -> Shaped[Tensor, "b q m seen"]:
+        """Return what is given for the kept tokens, as they are stored, for every token seen, by query head.
+
+        Args:
+            x: By KV head and query head of its group.
+            absent: What evicted tokens get.
+        """
+        if not self.is_plain:
+            out = x.new_full((*x.shape[:-1], self.seen), absent)
+            if self.columns.ndim == 1:
+                x = out.index_copy_(-1, self.columns, x)
+            else:
+                x = out.scatter_(-1, self.columns[:, :, None, None].expand(x.shape), x)
+        return x.flatten(1, 2)
+
+    def decoded_keys(self) -> Float[Tensor, "b h n d"]:
+        """Return all keys as they are stored, in the dtype they came in."""
+        out = self._exact(0)
+        if self.keys is not None:
+            decoded, packed = self.keys.decode(), self._packed(out)
+            if self.phase is None:
+                packed.copy_(decoded)
+            else:
+                self.phase.rotate(decoded, self.angles(), out=packed)
+        return out
+
+    def decoded_values(self) -> Float[Tensor, "b h n dv"]:
+        """Return all values as they are stored, in the dtype they came in."""
+        out = self._exact(1)
+        if self.values is not None:
+            self._packed(out).copy_(self.values.decode())
+        return out
 
     def dense_keys(self) -> Float[Tensor, "b h n d"]:
-        """Return all keys in the dtype they came in, in order."""
-        return self._assemble(0, self._decode_keys)
+        """Return all keys in the dtype they came in, in the order of the positions."""
+        return self._in_order(self.decoded_keys())
 
     def dense_values(self) -> Float[Tensor, "b h n dv"]:
-        """Return all values in the dtype they came in, in order."""
-        return self._assemble(1, self._decode_values)
-
-    def _decode_keys(self, out: Float[Tensor, "b h n d"]) -> None:
-        assert self.keys is not None
-        decoded = self.keys.decode()
-        if self.phase is None:
-            out.copy_(decoded)
-        else:
-            self.phase.rotate(decoded, self.angles(), out=out)
-
-    def _decode_values(self, out: Float[Tensor, "b h n dv"]) -> None:
-        assert self.values is not None
-        out.copy_(self.values.decode())
+        """Return all values in the dtype they came in, in the order of the positions."""
+        return self._in_order(self.decoded_values())
 
     def angles(self) -> Int[Tensor, "*heads n"]:
         """Return the positions of the packed tokens that the rotary embedding has seen; see `angles_of`."""
         assert self.positions is not None
         batch, heads = self.tail[0].shape[:2]
-        return angles_of(self.positions.positions(self.tail[0].device), self.pads, batch, heads)
+        return angles_of(self.positions.positions(self.tail[0].device), self.origins, batch, heads)
 
-    def _assemble(self, side: int, decode: Callable[[Tensor], None]) -> Float[Tensor, "b h n d"]:
-        """Return sinks, body and tail in one tensor; ``decode`` writes the body."""
+    @property
+    def origins(self) -> Int[Tensor, " b"] | None:
+        """Position from which each row counts; None if all count from 0."""
+        return None if self.sink_positions is None else self.sink_positions[:, 0]
+
+    def _exact(self, side: int) -> Float[Tensor, "b h n d"]:
+        """Return one tensor for all tokens of a side, in which the packed ones are not filled in."""
         tail = self.tail[side]
         if self.sinks is None:
             return tail
-        sinks, body = self.sinks[side], self.packed_tokens
-        first = sinks.shape[2]
         out = tail.new_empty(*tail.shape[:2], self.tokens, tail.shape[3])
-        out[:, :, first + body :] = tail
-        if self.before_sinks is None:
-            out[:, :, :first] = sinks
-            decode(out[:, :, first : first + body])
-            return out
-        decoded = tail.new_empty(*tail.shape[:2], body, tail.shape[3])
-        decode(decoded)
-        for row, before in enumerate(self.before_sinks):
-            out[row, :, :before] = decoded[row, :, :before]
-            out[row, :, before : before + first] = sinks[row]
-            out[row, :, before + first : first + body] = decoded[row, :, before:]
+        out[:, :, : self.sink_tokens] = self.sinks[side]
+        out[:, :, self.sink_tokens + self.packed_tokens :] = tail
         return out
+
+    def _packed(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h packed d"]:
+        return x[:, :, self.sink_tokens : self.sink_tokens + self.packed_tokens]
+
+    def _in_order(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        if self.sink_positions is None:
+            return x
+        return x.gather(2, self.columns.argsort(-1)[..., None].expand_as(x))
 
 
 def angles_of(
-    positions: Int[Tensor, "*given n"], pads: Int[Tensor, "b"] | None, batch: int, heads: int
+    positions: Int[Tensor, "*given n"], origins: Int[Tensor, " b"] | None, batch: int, heads: int
 ) -> Int[Tensor, "*out n"]:
-    """Return positions as the rotary embedding has seen them: pads do not count."""
-    if pads is None:
+    """Return positions as the rotary embedding has seen them, if it counts from the first token of each row."""
+    if origins is None:
         return positions
-    rows = pads.to(positions.device)[:, None, None]
+    rows = origins.to(positions.device)[:, None, None]
     return (positions.expand(batch, heads, -1) - rows).clamp_min(0)

@@ -107,17 +107,17 @@ def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform
 def attend(
     queries: Float[Tensor, "b q m d"],
     held: HeldTokens,
-    mask: Bool[Tensor, "#b #q m n"] | Float[Tensor, "#b #q m n"] | None,
+    mask: Bool[Tensor, "#b #q #m seen"] | Float[Tensor, "#b #q #m seen"] | None,
     softmax: Softmax,
     *,
     weights: bool = False,
-) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b q m n"] | None]:
+) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b heads group m n"] | None]:
     """Return the attention output and perhaps its weights, in any floating dtype.
 
     Args:
         queries: Queries of the newest tokens.
         held: What they attend to; some of it is packed.
-        mask: True for what may be seen, or numbers to add to the logits; None if all may be seen.
+        mask: True for what may be seen, or numbers to add to the logits, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
         weights: Whether the weights are needed, which only plain torch has.
 

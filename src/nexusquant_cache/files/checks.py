@@ -12,7 +12,8 @@ from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.files.contents import given_facts, layer_facts
 from nexusquant_cache.files.fingerprint import check_fingerprint
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta, TransformMeta
-from nexusquant_cache.layer.state import SIDES, Declared, Facts, expected, finite, transform_tensors
+from nexusquant_cache.files.version_1 import sink_positions
+from nexusquant_cache.layer.state import SIDES, Declared, Facts, are_places, expected, finite, transform_tensors
 from nexusquant_cache.presets import REMOVED, CacheConfig
 
 _MOST_NUMBER = 1 << 48
@@ -71,7 +72,8 @@ def check_tensors(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
     for name, tensor in tensors.items():
         if tensor.dtype == torch.bool and bool((tensor.view(torch.uint8) > 1).any()):
             _wrong(name, "holds a truth value that is neither")
-    _check_padding(meta, tensors)
+    if meta.padding is not None:
+        _check_padding(meta, tensors)
     for index in range(len(meta.phases)):
         _finite(f"phases.{index}", tensors)
     codecs = [make_codec(codec) for codec in meta.codecs]
@@ -101,6 +103,11 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
         return
     facts = layer_facts(layer, codecs)
     _check_declared(name, (declared for declared, _ in expected(facts)), facts, tensors)
+    if layer.sink_place:
+        _in_range(f"{name}.sink_place", tensors[f"{name}.sink_place"], 0, layer.seen)
+        wrong = are_places(sink_positions(tensors[f"{name}.sink_place"], layer.sinks or 0), facts)
+        if wrong is not None:
+            _wrong(f"{name}.sink_place", wrong)
     if layer.body is not None:
         for side, meta in zip(SIDES, (layer.body.keys, layer.body.values), strict=True):
             _check_magnitude(f"{name}.{side}", meta, tensors)

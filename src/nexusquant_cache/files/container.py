@@ -15,7 +15,8 @@ from nexusquant_cache.files.contents import DTYPES
 from nexusquant_cache.files.schema import read_json
 
 FORMAT = "nexusquant-cache"
-VERSION = 1
+VERSION = 2
+"""What is written; all versions from 1 on are read."""
 ALIGNMENT = 8
 MOST_HEADER = 8 << 20
 """Bytes of the longest header: far more than a cache needs, and read in a moment."""

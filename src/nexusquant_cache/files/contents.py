@@ -18,6 +18,7 @@ from nexusquant_cache.files.schema import (
     CacheMeta,
     GivenMeta,
     LayerMeta,
+    PaddingMeta,
     QueriesMeta,
     ShapeMeta,
     StockMeta,
@@ -112,7 +113,17 @@ def tensors_of(meta: CacheMeta) -> dict[str, FileTensor]:
 
 
 def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[FileTensor]:
-    padding = meta.padding
+    if meta.padding is not None:
+        yield from _padding(meta.padding)
+    for index, phase in enumerate(meta.phases):
+        _between("pairs", phase.pairs, 1, _MOST_CHANNELS)
+        yield FileTensor(f"phases.{index}", "float32", (phase.pairs,), "other")
+    for index, layer in enumerate(meta.layers):
+        name = f"layers.{index}"
+        yield from _stock(layer, name) if isinstance(layer, StockMeta) else _Layer(layer, name, codecs, meta).tensors()
+
+
+def _padding(padding: PaddingMeta) -> Iterator[FileTensor]:
     for name, rows in (("stated", padding.stated), ("pads", padding.pads)):
         if rows is not None:
             _between(f"padding.{name}", rows, 1, _MOST_ROWS)
@@ -125,12 +136,6 @@ def _all(meta: CacheMeta, codecs: list[VectorCodec]) -> Iterator[FileTensor]:
         yield FileTensor("padding.after", "float32", (rows, channels), "other")
         yield FileTensor("padding.run", "int64", (rows,), "other")
         yield FileTensor("padding.open", "bool", (rows,), "other")
-    for index, phase in enumerate(meta.phases):
-        _between("pairs", phase.pairs, 1, _MOST_CHANNELS)
-        yield FileTensor(f"phases.{index}", "float32", (phase.pairs,), "other")
-    for index, layer in enumerate(meta.layers):
-        name = f"layers.{index}"
-        yield from _stock(layer, name) if isinstance(layer, StockMeta) else _Layer(layer, name, codecs, meta).tensors()
 
 
 def _stock(layer: StockMeta, name: str) -> Iterator[FileTensor]:
@@ -170,7 +175,6 @@ def _stock_batch(tensor: TensorMeta, name: str) -> int | None:
 
 def _check_together(meta: CacheMeta) -> None:
     """Check that all parts tell of one batch, and of as many tokens as the file says have been seen."""
-    padding = meta.padding
     batches: set[int] = set()
     for index, layer in enumerate(meta.layers):
         if isinstance(layer, StockMeta):
@@ -184,6 +188,9 @@ def _check_together(meta: CacheMeta) -> None:
     if len(batches) > 1:
         msg = f"the layers are of batches of {', '.join(map(str, sorted(batches)))} rows"
         raise FormatError(msg)
+    padding = meta.padding
+    if padding is None:
+        return
     for rows in (padding.pads, None if padding.beginning is None else padding.beginning.rows):
         if rows is not None and batches - {rows}:
             msg = "padding is that of another batch"
@@ -213,6 +220,8 @@ class _Layer:
         facts = layer_facts(meta, self.codecs)
         for declared, size in expected(facts):
             yield _file_tensor(self.name, declared, size, facts)
+        if meta.sink_place:
+            yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
         if meta.given is not None:
             self._check_given(shape, meta.given)
             facts = given_facts(meta.given, shape, self.codecs)
@@ -232,8 +241,13 @@ class _Layer:
             self._wrong("has seen tokens that it does not hold")
         if meta.pending_from is not None and meta.pending_from > meta.seen:
             self._wrong("waits for tokens that it has not seen")
-        # Packed rows with pads have their first tokens in different places.
-        if meta.body is not None and meta.sink_place != (self.file.padding.pads is not None):
+        if meta.shown is not None and not meta.shown[0] <= meta.shown[1] <= meta.seen:
+            self._wrong("was shown the attention to tokens that it has not seen")
+        padding = self.file.padding
+        if (meta.sink_place is None) != (padding is None):
+            self._wrong("is of another version than the file")
+        # In version 1, packed rows with pads had their first tokens in different places.
+        if padding is not None and meta.body is not None and meta.sink_place != (padding.pads is not None):
             self._wrong("must say where the first tokens of padded rows are, and of no others")
         self._check_body(shape)
         self._check_observed(shape)
@@ -275,7 +289,8 @@ class _Layer:
             return
         if body.start + body.covered + body.dense + self.meta.tail != self.meta.seen or body.kept > body.covered:
             self._wrong("counts its tokens in two ways")
-        is_elsewhere = body.start not in {0, self.meta.sinks} or (self.meta.sink_place and body.start)
+        is_placed = self.meta.sink_place or "sink_positions" in (self.meta.more or {})
+        is_elsewhere = body.start not in {0, self.meta.sinks} or (is_placed and body.start)
         if is_elsewhere or (not body.bitmap and body.covered):
             self._wrong("begins its packed tokens in an impossible place")
         for side, transform in zip(SIDES, (body.keys, body.values), strict=True):
@@ -351,7 +366,6 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
         }
     facts |= {
         "reconstruction": observed.reconstruction,
-        "sink_place_dtype": "int64" if meta.sink_place else None,
         "packed": None if body is None else body.kept + body.dense,
         "packed_end": None if body is None else body.start + body.covered + body.dense,
         "kept": None if body is None else body.kept,

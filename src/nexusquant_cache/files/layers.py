@@ -63,7 +63,6 @@ def layer_state(state: LayerState, shared: Shared, lists: Lists) -> tuple[LayerM
         seen=state.seen,
         tail=state.tail_tokens,
         sinks=None if state.sinks is None else state.sink_tokens,
-        sink_place=state.sink_place is not None,
         record_past=bool(turn.record_past),
         expects_prompt=turn.expects_prompt,
         updated_since_crop=turn.updated_since_crop,
@@ -77,6 +76,7 @@ def layer_state(state: LayerState, shared: Shared, lists: Lists) -> tuple[LayerM
         given=None if given is None else _given_meta(given, lists),
         policy=None if shape is None or state.policy is None else lists.policy(state.policy),
         more={declared.name: NAMES[x.dtype] for declared, x in state.tensors() if declared.is_listed} or None,
+        shown=None if state.shown == (0, 0) else state.shown,
     )
     tensors = {f"{name}.{declared.name}": tensor for declared, tensor in state.tensors()}
     if given is not None:
@@ -107,6 +107,7 @@ def restore_layer(layer: NexusQuantLayer, meta: LayerMeta, source: Source) -> No
     if meta.body is not None:
         state.body = _body(meta.body, f"layers.{state.layer_idx}", facts, source)
     state.observed = _observed(meta.observed)
+    state.shown = meta.shown or state.shown
     for declared, _ in expected(facts):
         if declared.kind == "transform":
             continue

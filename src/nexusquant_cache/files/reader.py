@@ -112,15 +112,18 @@ def _read_promise(file: BinaryIO) -> Promise:
         msg = "the file is of another kind: it was not written by NexusQuantCache.save"
         raise FormatError(msg)
     version = metadata.get("version", "")
-    if version != str(VERSION):
+    if version not in map(str, range(1, VERSION + 1)):
         newer = version.isascii() and version.isdigit() and int(version[:9]) > VERSION
         hint = "it was written by a later release: update nexusquant-cache" if newer else "there is no such version"
-        msg = f"the file is of format version {version[:20]!r}, this release reads {VERSION}; {hint}"
+        msg = f"the file is of format version {version[:20]!r}, this release reads 1 to {VERSION}; {hint}"
         raise FormatError(msg)
     if set(metadata) != {"format", "version", "cache", "sha256"}:
         msg = "the metadata must be format, version, cache and sha256"
         raise FormatError(msg)
     meta = from_json(metadata["cache"])
+    if (meta.padding is None) != (version != "1"):
+        msg = f"the metadata are none of format version {version}"
+        raise FormatError(msg)
     check_numbers(meta)
     announced = tensors_of(meta)
     tensors = []

@@ -18,12 +18,11 @@ from nexusquant_cache.files.state import (
     Source,
     Tensors,
     describe_settings,
-    padding_state,
     phases_state,
     policy_name,
-    restore_padding,
 )
 from nexusquant_cache.files.stock import restore_stock, stock_state
+from nexusquant_cache.files.version_1 import restore_padding
 from nexusquant_cache.layer.parts import CompressedPart, Part
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
@@ -78,8 +77,6 @@ def export_cache(
         described, found = _describe(part, cache.shared, lists)
         layers.append(described)
         tensors |= found
-    padding, found = padding_state(cache.shared.padding)
-    tensors |= found
     phases, found = phases_state(lists)
     tensors |= found
     meta = CacheMeta(
@@ -91,7 +88,6 @@ def export_cache(
         tokens_hash=None if token_ids is None else hash_tokens(token_ids),
         statistics=dict(cache.statistics),
         user=dict(metadata or {}),
-        padding=padding,
         has_warned=cache.shared.has_warned,
         records_from_start=cache.records_from_start,
         policies=tuple(lists.policies),
@@ -178,13 +174,15 @@ def import_cache(cache: WholeCache, meta: CacheMeta, source: Source, *, has_poli
         msg = f"the file holds {len(meta.layers)} layers, the cache of this model has {len(cache.parts)}"
         raise FormatError(msg)
     shared = cache.shared
-    shared.padding, shared.has_warned = restore_padding(meta.padding, source), meta.has_warned
+    shared.has_warned = meta.has_warned
     shared.phases = list(source.phases)
     given = tuple(restore_given(layer, index, source) for index, layer in enumerate(meta.layers))
     shared.given_transforms = given if any(x is not None for x in given) else ()
     for part, described in zip(cache.parts, meta.layers, strict=True):
         if isinstance(part, CompressedPart) and isinstance(described, LayerMeta):
             restore_layer(part.layer, described, source)
+            if meta.padding is not None:
+                restore_padding(part.state, described, meta.padding, source)
             if not has_policy:
                 _check_policy(part.state, shared, meta, described)
         elif (

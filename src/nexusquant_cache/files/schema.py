@@ -46,7 +46,7 @@ class TensorMeta:
 
 @dataclass(frozen=True)
 class BeginningMeta:
-    """How the rows of a batch begin, while every token may be a pad: ``first``, ``after``, ``run`` and ``open``."""
+    """In version 1, how the rows of a batch began while every token might have been a pad."""
 
     rows: int
     channels: int
@@ -54,7 +54,7 @@ class BeginningMeta:
 
 @dataclass(frozen=True)
 class PaddingMeta:
-    """What is known about padding; the numbers are rows of a tensor, None where there is none."""
+    """In version 1, what was known about padding; the numbers are rows of a tensor, None where there is none."""
 
     stated: int | None
     pads: int | None
@@ -146,13 +146,14 @@ class LayerMeta:
 
     ``asked`` and ``used`` are codecs of keys and of values, ``phase`` a rotary phase and ``policy`` what a policy is
     called, all as places in the file's lists.  ``more`` are the dtypes of the tensors that nothing else tells of.
+    ``shown`` is from which token to which the layer has seen the attention to new ones.  ``sink_place`` is of version 1
+    and says whether there is a tensor of that name.
     """
 
     shape: ShapeMeta | None
     seen: int
     tail: int
     sinks: int | None
-    sink_place: bool
     record_past: bool
     expects_prompt: bool
     updated_since_crop: bool
@@ -166,6 +167,8 @@ class LayerMeta:
     given: GivenMeta | None
     policy: int | None
     more: dict[str, str] | None = None
+    shown: tuple[int, int] | None = None
+    sink_place: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -189,13 +192,13 @@ class CacheMeta:
     tokens_hash: str | None
     statistics: dict[str, Any]
     user: dict[str, str]
-    padding: PaddingMeta
     has_warned: bool
     records_from_start: bool
     policies: tuple[str, ...]
     phases: tuple[PhaseMeta, ...]
     codecs: tuple[CodecMeta, ...]
     layers: tuple[LayerMeta | StockMeta, ...]
+    padding: PaddingMeta | None = None
 
 
 def to_json(meta: CacheMeta) -> str:

@@ -13,13 +13,7 @@ from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_code
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import NonFiniteError
 from nexusquant_cache.files.contents import DTYPES
-from nexusquant_cache.files.schema import (
-    BeginningMeta,
-    CacheMeta,
-    PaddingMeta,
-    PhaseMeta,
-)
-from nexusquant_cache.layer.padding import BatchPadding, Beginning
+from nexusquant_cache.files.schema import CacheMeta, PhaseMeta
 from nexusquant_cache.layer.state import Declared
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
@@ -122,45 +116,6 @@ def check_finite(tensors: Tensors) -> None:
         if not all(isfinite(float(x)) for x in tensor.aminmax()):
             msg = f"{what} holds NaN or infinity: a cache that has met with such numbers is of no use, and is not saved"
             raise NonFiniteError(msg)
-
-
-def padding_state(padding: BatchPadding) -> tuple[PaddingMeta, Tensors]:
-    """Return what is known about padding."""
-    tensors: Tensors = {}
-    for name, rows in (("stated", padding.stated), ("pads", padding.pads)):
-        if rows is not None:
-            tensors[f"padding.{name}"] = rows.to(torch.int64)
-    beginning = padding.beginning
-    if beginning is not None:
-        for name in ("first", "after", "run", "open"):
-            tensors[f"padding.{name}"] = getattr(beginning, name)
-    meta = PaddingMeta(
-        stated=None if padding.stated is None else len(padding.stated),
-        pads=None if padding.pads is None else len(padding.pads),
-        certain=padding.certain,
-        settled_at=padding.settled_at,
-        beginning=None if beginning is None else BeginningMeta(*beginning.first.shape),
-    )
-    return meta, tensors
-
-
-def restore_padding(meta: PaddingMeta, source: Source) -> BatchPadding:
-    """Return what `padding_state` was given."""
-    beginning = None
-    if meta.beginning is not None:
-        beginning = Beginning(
-            first=source.tensor("padding.first"),
-            after=source.tensor("padding.after"),
-            run=source.tensors["padding.run"],
-            open=source.tensors["padding.open"],
-        )
-    return BatchPadding(
-        stated=source.tensors.get("padding.stated"),
-        pads=source.tensors.get("padding.pads"),
-        certain=meta.certain,
-        settled_at=meta.settled_at,
-        beginning=beginning,
-    )
 
 
 def phases_state(lists: Lists) -> tuple[tuple[PhaseMeta, ...], Tensors]:

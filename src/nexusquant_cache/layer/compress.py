@@ -1,6 +1,6 @@
 """One compression of a layer: score, keep, fit, encode."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -31,8 +31,8 @@ def make_room(state: LayerState, shared: Shared) -> None:
     compression = Compression(state, shared)
     with torch.autocast(state.home.type, enabled=False):
         if state.turn.is_pending and count >= settings.min_tokens:
-            if not shared.padding.may_evict(state.seen) and ceil(settings.keep_ratio * count) < count:
-                shared.warn_kept_whole()
+            if not state.may_evict and ceil(settings.keep_ratio * count) < count:
+                shared.warn_kept_whole(state.layer_idx)
             compression.encode_oldest(count, kept_of(count, state, shared))
         elif not state.turn.is_pending and count >= (
             settings.min_tokens if state.body is None else settings.flush_length
@@ -54,30 +54,30 @@ class _First:
     Attributes:
         keys: Those to encode, without their rotary phase if it is known.
         values: Likewise.
-        keep: Which tokens of the tail they are; None for all from ``start`` on.
-        start: Where they begin in the tail.
-        candidates: Tokens that leave the tail besides the sinks.
-        count: How many of them are encoded.
+        columns: Where they are in the tail, which begins with position 0.
+        sinks: Where the sinks of each row are in the tail; None if they come first in all rows.
         phase: What was taken off the keys.
-        rows: The rows that have so many pads; None without padding.
+        start: Where the map of positions begins.
     """
 
     keys: Float[Tensor, "b h n d"]
     values: Float[Tensor, "b h n dv"]
-    keep: Bool[Tensor, "b h m"] | None
-    start: int
-    candidates: int
-    count: int
+    columns: Int[Tensor, "*heads n"]
+    sinks: Int[Tensor, "b s"] | None
     phase: RotaryPhase | None
-    rows: dict[int, list[int]] | None
+    start: int
+
+    @property
+    def origins(self) -> Int[Tensor, " b"] | None:
+        """Position from which each row counts."""
+        return None if self.sinks is None else self.sinks[:, 0]
 
 
 @dataclass(frozen=True)
 class Compression:
     """A compression of a layer.
 
-    The number of kept tokens depends on lengths alone, so it is equal in all layers, heads and rows, which
-    transformers' single attention mask requires.  Kept tokens are always in the order of their positions.
+    The number of kept tokens depends on lengths alone, so that it is equal in all heads and rows.
     """
 
     state: LayerState
@@ -90,29 +90,29 @@ class Compression:
         """
         state = self.state
         is_first = state.body is None
-        if is_first:
-            self.shared.padding.give_up()
-        tail_keys, tail_values = state.exact
         offset = state.seen - state.tail_tokens
         sinks = self.shared.settings.sink_tokens if is_first else 0
-        rows = self._rows_by_pads()
-        # The sinks of padded rows lie in different places, so the first time their rest has to be picked.
-        evicts_none = kept == count and (rows is None or not is_first)
-        phase = self.shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
-        keep = None if evicts_none else self._select(sinks, count, kept, rows, phase)
-        start = sinks if keep is None else 0
         stop = sinks + count
-        keys, values = (_pick(x[:, :, start:stop], keep) for x in (tail_keys, tail_values))
+        is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
+        sink_places = self._sink_places(sinks, stop) if is_first and is_padded else None
+        phase = self.shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
+        keep = None
+        if kept < count or sink_places is not None:
+            keep = self._select(sinks, count, kept, sink_places, phase)
+        start = sinks if keep is None else 0
+        keys, values = (_pick(x[:, :, start:stop], keep) for x in state.exact)
         check_finite(state.layer_idx, keys, values, "generated tokens")
 
+        columns: Int[Tensor, "*heads n"] = torch.arange(start, stop, device=keys.device)
+        if keep is not None:
+            columns = columns.expand(*keep.shape)[keep].view(*keep.shape[:2], kept)
+        first = _First(keys, values, columns, sink_places, phase, start) if is_first else None
         if phase is not None:
-            positions: Int[Tensor, "*heads n"] = torch.arange(offset + start, offset + stop, device=keys.device)
-            if keep is not None:
-                positions = positions.expand(*keep.shape)[keep].view(*keep.shape[:2], kept)
-            keys = phase.rotate(keys.float(), self._angles(positions, *keys.shape[:2]), inverse=True)
-
-        if is_first:
-            self._start_body(_First(keys, values, keep, start, count, kept, phase, rows))
+            origins = self._origins() if first is None else first.origins
+            angles = angles_of(columns + offset, origins, *keys.shape[:2])
+            keys = phase.rotate(keys.float(), angles, inverse=True)
+        if first is not None:
+            self._start_body(replace(first, keys=keys))
         else:
             self._append(keys, values)
         assert state.body is not None
@@ -121,6 +121,12 @@ class Compression:
         else:
             state.body.positions.append(keep)
         state.cut_tail(stop, state.tail_tokens)
+        if state.pads is not None and not bool(state.pads.any()):
+            state.pads = None
+
+    def _origins(self) -> Int[Tensor, " b"] | None:
+        places = self.state.sink_positions
+        return None if places is None else places[:, 0]
 
     def _append(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> None:
         body, codecs = self.state.body, self.state.codecs
@@ -134,9 +140,9 @@ class Compression:
     def _start_body(self, first: _First) -> None:
         """Fit the transforms and encode the first tokens, with more bits if attention would suffer too much."""
         state, most = self.state, self.shared.settings.most_code_error
-        sinks, place = self._take_sinks(self.shared.settings.sink_tokens, first.candidates, first.count)
+        sinks = self._take_sinks(first.sinks)
         given = self.shared.given_to(state.layer_idx)
-        codecs = given.codecs if given else self._codecs_for(first.count)
+        codecs = given.codecs if given else self._codecs_for(first.keys.shape[2])
         while True:
             keys, values = self._encode_first(first, codecs)
             error = self._code_error(first, (codecs[0].decode(*keys), codecs[1].decode(*values)))
@@ -147,7 +153,7 @@ class Compression:
         if error > most:
             self.shared.warn_code_error(state.layer_idx, error)
         state.codecs, state.code_error = codecs, error
-        state.sinks, state.sink_place, state.phase = sinks, place, first.phase
+        state.sinks, state.sink_positions, state.phase = sinks, first.sinks, first.phase
         # Sinks inside the covered range are simply not among the kept ones of the map.
         state.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
 
@@ -179,86 +185,102 @@ class Compression:
 
     def _code_error(self, first: _First, decoded: tuple[Tensor, Tensor]) -> float:
         """Return how much encoding changes attention; see `probe.attention_error`."""
-        keys, pads = [first.keys, decoded[0]], self.shared.padding.pads
-        stop = first.start + first.keys.shape[2]
-        positions: Int[Tensor, "*heads n"] = torch.arange(first.start, stop, device=self.state.home)
-        if first.keep is not None:
-            positions = first.keep.nonzero()[:, -1].view(*first.keys.shape[:3])
+        keys = [first.keys, decoded[0]]
         if first.phase is not None:
-            angles = self._angles(positions, *first.keys.shape[:2])
+            angles = angles_of(first.columns, first.origins, *first.keys.shape[:2])
             keys = [first.phase.rotate(x.float(), angles) for x in keys]
-        hidden = None
-        if pads is not None:
-            hidden = positions.expand(*first.keys.shape[:3]) < pads.to(self.state.home)[:, None, None]
         queries = self.state.observed.last_queries(QUERY_WINDOW, self.state.seen)
         if queries is None:
             queries = stand_in_queries(self.state.exact[0], keys[0])
-        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), hidden)
+        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), self._pads_at(first.columns))
 
-    def _angles(self, positions: Int[Tensor, "*given n"], batch: int, heads: int) -> Int[Tensor, "*out n"]:
-        """Return positions as the rotary embedding has seen them; see `held.angles_of`."""
-        return angles_of(positions, self.shared.padding.pads, batch, heads)
+    def _pads_at(self, columns: Int[Tensor, "*heads n"]) -> Bool[Tensor, "b h n"] | None:
+        """Return which tokens of the tail are padding; None if there is none in it."""
+        pads = self.state.pads
+        if pads is None:
+            return None
+        lead = self.state.exact[0].shape[:2]
+        index = columns.expand(*lead, columns.shape[-1])
+        return pads[:, None].expand(*lead, -1).gather(2, index)
 
     # Which tokens stay
 
-    def _rows_by_pads(self) -> dict[int, list[int]] | None:
-        """Return the rows that have so many pads; None without padding."""
-        pads = self.shared.padding.pads
-        if pads is None:
-            return None
-        groups: dict[int, list[int]] = {}
-        for row, count in enumerate(pads.tolist()):
-            groups.setdefault(count, []).append(row)
-        return groups
-
-    def _in_tail(self, pads: int) -> int:
-        """Return how many of a row's leading pads the tail holds."""
-        before = self.state.seen - self.state.tail_tokens
-        return min(max(pads - before, 0), self.state.tail_tokens)
+    def _sink_places(self, sinks: int, stop: int) -> Int[Tensor, "b s"]:
+        """Return where each row has its first real tokens; where it has too few, the last of its pads."""
+        assert self.state.pads is not None
+        pads = self.state.pads[:, :stop]
+        order = torch.arange(stop, device=pads.device)
+        rank = torch.where(pads, 2 * stop - order, order)
+        return rank.argsort(1)[:, :sinks].sort(1).values
 
     def _select(
-        self, sinks: int, count: int, kept: int, rows: dict[int, list[int]] | None, phase: RotaryPhase | None
+        self, sinks: int, count: int, kept: int, places: Int[Tensor, "b s"] | None, phase: RotaryPhase | None
     ) -> Bool[Tensor, "b h n"]:
         """Choose which of the first ``sinks + count`` tokens of the tail to encode.
 
         Pads go first, oldest first.  Only then does the policy choose, and it is shown a row without its pads, as if
-        the row had been alone; rows with equally many pads are shown to it together.
+        the row had been alone; rows with the same pads are shown to it together.
         """
-        keys, policy = self.state.exact[0], self.state.policy
+        state, stop = self.state, sinks + count
+        keys, policy = state.exact[0], state.policy
         assert policy is not None
-        keep = torch.ones(*keys.shape[:2], sinks + count, dtype=torch.bool, device=keys.device)
-        for row_pads, members in (rows or {0: list(range(len(keys)))}).items():
-            pads = min(self._in_tail(row_pads), count)
-            gone = min(pads, count - kept)
-            chosen = torch.ones_like(keep[members])
-            if count - kept > pads:
-                inputs = self._score_inputs(members, row_pads, sinks, count - pads, phase)
-                selected = policy.select(inputs, kept)
-                chosen[..., pads:] = selected[..., : sinks + count - pads]
-            chosen[..., :gone] = False
-            chosen[..., pads : pads + sinks] = False
+        is_sink = torch.zeros(len(keys), state.tail_tokens, dtype=torch.bool, device=keys.device)
+        if places is None:
+            is_sink[:, :sinks] = True
+        else:
+            is_sink.scatter_(1, places, value=True)
+        keep = torch.zeros(*keys.shape[:2], stop, dtype=torch.bool, device=keys.device)
+        for members in self._alike():
+            sink = is_sink[members[0]]
+            pads = sink.new_zeros(len(sink)) if state.pads is None else state.pads[members[0]]
+            free_pads = (pads & ~sink)[:stop].nonzero()[:, 0]
+            dropped = count - kept
+            chosen = ~sink[:stop]
+            chosen[free_pads[:dropped]] = False
+            chosen = chosen.expand(len(members), keys.shape[1], stop).clone()
+            if dropped > len(free_pads):
+                real = (~pads | sink).nonzero()[:, 0]
+                protected = sink[real] | (real >= stop)
+                selected = policy.select(self._score_inputs(members, real, protected, phase), kept)
+                inside = int((real < stop).sum())
+                chosen[..., real[:inside]] &= selected[..., :inside]
             keep[members] = chosen
         return keep
 
+    def _alike(self) -> list[list[int]]:
+        """Return the rows whose pads are the same, together."""
+        rows = len(self.state.exact[0])
+        if self.state.pads is None and self.state.sink_positions is None:
+            return [list(range(rows))]
+        marks = [x for x in (self.state.pads, self.state.sink_positions) if x is not None]
+        found: dict[tuple[int, ...], list[int]] = {}
+        for row in range(rows):
+            found.setdefault(tuple(number for mark in marks for number in mark[row].tolist()), []).append(row)
+        return list(found.values())
+
     def _score_inputs(
-        self, members: list[int], row_pads: int, sinks: int, count: int, phase: RotaryPhase | None
+        self,
+        members: list[int],
+        real: Int[Tensor, " real"],
+        protected: Bool[Tensor, " real"],
+        phase: RotaryPhase | None,
     ) -> ScoreInputs:
-        """Return what a policy sees of these rows: their real tokens in the tail."""
+        """Return what a policy sees of these rows: the tokens of the tail that are no padding."""
         state = self.state
-        keys, values = (x if len(members) == len(x) else x[members] for x in state.exact)
-        pads = self._in_tail(row_pads)
-        queries = state.observed.last_queries(min(QUERY_WINDOW, state.tail_tokens - pads), state.seen)
+        is_all = len(members) == len(state.exact[0]) and len(real) == state.tail_tokens
+        keys, values = state.exact if is_all else (x[members][:, :, real] for x in state.exact)
+        queries = state.observed.last_queries(min(QUERY_WINDOW, len(real)), state.seen)
         attention = state.observed.attention_to(state.tail_tokens)
-        order = torch.arange(state.tail_tokens - pads, device=keys.device)
-        first = state.seen - len(order) - row_pads
+        origins = self._origins()
+        before = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
         return ScoreInputs(
-            keys=keys[:, :, pads:],
-            values=values[:, :, pads:],
-            positions=order + first,
-            protected=(order < sinks) | (order >= sinks + count),
+            keys=keys,
+            values=values,
+            positions=torch.arange(len(real), device=keys.device) + max(before, 0),
+            protected=protected,
             layer_idx=state.layer_idx,
             queries=None if queries is None else queries[members],
-            reconstruction=None if attention is None else attention[members][:, :, pads:],
+            reconstruction=None if attention is None else attention[members][:, :, real],
             phase=phase,
         )
 
@@ -266,49 +288,42 @@ class Compression:
 
     def _fit(self, first: _First, codecs: Codecs) -> tuple[VectorTransform, VectorTransform]:
         """Fit both codecs to the tokens that are going to be encoded, pads left out."""
-        keys, values, rows = first.keys, first.values, first.rows
-        if rows is None:
-            return codecs[0].fit(keys), codecs[1].fit(values)
-        parts: tuple[list[VectorTransform], list[VectorTransform]] = ([], [])
-        evicted = first.candidates - first.count
-        for row_pads, members in rows.items():
-            in_tail = self._in_tail(row_pads)
-            pads = max(min(in_tail, first.candidates) - evicted, 0)
-            sample = keys[members][:, :, pads:], values[members][:, :, pads:]
-            if pads == keys.shape[2] and in_tail < self.state.tail_tokens:
-                sample = self._real_residual(members, in_tail, first.phase)
-            elif pads == keys.shape[2]:
-                sample = keys[members], values[members]  # a row of pads alone: anything will do
-            parts[0].append(codecs[0].fit(sample[0]))
-            parts[1].append(codecs[1].fit(sample[1]))
-        order = [row for members in rows.values() for row in members]
-        back = torch.tensor(order, device=keys.device).argsort()
-        key_transform, value_transform = (
-            VectorTransform.cat(part).map_batch(lambda x: x.index_select(0, back.to(x.device))) for part in parts
-        )
-        return key_transform, value_transform
+        pads = self._pads_at(first.columns)
+        if pads is None or not bool(pads.any()):
+            return codecs[0].fit(first.keys), codecs[1].fit(first.values)
+        fitted = [self._fit_row(row, first, pads[row, 0], codecs) for row in range(len(pads))]
+        return VectorTransform.cat([keys for keys, _ in fitted]), VectorTransform.cat([values for _, values in fitted])
 
-    def _real_residual(self, members: list[int], pads: int, phase: RotaryPhase | None) -> tuple[Tensor, Tensor]:
-        """Return the real tokens of a short row that the residual holds, keys without their phase."""
-        tokens = self.state.tail_tokens
-        start = max(pads, tokens - self.shared.settings.residual_length)
-        keys, values = (x[members][:, :, start:] for x in self.state.exact)
-        if phase is not None:
-            angles = torch.arange(start - pads, tokens - pads, device=keys.device)
-            keys = phase.rotate(keys.float(), angles, inverse=True)
+    def _fit_row(
+        self, row: int, first: _First, pads: Bool[Tensor, " n"], codecs: Codecs
+    ) -> tuple[VectorTransform, VectorTransform]:
+        """Fit to one row of which pads are kept too; then all its heads keep the same."""
+        sample = first.keys[row : row + 1, :, ~pads], first.values[row : row + 1, :, ~pads]
+        if bool(pads.all()):
+            sample = self._real_in_tail(row, first)
+        return codecs[0].fit(sample[0]), codecs[1].fit(sample[1])
+
+    def _real_in_tail(self, row: int, first: _First) -> tuple[Tensor, Tensor]:
+        """Return what real tokens a short row has behind those to encode; of a row of pads alone anything will do."""
+        assert self.state.pads is not None
+        real = (~self.state.pads[row]).nonzero()[:, 0]
+        if not len(real):
+            return first.keys[row : row + 1], first.values[row : row + 1]
+        keys, values = (x[row : row + 1, :, real] for x in self.state.exact)
+        if first.phase is not None:
+            origins = None if first.origins is None else first.origins[row : row + 1]
+            keys = first.phase.rotate(keys.float(), angles_of(real, origins, *keys.shape[:2]), inverse=True)
         return keys, values
 
-    def _take_sinks(self, sinks: int, count: int, kept: int) -> tuple[tuple[Tensor, Tensor], Int[Tensor, "b 2"] | None]:
-        """Return the first real tokens of each row and, in a padded batch, where they are."""
+    def _take_sinks(self, places: Int[Tensor, "b s"] | None) -> tuple[Tensor, Tensor]:
+        """Return the first real tokens of each row."""
         keys, values = self.state.exact
-        pads = self.shared.padding.pads
-        if pads is None:
-            return (own(keys[:, :, :sinks]), own(values[:, :, :sinks])), None
-        starts = pads.clamp_max(count)
-        place = torch.stack([starts, (starts - (count - kept)).clamp_min(0)], 1)
-        index = (starts[:, None] + torch.arange(sinks, device="cpu")).to(keys.device)[:, None, :, None]
-        taken = [x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values)]
-        return (taken[0], taken[1]), place
+        if places is None:
+            sinks = self.shared.settings.sink_tokens
+            return own(keys[:, :, :sinks]), own(values[:, :, :sinks])
+        index = places[:, None, :, None]
+        keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
+        return keys, values
 
 
 def fitted_transforms(state: LayerState) -> LayerTransforms | None:

@@ -11,10 +11,10 @@ from nexusquant_cache.errors import CacheStateError, ShapeError
 from nexusquant_cache.layer.checks import check_finite, check_kind, check_queries, check_transforms, check_update
 from nexusquant_cache.layer.compress import make_room, stop_waiting
 from nexusquant_cache.layer.crop import remove
-from nexusquant_cache.layer.observations import note_keys, scaled
-from nexusquant_cache.layer.reading import dense, visible
+from nexusquant_cache.layer.observations import scaled
+from nexusquant_cache.layer.reading import dense, states
 from nexusquant_cache.layer.residency import Residency
-from nexusquant_cache.layer.schedule import is_due, planned_eviction, wants_queries
+from nexusquant_cache.layer.schedule import is_due, wants_queries
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 from nexusquant_cache.layer.tokens import own
@@ -42,7 +42,7 @@ class NexusQuantLayer(CacheLayerMixin):
     is_croppable = True
 
     def __init__(self, shared: Shared, layer_idx: int) -> None:
-        """Start empty; ``shared`` provides policy, codecs, padding and rotary phase when they are first needed."""
+        """Start empty; ``shared`` provides policy, codecs and rotary phase when they are first needed."""
         # Not calling super().__init__: it assigns `keys` and `values`, which are computed here.
         self.shared, self.layer_idx = shared, layer_idx
         self.reset()
@@ -99,25 +99,21 @@ class NexusQuantLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return (kept + new tokens, evicted tokens), as they will be when the update of this step is done.
-
-        The mask is built before any layer is updated, so an eviction that the update will trigger is
-        already counted.
+        """Return (seen + new tokens, 0): the mask has a column for every token, kept or not.
 
         Raises:
             CacheStateError: If the forward brings no token, which is how `generate` treats a prompt at most half as
                 long as what the cache has seen.
         """
-        state = self.state
-        if query_length == 0 and state.seen:
+        seen = self.state.seen
+        if query_length == 0 and seen:
             msg = (
-                f"this forward brings no new token, and the cache has seen {state.seen}: the prompt is not its "
+                f"this forward brings no new token, and the cache has seen {seen}: the prompt is not its "
                 "continuation. Call cache.reset() or use a new cache for another prompt. For several questions about "
                 "one text, ask each of a copy.deepcopy(cache), or crop the cache back to the text."
             )
             raise CacheStateError(msg)
-        kept = state.kept - planned_eviction(state, self.shared, query_length)
-        return kept + query_length, state.seen - kept
+        return seen + query_length, 0
 
     # Updates
 
@@ -143,27 +139,30 @@ class NexusQuantLayer(CacheLayerMixin):
             self.compress()
         state.observed.start_update()
         state.turn.note_update(state.seen, query_length)
-        is_first = state.seen == 0
-        state.tail = (_append(state.exact[0], key_states), _append(state.exact[1], value_states))
-        state.seen += query_length
-        seen = (key_states, value_states) if is_first else visible(state, self.shared, self.residency)
-        note_keys(self, seen[0])
-        return seen
+        given = (key_states, value_states) if state.seen == 0 else None
+        was_shown = state.is_shown
+        state.append(key_states, value_states)
+        return states(state, self.residency, query_length, self._see, given=given, was_shown=was_shown)
 
-    def observe(
-        self, queries: Float[Tensor, "b q w d"], scaling: float | None = None, *, reads_codes: bool = False
-    ) -> None:
+    def _see(self, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None) -> None:
+        """See the attention to the last update's tokens, and which of them are padding."""
+        state = self.state
+        self.residency.arrive()
+        state.note_shown(fresh)
+        if pads is not None and bool(pads.any()):
+            state.note_pads(pads)
+        self.observe(queries, scaling)
+
+    def observe(self, queries: Float[Tensor, "b q w d"], scaling: float | None = None) -> None:
         """See the queries of the tokens that came last, and keep them until the compression if the policy wants them.
 
         Args:
             queries: Those of the last update's tokens, or of the last of them, with their rotary phase.
             scaling: What attention multiplies logits with; by default ``head_dim ** -0.5``.
-            reads_codes: Whether the attention that shows them can read codes, which it gets from now on.
 
         Raises:
             ShapeError: If they do not fit the keys.
         """
-        self.state.codes_are_read |= reads_codes
         if wants_queries(self.state, self.shared):
             self.residency.arrive()
             check_queries(self.state, queries)
@@ -177,35 +176,37 @@ class NexusQuantLayer(CacheLayerMixin):
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All kept keys, decoded anew at each access; None before the first update."""
-        return dense(self.state, self.shared, self.residency)[0] if self.is_initialized else None
+        return dense(self.state, self.residency)[0] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All kept values, decoded anew at each access; None before the first update."""
-        return dense(self.state, self.shared, self.residency)[1] if self.is_initialized else None
+        return dense(self.state, self.residency)[1] if self.is_initialized else None
 
     # Cache operations
 
-    def crop(self, tokens_to_remove: int, packed_tokens: int | None = None) -> None:
+    def crop(self, tokens_to_remove: int) -> int:
         """Remove the ``abs(tokens_to_remove)`` newest tokens; while recording, encode what the tail need not hold.
 
         Args:
             tokens_to_remove: 0 or a negative number.
-            packed_tokens: As in `crop.remove`.
 
         Raises:
             ShapeError: If the number is positive (an absolute length, which transformers gave up).
             UnsupportedError: If the batch is padded and the removal reaches the sinks of a row.
+
+        Returns:
+            As `crop.remove`.
         """
         if tokens_to_remove > 0:
             msg = f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}"
             raise ShapeError(msg)
         if not self.is_initialized:
-            return
-        state = self.state
+            return 0
+        state, lost = self.state, 0
         self.residency.arrive()
         if tokens_to_remove:
-            remove(state, min(-tokens_to_remove, state.seen), packed_tokens)
+            lost = remove(state, min(-tokens_to_remove, state.seen))
         state.turn.updated_since_crop = False
         if state.turn.record_past:
             if not state.turn.expects_prompt:
@@ -213,6 +214,7 @@ class NexusQuantLayer(CacheLayerMixin):
             state.turn.expects_prompt = False
             if state.seen:
                 self.compress()
+        return lost
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows of the batch in another order, as beam search does."""
@@ -241,7 +243,3 @@ class NexusQuantLayer(CacheLayerMixin):
         """Return what a copy or a pickle gets."""
         self.residency.arrive()
         return self.__dict__.copy()
-
-
-def _append(stored: Tensor, new: Tensor) -> Tensor:
-    return own(new) if stored.shape[2] == 0 else torch.cat([stored, new.detach()], 2)

@@ -1,18 +1,6 @@
-"""What attention shows of a prompt until the prompt is compressed, and how attention finds the layer.
+"""What attention shows of a prompt until the prompt is compressed."""
 
-transformers shows a cache keys and values only.  An attention function sees queries and the keys that `update`
-returned, but not the cache.  So each layer notes which key tensor it has just returned (`note_keys`), and attention
-asks for the layer of a key tensor (`take_layer_of`).
-
-There is one note per thread, since attention follows the update of its layer in the same thread, before any other
-layer is updated.  It holds weak references, so it keeps nothing alive and goes into no copy or pickle of a cache.  It
-is taken once, so a layer that shares the keys of an earlier one does not replace its queries.
-"""
-
-import threading
-import weakref
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -23,30 +11,6 @@ from nexusquant_cache.layer.tokens import own
 
 QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
-
-
-class _Note(threading.local):
-    """What the last update in this thread has returned."""
-
-    keys: "weakref.ref[Tensor] | None" = None
-    layer: "weakref.ref[Any] | None" = None  # a NexusQuantLayer, whose module imports this one
-
-
-_NOTE = _Note()
-
-
-def note_keys(layer: Any, keys: Tensor) -> None:  # noqa: ANN401 - as above
-    """Remember, until the next note in this thread, that a layer has returned these keys."""
-    _NOTE.keys, _NOTE.layer = weakref.ref(keys), weakref.ref(layer)
-
-
-def take_layer_of(keys: Tensor) -> Any:  # noqa: ANN401 - as above
-    """Return the layer that has just returned this very tensor, once; None if there is none."""
-    if _NOTE.keys is None or _NOTE.keys() is not keys:
-        return None
-    layer = None if _NOTE.layer is None else _NOTE.layer()
-    _NOTE.keys = _NOTE.layer = None
-    return layer
 
 
 @dataclass

@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.layer.compress import fitted_transforms
-from nexusquant_cache.layer.crop import check_crop, kept_before, remove
+from nexusquant_cache.layer.crop import check_crop, remove
 from nexusquant_cache.layer.host import to_device, to_host
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.reading import dense, held
@@ -187,11 +187,11 @@ class CompressedPart(Part):
 
     def held(self) -> HeldTokens:
         """Return all kept tokens as they are now, for attention."""
-        return held(self.layer.state, self.layer.shared, self.layer.residency)
+        return held(self.layer.state, self.layer.residency)
 
     def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
         """Return all kept keys and values, decoded, in the dtypes they came in, oldest first."""
-        return dense(self.layer.state, self.layer.shared, self.layer.residency)
+        return dense(self.layer.state, self.layer.residency)
 
     @property
     def is_pending(self) -> bool:
@@ -217,11 +217,6 @@ class CompressedPart(Part):
     def check_crop(self, count: int) -> None:
         """Raise UnsupportedError if the newest ``count`` tokens cannot be removed."""
         check_crop(self.layer.state, count)
-
-    def kept_before(self, count: int) -> Tensor | None:
-        """Return how many packed tokens each head has without the newest ``count``; None if all of these are exact."""
-        self.layer.residency.arrive()
-        return kept_before(self.layer.state, count)
 
     def take_back(self, seen: int) -> bool:
         """Undo the last update, back to so many tokens seen; without tokens, forget shapes as well.

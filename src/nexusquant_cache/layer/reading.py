@@ -7,41 +7,56 @@ from torch import Tensor
 
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.layer.residency import Residency
-from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import LayerState
-from nexusquant_cache.states import HeldStates
+from nexusquant_cache.layer.state import LayerState, Pair
+from nexusquant_cache.states.source import See, Source
+from nexusquant_cache.states.tensors import ExactStates, HeldStates
 
 
-def held(state: LayerState, shared: Shared, residency: Residency) -> HeldTokens:
-    """Return all kept tokens as they are now, oldest first, on the device of the layer."""
+def held(state: LayerState, residency: Residency) -> HeldTokens:
+    """Return all kept tokens as they are now, on the device of the layer."""
     residency.fetch()
     if state.body is None or state.codecs is None:
-        return HeldTokens(state.exact)
-    before = None if state.sink_place is None else tuple(state.sink_place[:, 1].tolist())
+        return HeldTokens(state.exact, state.seen)
     return HeldTokens(
         tail=state.exact,
+        seen=state.seen,
         sinks=state.sinks,
         keys=CodedSide(state.codecs[0], state.body.keys.packed(), state.body.keys.transform),
         values=CodedSide(state.codecs[1], state.body.values.packed(), state.body.values.transform),
         positions=replace(state.body.positions),
         phase=state.phase,
-        pads=shared.padding.pads,
-        before_sinks=before if before is not None and any(before) else None,
+        sink_positions=state.sink_positions,
     )
 
 
-def dense(
-    state: LayerState, shared: Shared, residency: Residency
-) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
+def dense(state: LayerState, residency: Residency) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
     """Return all kept keys and values in the dtypes they came in, oldest first."""
     with residency.at_home():
-        tokens = held(state, shared, residency)
+        tokens = held(state, residency)
         return tokens.dense_keys(), tokens.dense_values()
 
 
-def visible(state: LayerState, shared: Shared, residency: Residency) -> tuple[Tensor, Tensor]:
-    """Return what attention shall see: decoded, unless it has shown that it can read codes."""
-    if state.body is None or not state.codes_are_read:
-        return dense(state, shared, residency)
-    tokens = held(state, shared, residency)
-    return HeldStates(tokens, "keys"), HeldStates(tokens, "values")
+def states(
+    state: LayerState, residency: Residency, fresh: int, see: See, *, given: Pair | None, was_shown: bool
+) -> Pair:
+    """Return what an update hands to attention.
+
+    Args:
+        state: The layer, with the new tokens.
+        residency: Where its tensors are.
+        fresh: How many tokens are new.
+        see: What is to be shown their attention.
+        given: Keys and values of the update, if they are all that the layer holds: they may need gradients.
+        was_shown: Whether the attention to the tokens before was shown.
+
+    Returns:
+        States without numbers where attention is known to be answered from codes, and where there is nothing that
+        they could be decoded to: of evicted tokens nothing is left.
+    """
+    tokens = held(state, residency)
+    source = Source(tokens, fresh, see)
+    if tokens.keys is not None and (was_shown or not tokens.is_whole):
+        return HeldStates.of(source, "keys"), HeldStates.of(source, "values")
+    if given is None:
+        given = tokens.dense_keys(), tokens.dense_values()
+    return ExactStates.of(given[0], source, "keys"), ExactStates.of(given[1], source, "values")

@@ -14,15 +14,13 @@ def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
 
 
 def is_due_early(state: LayerState, shared: Shared) -> bool:
-    """Tell whether to compress before the prefill is over: only if enough tokens wait, and all pads would go."""
-    padding = shared.padding
-    if shared.when == "post_prefill" or not state.turn.is_pending or not padding.is_settled(state.seen):
+    """Tell whether to compress before the prefill is over: only if enough tokens wait, in every row."""
+    if shared.when == "post_prefill" or not state.turn.is_pending:
         return False
-    waiting = candidates(state, shared)
-    if waiting < shared.settings.min_tokens:
+    if candidates(state, shared) < shared.settings.min_tokens:
         return False
-    evicts = shared.evicts and padding.may_evict(state.seen)
-    return state.body is not None or not evicts or waiting - kept_of(waiting, state, shared) >= padding.most
+    # The first compression fits the transforms of a row, which it cannot do to padding.
+    return state.body is not None or state.pads is None or bool((~state.pads).sum(1).amin() > shared.settings.sink_tokens)
 
 
 def candidates(state: LayerState, shared: Shared) -> int:
@@ -33,21 +31,7 @@ def candidates(state: LayerState, shared: Shared) -> int:
 
 def kept_of(count: int, state: LayerState, shared: Shared) -> int:
     """Return how many of so many candidates a compression keeps."""
-    padding = shared.padding
-    # transformers' mask takes as many of a row's first slots for pads as there are pads not evicted yet.  Later
-    # evictions would have to take packed pads, one by one in each row; such a batch is rather kept whole.
-    keeps_pads = state.body is not None and state.seen - state.kept < padding.most
-    if keeps_pads or not padding.may_evict(state.seen):
-        return count
-    return ceil(shared.settings.keep_ratio * count)
-
-
-def planned_eviction(state: LayerState, shared: Shared, query_length: int) -> int:
-    """Return how many tokens the next update, of so many tokens, will evict."""
-    count = candidates(state, shared)
-    if not state.turn.is_pending or not is_due(state, shared, query_length) or count < shared.settings.min_tokens:
-        return 0
-    return count - kept_of(count, state, shared)
+    return ceil(shared.settings.keep_ratio * count) if state.may_evict else count
 
 
 def wants_queries(state: LayerState, shared: Shared) -> bool:

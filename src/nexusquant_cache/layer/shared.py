@@ -8,7 +8,6 @@ from typing import Literal
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.rope import RotaryPhase
-from nexusquant_cache.layer.padding import BatchPadding
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
@@ -24,24 +23,24 @@ class Shared:
         settings: How the cache spends its bytes.
         when: When it compresses.
         offloading: Whether codes, and a prompt that waits, stay in host memory.
-        padding: What is known about pads.
+        mask_shape: Shape of the prompt, if the user has given its mask; None once that was checked.
         make_policy: Returns the policy of a layer.
         make_codec: Returns the codec of a side, for vectors of this length, in a layer.
         make_phase: Returns the rotary phase to take off a layer's keys when so many tokens have been seen, or None.
         given_transforms: Of each layer, what it shall use in place of fitting its own; may be empty.
         phases: The rotary phases of the layers, each once.
-        has_warned: Whether it was said that nothing is evicted because the padding is not known.
+        has_warned: Whether it was said that nothing is evicted because attention was not seen.
     """
 
     settings: CacheConfig
     when: When
     offloading: bool
-    padding: BatchPadding
     make_policy: Callable[[int], EvictionPolicy]
     make_codec: Callable[[Side, int, int], VectorCodec]
     make_phase: Callable[[int, int], RotaryPhase | None]
     given_transforms: tuple[LayerTransforms | None, ...] = ()
     phases: list[RotaryPhase] = field(default_factory=list)
+    mask_shape: tuple[int, int] | None = None
     has_warned: bool = False
 
     @property
@@ -62,13 +61,14 @@ class Shared:
             stacklevel=2,
         )
 
-    def warn_kept_whole(self) -> None:
-        """Warn, once for each prompt, that nothing is evicted because the padding is not known."""
-        if self.has_warned or self.padding.stated is not None:  # a stated row may be all padding so far
+    def warn_kept_whole(self, layer_idx: int) -> None:
+        """Warn, once for each prompt, that nothing is evicted because attention was not seen."""
+        if self.has_warned:
             return
         self.has_warned = True
         warnings.warn(
-            "it cannot be told which tokens of this batch are padding, so all of them are kept and only quantized. "
-            "Give the cache the mask: NexusQuantCache(..., attention_mask=inputs['attention_mask']).",
+            f"the attention of layer {layer_idx} was not seen, so all tokens are kept and only quantized. Call "
+            "nexusquant_cache.attention.enable(model) before the prompt, for attention that is not torch's own (flash, "
+            "flex, kernels). Where the model changes keys between cache and attention, nothing can be evicted.",
             stacklevel=2,
         )

@@ -10,7 +10,7 @@ from math import isfinite
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from nexusquant_cache.codec.base import VectorCodec
@@ -72,12 +72,11 @@ def _count_bits(x: Tensor) -> Tensor:
     return x + (x >> 4) & 0x0F
 
 
-def _places(x: Tensor, facts: Facts) -> str | None:
-    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) <= facts["seen"]:
-        return f"must hold numbers from 0 to {facts['seen']}"
-    last, before = x.amax(0).tolist()
-    lies_behind = last + facts["sinks"] > facts["packed_end"] or before > facts["packed"]
-    return "lies behind the packed tokens" if lies_behind else None
+def are_places(x: Tensor, facts: Facts) -> str | None:
+    """Say whether sinks do not stand one behind the other, or some behind the packed tokens."""
+    if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < max(facts["packed_end"], 1):
+        return "lies behind the packed tokens"
+    return "is not ascending" if bool((x[:, 1:] <= x[:, :-1]).any()) else None
 
 
 def _plans(x: Tensor, facts: Facts, layouts: str) -> str | None:
@@ -170,7 +169,8 @@ TENSORS: tuple[Declared, ...] = (
     *_tokens(0, "keys"),
     *_tokens(1, "values"),
     Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
-    Declared("sink_place", "sink_place", ("batch", 2), "sink_place_dtype", "positions", _places, stays=True),
+    Declared("sink_positions", "sink_positions", ("batch", "sinks"), "sink_positions", "positions", are_places),
+    Declared("pads", "pads", ("batch", "tail"), "pads", "positions", None),
     Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
     Declared(
         "queries_before",
@@ -256,8 +256,8 @@ class LayerState:
         sinks: First tokens of each row, exact, once anything is packed.
         body: Packed tokens.
         phase: The rotary phase that was taken off the packed keys.
-        sink_place: Of each row of a padded batch, the position of its first sink, and how many kept tokens (pads)
-            come before it.  On the CPU.
+        sink_positions: Original positions of the sinks, ascending; None if they are the first tokens of every row.
+        pads: Which tokens of the tail are padding, as the prefill's mask has it; None if none are.
         observed: What attention has shown of the prompt that waits for its compression.
         turn: What the layer waits for.
         code_error: How much encoding the first tokens changed attention, see `probe.attention_error`; None before.
@@ -265,8 +265,7 @@ class LayerState:
         asked: Those that the cache was asked for.
         policy: Which tokens to keep.
         device: Where attention needs everything.
-        codes_are_read: Whether attention of ours has seen this layer's keys, and so can read codes; see
-            `nexusquant_cache.attention`.
+        shown: From which token to which the attention to new tokens has been shown, without a gap.
     """
 
     layer_idx: int
@@ -275,7 +274,8 @@ class LayerState:
     sinks: Pair | None = None
     body: PackedTokens | None = None
     phase: RotaryPhase | None = None
-    sink_place: Int[Tensor, "b 2"] | None = None
+    sink_positions: Int[Tensor, "b s"] | None = None
+    pads: Bool[Tensor, "b tail"] | None = None
     observed: Observations = field(default_factory=Observations)
     turn: Turn = field(default_factory=Turn)
     code_error: float | None = None
@@ -283,7 +283,7 @@ class LayerState:
     asked: Codecs | None = None
     policy: EvictionPolicy | None = None
     device: torch.device | None = None
-    codes_are_read: bool = False
+    shown: tuple[int, int] = (0, 0)
 
     @property
     def exact(self) -> Pair:
@@ -316,6 +316,40 @@ class LayerState:
     def kept(self) -> int:
         """Tokens stored, exact or packed."""
         return self.sink_tokens + self.packed_tokens + self.tail_tokens
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether attention to the newest tokens could be seen: then it can be answered from codes."""
+        return 0 < self.seen == self.shown[1]
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether tokens of the tail may go: only where the model's own mask is at hand, so that it can leave them out.
+
+        Where attention cannot be seen, all tokens stay, and the decoded states fit any mask.
+        """
+        return self.is_shown and self.shown[0] <= self.seen - self.tail_tokens
+
+    def note_shown(self, fresh: int) -> None:
+        """Take note that the attention to the newest tokens was shown."""
+        before = self.seen - fresh
+        start = self.shown[0] if self.shown[1] == before else before
+        self.shown = (start, self.seen)
+
+    def note_pads(self, fresh: Bool[Tensor, "#b fresh"]) -> None:
+        """Take note of which of the newest tokens are padding."""
+        tail = self.exact[0]
+        if self.pads is None:
+            self.pads = torch.zeros(len(tail), tail.shape[2], dtype=torch.bool, device=self.home)
+        self.pads[:, tail.shape[2] - fresh.shape[1] :] = fresh
+
+    def append(self, keys: Tensor, values: Tensor) -> None:
+        """Add exact tokens to the tail."""
+        fresh = keys.shape[2]
+        pads = None if self.pads is None else torch.nn.functional.pad(self.pads, (0, fresh))
+        self.tail = (_joined(self.exact[0], keys), _joined(self.exact[1], values))
+        self.pads = pads
+        self.seen += fresh
 
     def holders(self, *kinds: Kind) -> Iterator[object]:
         """Yield the tensors of these kinds, and what holds them where that holds more: buffers and transforms."""
@@ -371,7 +405,7 @@ class LayerState:
 
     def forget_packed(self) -> None:
         """Become a layer that has never packed anything; its tail stays."""
-        self.sinks = self.body = self.phase = self.sink_place = self.code_error = None
+        self.sinks = self.body = self.phase = self.sink_positions = self.code_error = None
         self.codecs = self.asked
 
     @property
@@ -379,6 +413,10 @@ class LayerState:
         """What grows with the packed tokens."""
         found = (find(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
         return [buffer for buffer in found if buffer is not None]
+
+
+def _joined(stored: Tensor, new: Tensor) -> Tensor:
+    return own(new) if stored.shape[2] == 0 else torch.cat([stored, new.detach()], 2)
 
 
 def _of(kinds: tuple[Kind, ...], *, but: Kind | None = None) -> list[Declared]:

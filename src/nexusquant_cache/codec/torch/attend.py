@@ -27,59 +27,52 @@ _CHUNK = 1 << 19  # channels decoded at once, over all heads: 2 MiB in float32, 
 def attend(
     queries: Float[Tensor, "b q m d"],
     held: HeldTokens,
-    mask: Shaped[Tensor, "#b #q m n"] | None,
+    mask: Shaped[Tensor, "#b #q #m seen"] | None,
     softmax: Softmax,
-) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b q m n"]]:
-    """Return the attention output and weights, in float32, tokens in the order of ``held``.
+) -> tuple[Float[Tensor, "b q m dv"], Float[Tensor, "b heads group m n"]]:
+    """Return the attention output in float32, and its weights by KV head and query head, tokens as they are stored.
 
     Args:
         queries: Queries of the newest tokens.
         held: What they attend to.
-        mask: True for what may be seen, or numbers to add to the logits; None if all may be seen.
+        mask: True for what may be seen, or numbers to add to the logits, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
     """
-    batch, _, count, _ = queries.shape
-    heads = held.tail[0].shape[1]
+    visible = None if mask is None else held.stored(mask)
     with torch.autocast(queries.device.type, enabled=False):
-        q = (queries.float() * softmax.scaling).unflatten(1, (heads, -1)).flatten(2, 3)
-        logits = in_order(held, _logits(q, held)).view(batch, -1, count, held.tokens)
-        weights = _softmax(logits, mask, softmax)
-        out = _values(stored(held, weights.view(batch, heads, -1, held.tokens)), held)
-    return out.view(batch, -1, count, out.shape[-1]), weights
+        weights = _softmax(logits_of(queries, held, softmax.scaling), visible, softmax)
+    return values_of(weights, held), weights
 
 
-def _softmax(logits: Tensor, mask: Tensor | None, options: Softmax) -> Tensor:
+def logits_of(
+    queries: Float[Tensor, "b q m d"], held: HeldTokens, scaling: float
+) -> Float[Tensor, "b heads group m n"]:
+    """Return scaled logits in float32, by KV head and query head of its group, tokens as they are stored."""
+    heads, count = held.tail[0].shape[1], queries.shape[2]
+    with torch.autocast(queries.device.type, enabled=False):
+        q = (queries.float() * scaling).unflatten(1, (heads, -1)).flatten(2, 3)
+        return _logits(q, held).unflatten(2, (-1, count))
+
+
+def values_of(weights: Float[Tensor, "b heads group m n"], held: HeldTokens) -> Float[Tensor, "b q m dv"]:
+    """Return the weighted sums of all values in float32, by query head; tokens as they are stored."""
+    with torch.autocast(weights.device.type, enabled=False):
+        out = _values(weights.float().flatten(2, 3), held)
+    return out.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+
+
+def _softmax(
+    logits: Float[Tensor, "b heads group m n"], mask: Tensor | None, options: Softmax
+) -> Float[Tensor, "b heads group m n"]:
     if options.softcap is not None:
         logits = options.softcap * torch.tanh(logits / options.softcap)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
     if options.sink_logits is not None:
-        extra = options.sink_logits.float()[None, :, None, None].expand(*logits.shape[:3], 1)
-        return torch.cat([logits, extra], -1).softmax(-1)[..., :-1]
+        sinks = options.sink_logits.float().view(1, *logits.shape[1:3], 1, 1)
+        return torch.cat([logits, sinks.expand(*logits.shape[:4], 1)], -1).softmax(-1)[..., :-1]
     # A query that may see nothing (a pad's) sees nothing.
     return logits.softmax(-1) if mask is None else logits.softmax(-1).nan_to_num(0.0)
-
-
-def in_order(held: HeldTokens, x: Shaped[Tensor, "b h m n"]) -> Shaped[Tensor, "b h m n"]:
-    """Put what is stored sinks first into the order of the tokens."""
-    return _swap(held, x, sinks_first=True)
-
-
-def stored(held: HeldTokens, x: Shaped[Tensor, "b h m n"]) -> Shaped[Tensor, "b h m n"]:
-    """Put what is in the order of the tokens as it is stored: sinks first."""
-    return _swap(held, x, sinks_first=False)
-
-
-def _swap(held: HeldTokens, x: Tensor, *, sinks_first: bool) -> Tensor:
-    """Exchange the sinks of each row with the packed tokens before them."""
-    if held.before_sinks is None or held.sinks is None:
-        return x
-    sinks, rows = held.sinks[0].shape[2], []
-    for row, before in zip(x, held.before_sinks, strict=True):
-        first, second = (sinks, before) if sinks_first else (before, sinks)
-        parts = row[..., first : first + second], row[..., :first], row[..., first + second :]
-        rows.append(torch.cat(parts, -1))
-    return torch.stack(rows)
 
 
 def _logits(q: Float[Tensor, "b h m d"], held: HeldTokens) -> Float[Tensor, "b h m n"]:
@@ -109,7 +102,7 @@ def _logits(q: Float[Tensor, "b h m d"], held: HeldTokens) -> Float[Tensor, "b h
 
 
 def _values(weights: Float[Tensor, "b h m n"], held: HeldTokens) -> Float[Tensor, "b h m dv"]:
-    """Return the weighted sums of all values; weights are stored sinks first."""
+    """Return the weighted sums of all values."""
     assert held.values is not None
     assert held.sinks is not None
     first, packed = held.sinks[1].shape[2], held.packed_tokens

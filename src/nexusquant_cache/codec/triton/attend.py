@@ -10,7 +10,6 @@ from triton.runtime.errors import OutOfResources
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.codec.operands import ExactTokens, PackedOperand, Places, RopeOperand
 from nexusquant_cache.codec.softmax import Softmax
-from nexusquant_cache.codec.torch.attend import stored
 from nexusquant_cache.codec.triton import kernels_attend, kernels_positions
 from nexusquant_cache.codec.triton.support import operand
 from nexusquant_cache.errors import UnsupportedError
@@ -19,7 +18,7 @@ from nexusquant_cache.errors import UnsupportedError
 def attend(
     queries: Float[Tensor, "b q m d"],
     held: HeldTokens,
-    mask: Bool[Tensor, "#b #q m n"] | Float[Tensor, "#b #q m n"] | None,
+    mask: Bool[Tensor, "#b #q #m seen"] | Float[Tensor, "#b #q #m seen"] | None,
     softmax: Softmax,
 ) -> tuple[Float[Tensor, "b q m dv"], None] | None:
     """Return the attention output in the dtype of the queries, and no weights.
@@ -27,7 +26,7 @@ def attend(
     Args:
         queries: Queries of the newest tokens.
         held: What they attend to.
-        mask: True for what may be seen, in the order of the tokens; None if all may be seen.
+        mask: True for what may be seen, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
 
     Returns:
@@ -44,13 +43,13 @@ def attend(
     if mask is not None:
         if mask.dtype != torch.bool or mask.shape[1] != 1:
             return None
-        first, count = held.sinks[0].shape[2], held.packed_tokens
-        visible = stored(held, mask.expand(len(queries), -1, -1, -1))[:, 0]
+        first, count = held.sink_tokens, held.packed_tokens
+        visible = held.stored(mask.expand(len(queries), -1, queries.shape[2], -1))[:, :, 0]  # by KV head
         seen = visible[..., first : first + count]
-        if seen.shape[1] > 1 and not torch.equal(seen, seen[:, :1].expand_as(seen)):
+        if not torch.equal(seen, seen[:, :1, :1].expand_as(seen)):
             return None
-        hidden = ~seen[:, 0]
-        exact_mask = torch.cat([visible[..., :first], visible[..., first + count :]], -1)
+        hidden = ~seen[:, 0, 0]
+        exact_mask = torch.cat([visible[:, 0, :, :first], visible[:, 0, :, first + count :]], -1)
     packed_keys, packed_values = _operand(held.keys), _operand(held.values)
     rope, places = _rope(held)
     try:
@@ -96,14 +95,14 @@ def _places(held: HeldTokens) -> Places:
 
 
 def _is_contiguous(held: HeldTokens) -> bool:
-    return held.positions is not None and held.positions.bitmap is None and held.pads is None
+    return held.positions is not None and held.positions.bitmap is None and held.origins is None
 
 
 def _positions(held: HeldTokens) -> Int32[Tensor, "b h n"]:
     assert held.positions is not None
     map_, device = held.positions, held.tail[0].device
     heads = held.tail[0].shape[:2]
-    pads = None if held.pads is None else held.pads.to(device, torch.int32)
+    origins = None if held.origins is None else held.origins.to(device, torch.int32).contiguous()
     return kernels_positions.kept_positions(
-        heads, map_.bitmap, start=map_.start, covered=map_.covered, tokens=map_.tokens, pads=pads
+        heads, map_.bitmap, start=map_.start, covered=map_.covered, tokens=map_.tokens, origins=origins
     )

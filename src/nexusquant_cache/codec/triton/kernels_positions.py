@@ -24,7 +24,7 @@ def _bit_counts(byte):
 @triton.jit(do_not_specialize=["start", "covered", "tokens", "bitmap_b", "bitmap_h"])
 @no_type_check
 def positions_kernel(
-    bitmap, pads, out, start, covered, tokens, bitmap_b, bitmap_h, heads, PART: tl.constexpr
+    bitmap, origins, out, start, covered, tokens, bitmap_b, bitmap_h, heads, PART: tl.constexpr
 ):  # fmt: skip
     """Write the positions of those kept of ``PART`` tokens seen, of one head: grid (parts, b * h)."""
     head = tl.program_id(1).to(tl.int64)
@@ -46,8 +46,8 @@ def positions_kernel(
         byte = tl.load(bitmap + seen // 8, mask=inside, other=0).to(tl.int32)
         kept = tl.where(inside, (byte >> (seen % 8)) & 1, 1)
     position = start + seen
-    if pads is not None:
-        position = tl.maximum(position - tl.load(pads + b), 0)
+    if origins is not None:
+        position = tl.maximum(position - tl.load(origins + b), 0)
     index = before + tl.cumsum(kept, 0) - kept
     tl.store(out + head * tokens + index, position, mask=(kept != 0) & (index < tokens))
 
@@ -59,7 +59,7 @@ def kept_positions(
     start: int,
     covered: int,
     tokens: int,
-    pads: Int32[Tensor, " b"] | None = None,
+    origins: Int32[Tensor, " b"] | None = None,
     device: torch.device | None = None,
 ) -> Int32[Tensor, "b h n"]:
     """Return the position of each kept token, ascending.
@@ -71,11 +71,11 @@ def kept_positions(
         start: Position of the first token.
         covered: Tokens that the bitmap covers.
         tokens: Tokens kept in all.
-        pads: Of each row, what to subtract from its positions, which are 0 at least.
-        device: Where to write; by default where the bitmap is, or the padding.
+        origins: Where each row begins to count: what to subtract from its positions, which are 0 at least.
+        device: Where to write; by default where the bitmap is, or the origins.
     """
     batch, count = heads
-    given = bitmap if bitmap is not None else pads
+    given = bitmap if bitmap is not None else origins
     if device is None and given is not None:
         device = given.device
     out = torch.empty(batch, count, tokens, dtype=torch.int32, device=device)
@@ -86,7 +86,7 @@ def kept_positions(
     # How many of the covered tokens are kept only the device knows.
     most = tokens if bitmap is None else covered + tokens
     positions_kernel[(triton.cdiv(most, _PART), batch * count)](
-        *(bitmap, pads, out, start, covered, tokens),
+        *(bitmap, origins, out, start, covered, tokens),
         *((0, 0) if bitmap is None else bitmap.stride()[:2]),
         count,
         PART=_PART,

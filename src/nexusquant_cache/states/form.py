@@ -1,0 +1,123 @@
+"""How states have been reshaped on their way from `update` to attention."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
+
+_TOKENS, _CHANNELS = 2, 3
+_AXES = 4
+_SPLIT = 5  # axes, with a copy for each query head of a group as the third
+
+
+@dataclass(frozen=True)
+class Form:
+    """What models do to keys and values before they attend: one copy for each query head, and the keys transposed.
+
+    Attributes:
+        repeats: How many copies of each KV head follow one another.
+        is_split: Whether the copies have an axis of their own, the third.
+        is_transposed: Whether the last two axes are exchanged.
+    """
+
+    repeats: int = 1
+    is_split: bool = False
+    is_transposed: bool = False
+
+    def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """Return the shape of states ``[batch, kv_heads, tokens, channels]`` in this form."""
+        batch, heads, *vectors = stored
+        if self.is_transposed:
+            vectors.reverse()
+        return (batch, heads, self.repeats, *vectors) if self.is_split else (batch, heads * self.repeats, *vectors)
+
+    def after(self, name: str, stored: Sequence[int], args: Args, kwargs: Kwargs) -> "Form | None":
+        """Return the form that a torch function makes of this one; None if it makes something else of it.
+
+        Args:
+            name: The function's.
+            stored: Shape of the states as the cache has them.
+            args: What it is given behind the states.
+            kwargs: What it is given by name.
+        """
+        if name in _TRANSPOSES:
+            return self._transposed(name, args, kwargs)
+        if name == "__getitem__":
+            return self._indexed(args[0])
+        if name == "unsqueeze":
+            return self._split() if (args or tuple(kwargs.values())) == (_TOKENS,) else None
+        if name == "expand":
+            return self._expanded(_sizes(args, kwargs), stored)
+        if name in {"reshape", "view"}:
+            sizes = _sizes(args, kwargs)
+            return self._joined(sizes, stored) if all(isinstance(size, int) for size in sizes) else None
+        if name == "flatten":
+            axes = (*args, *kwargs.values())
+            return replace(self, is_split=False) if self.is_split and axes == (1, 2) else None
+        if name == "repeat_interleave":
+            return self._repeated(args, kwargs)
+        return None
+
+    def _transposed(self, name: str, args: Args, kwargs: Kwargs) -> "Form | None":
+        if self.is_split:
+            return None
+        axes = _sizes(args, kwargs)
+        order = list(range(_AXES))
+        if name == "permute":
+            asked = [axis % _AXES for axis in axes]
+            order = asked if len(asked) == _AXES else order
+        elif all(isinstance(axis, int) for axis in axes):
+            first, second = (axis % _AXES for axis in axes)
+            order[first], order[second] = order[second], order[first]
+        if order == [0, 1, _CHANNELS, _TOKENS]:
+            return replace(self, is_transposed=not self.is_transposed)
+        return self if order == [*range(_AXES)] else None
+
+    def _split(self) -> "Form | None":
+        return replace(self, is_split=True) if self.repeats == 1 and not self.is_split else None
+
+    def _indexed(self, index: object) -> "Form | None":
+        """Follow ``x[:, :, None]``, and indices that choose everything."""
+        if not isinstance(index, tuple) or not all(part is None or _is_all(part) for part in index):
+            return None
+        added = [place for place, part in enumerate(index) if part is None]
+        return self if not added else self._split() if added == [_TOKENS] else None
+
+    def _expanded(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
+        if len(sizes) != (_SPLIT if self.is_split else _AXES):
+            return None
+        wanted = replace(self, repeats=sizes[2]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
+        shape = wanted.shape(stored)
+        return wanted if all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
+
+    def _joined(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
+        """Follow a reshape that leaves everything as it is, or puts the copies behind one another."""
+        joined = replace(self, is_split=False)
+        for form in (self, joined):
+            shape = form.shape(stored)
+            fits = len(sizes) == len(shape) and all(a in {-1, b} for a, b in zip(sizes, shape, strict=True))
+            if fits and sizes.count(-1) <= 1:
+                return form
+        return None
+
+    def _repeated(self, args: Args, kwargs: Kwargs) -> "Form | None":
+        given = dict(zip(("repeats", "dim"), args, strict=False)) | dict(kwargs)
+        repeats = given.get("repeats")
+        if self.is_split or self.repeats > 1 or given.get("dim") not in {1, -3} or not isinstance(repeats, int):
+            return None
+        return replace(self, repeats=repeats)
+
+
+def _is_all(index: object) -> bool:
+    return isinstance(index, slice) and index == slice(None)
+
+
+_TRANSPOSES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
+
+
+def _sizes(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
+    """Return numbers that are given one by one or as one sequence."""
+    given = (*args, *kwargs.values())
+    found = tuple(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given
+    return found  # type: ignore[return-value]

@@ -1,0 +1,112 @@
+"""What a model does with its logits between the keys and the values, where it does that by itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from nexusquant_cache.states.source import Source
+from nexusquant_cache.uncompiled import uncompiled
+
+_MULTIPLIES = frozenset({"mul", "mul_", "multiply", "multiply_"})
+_DIVIDES = frozenset({"div", "div_", "divide", "divide_", "true_divide", "true_divide_"})
+_CHANGES_NO_NUMBER = frozenset({"to", "float", "type", "contiguous", "clone"})
+# Of minus infinity these make something else.
+_BOUNDS = frozenset({"tanh", "tanh_", "sigmoid", "sigmoid_", "clamp", "clamp_", "clip", "hardtanh", "softsign"})
+
+
+class Logits(torch.Tensor):
+    """The product of queries and the keys of a cache, on its way to the softmax.
+
+    It has real numbers, and every function computes with them.  On the way it learns what the scorer has to know: how
+    the model scales its logits, and which new tokens no query attends to.  Evicted tokens are at minus infinity, and
+    stay there when the model bounds its logits (soft-capping).
+    """
+
+    source: Source
+    queries: Tensor
+    scaling: float | None
+    evicted: Bool[Tensor, "b q #m seen"] | None
+
+    @staticmethod
+    def of(
+        logits: Float[Tensor, "b q m seen"],
+        source: Source,
+        queries: Float[Tensor, "b q m d"],
+        evicted: Bool[Tensor, "b q #m seen"] | None,
+    ) -> "Logits":
+        """Return logits that know what they come from."""
+        self = logits.as_subclass(Logits)
+        self.source, self.queries, self.evicted, self.scaling = source, queries, evicted, None
+        return self
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        """Compute, and go with the result as long as it is made of logits."""
+        del types
+        return _compute(func, args, kwargs or {})
+
+
+@uncompiled
+def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
+    name = getattr(func, "__name__", "")
+    given = next((x for x in args if isinstance(x, Logits)), None)
+    if given is not None and name == "softmax":
+        _show(given)
+    result = func(*_plain(args), **_plain(kwargs))
+    if given is None or name in {"softmax", "detach", "__get__"} or not _is_made_of(result, given):
+        return result
+    if given.evicted is not None and name in _BOUNDS:
+        result[..., : given.evicted.shape[-1]].masked_fill_(given.evicted, -torch.inf)
+    return _follow(result, given, name, args)
+
+
+def _follow(result: Tensor, given: Logits, name: str, args: tuple[Any, ...]) -> Logits:
+    followed = Logits.of(result, given.source, given.queries, given.evicted)
+    followed.scaling = given.scaling
+    if followed.scaling is None and name not in _CHANGES_NO_NUMBER:
+        factor = _number(args[1]) if name in _MULTIPLIES | _DIVIDES and len(args) > 1 and args[0] is given else None
+        followed.scaling = 1.0 if factor is None else 1 / factor if name in _DIVIDES else factor
+    if name.endswith("_"):  # the model may go on with what it had
+        given.scaling = followed.scaling
+    return followed
+
+
+def _number(x: object) -> float | None:
+    """Return the value of a number, given as such or as a tensor of one."""
+    if isinstance(x, Tensor):
+        x = float(x) if x.numel() == 1 else None
+    return float(x) if isinstance(x, int | float) and x else None
+
+
+def _is_made_of(result: object, given: Tensor) -> bool:
+    """Tell whether this may be logits of the same queries, perhaps with those of further tokens behind them."""
+    return (
+        isinstance(result, Tensor)
+        and result.is_floating_point()
+        and result.shape[:-1] == given.shape[:-1]
+        and result.shape[-1] >= given.shape[-1]
+    )
+
+
+def _show(logits: Logits) -> None:
+    """Tell the source what the softmax is about to get."""
+    source, pads = logits.source, None
+    if source.fresh > 1:
+        seen = source.held.seen
+        newest = logits.as_subclass(Tensor)[..., seen - source.fresh : seen]
+        pads = ~(newest > torch.finfo(newest.dtype).min / 2).flatten(1, 2).any(1)
+    source.note(logits.queries, 1.0 if logits.scaling is None else logits.scaling, pads)
+
+
+def _plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function
+    return tree_map_only(Logits, lambda x: x.as_subclass(Tensor), given)
