@@ -47,7 +47,7 @@ def tiny_llama(attention: str = "sdpa", **options: Any) -> LlamaForCausalLM:
     model = LlamaForCausalLM(tiny_config(**options)).eval()
     torch.set_rng_state(state)
     model.set_attn_implementation(attention)
-    return model
+    return model.requires_grad_(requires_grad=False)
 
 
 def prompt(tokens: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -139,8 +139,7 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
         transform = packed.transform
         return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
 
-    pads = cache.shared.padding.pads
-    rows: list[object] = [cache.shared.padding.certain, None if pads is None else pads.tolist()]
+    rows: list[object] = [cache.shared.has_warned, cache.shared.mask_shape]
     for layer in cache.layers:
         flags = (
             layer.record_past,
@@ -156,7 +155,7 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
             frozen(layer.state.sinks),
             frozen(layer.state.tail),
         ]
-        row.append(frozen(layer.state.sink_place))
+        row += [frozen(layer.state.sink_positions), frozen(layer.state.pads), layer.state.shown]
         if layer.state.body is not None:
             positions = layer.state.body.positions.positions(torch.device("cpu"))
             row += [side(layer.state.body.keys), side(layer.state.body.values), frozen(positions)]
@@ -173,8 +172,8 @@ def kept_positions(cache: NexusQuantCache, layer_idx: int) -> Tensor:
         return tail
     body = layer.state.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
     sinks = torch.arange(layer.state.sinks[0].shape[2]).expand(*shape, -1)
-    if layer.state.sink_place is not None:  # each row's sinks are its first real tokens
-        sinks = sinks + layer.state.sink_place[:, :1, None]
+    if layer.state.sink_positions is not None:  # each row's sinks are its first real tokens
+        sinks = layer.state.sink_positions[:, None].expand(*shape, -1)
     return torch.cat([sinks, body, tail], -1).sort(-1).values
 
 
