@@ -40,6 +40,14 @@ class FormatError(NexusQuantError, ValueError):
     """A file that is no saved cache, is damaged, has been made to mislead, or belongs to another model."""
 
 
+def no_gradients(what: str) -> UnsupportedError:
+    """Return the error for gradients that would be lost; ``what`` says where the tokens stand."""
+    return UnsupportedError(
+        f"a compressed cache carries no gradients, and {what}. For inference, run the model under torch.no_grad(); for "
+        "training, use no cache or transformers' DynamicCache."
+    )
+
+
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return the tail of a message: the nearest allowed name, if any, and all allowed names."""
     names = sorted(allowed)

@@ -79,9 +79,14 @@ def additive(visible: Tensor) -> Tensor:
 
 
 def kept_now(cache: LosslessCache, layer_idx: int) -> Tensor:
-    """Return which tokens a layer keeps, ``[batch, query_heads, 1, seen]``."""
-    kept = kept_positions(cache, layer_idx)
-    found = torch.zeros(*kept.shape[:2], cache.layers[layer_idx].get_seq_length(), dtype=torch.bool).scatter_(2, kept, value=True)
+    """Return which tokens a layer keeps and shows, ``[batch, query_heads, 1, seen]``."""
+    state = cache.layers[layer_idx].state
+    found = torch.zeros(*state.tail[0].shape[:2], state.seen, dtype=torch.bool)
+    found.scatter_(2, kept_positions(cache, layer_idx), value=True)
+    if state.body is not None and state.body.positions.hidden is not None:
+        positions, visible = state.body.positions.positions(torch.device("cpu")), state.body.positions.visible()
+        hidden = torch.zeros_like(found).scatter_(2, positions, ~visible)
+        found &= ~hidden
     return found.repeat_interleave(GROUP, 1)[:, :, None]
 
 

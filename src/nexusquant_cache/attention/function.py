@@ -153,6 +153,7 @@ def _seen(
     if not is_packed or {name for name, given in options.items() if given is not None} - _UNDERSTOOD:
         return None
     answer.check_dropout(options.get("dropout") or 0.0)
+    answer.check_gradients(query, mask if isinstance(mask, Tensor) else None, options.get("s_aux"))
     bounded = stock != "sdpa"  # which passes over softcap and sink logits
     softmax = Softmax(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,

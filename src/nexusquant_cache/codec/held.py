@@ -5,7 +5,7 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
@@ -73,8 +73,8 @@ class HeldTokens:
 
     @property
     def is_whole(self) -> bool:
-        """Whether every token that was seen is kept."""
-        return self.tokens == self.seen
+        """Whether every token that was seen is kept, and none of them hidden."""
+        return self.tokens == self.seen and (self.positions is None or self.positions.hidden is None)
 
     @property
     def is_plain(self) -> bool:
@@ -97,6 +97,28 @@ class HeldTokens:
         else:
             sinks = self.sink_positions[:, None]
         return torch.cat([x.expand(*lead, x.shape[-1]) for x in (sinks, packed, newest)], -1)
+
+    @cached_property
+    def visible(self) -> Bool[Tensor, "b h 1 1 n"] | None:
+        """Which tokens may be seen at all, as they are stored; None if all of them may."""
+        packed = None if self.positions is None else self.positions.visible()
+        if packed is None:
+            return None
+        found = torch.nn.functional.pad(packed, (self.sink_tokens, self.tail[0].shape[2]), value=True)
+        return found[:, :, None, None].to(self.tail[0].device)
+
+    def mask(self, mask: Shaped[Tensor, "#b #q m seen"] | None) -> Shaped[Tensor, "#b heads group m n"] | None:
+        """Return the model's mask for the tokens as they are stored; None if all may be seen.
+
+        Args:
+            mask: True for what may be seen, or numbers to add to the logits, of all tokens seen.
+        """
+        if mask is None:
+            return self.visible
+        found = self.stored(mask)
+        if self.visible is None:
+            return found
+        return found & self.visible if found.dtype == torch.bool else found.masked_fill(~self.visible, -torch.inf)
 
     def stored(self, x: Shaped[Tensor, "#b #q m seen"]) -> Shaped[Tensor, "#b heads group m n"]:
         """Return what is given for every token seen, for those that are kept, as they are stored.

@@ -17,6 +17,8 @@ class PositionMap:
         bitmap: Bit ``i % 8`` of byte ``i // 8`` says whether token ``start + i`` is kept; None while all are.
         kept: Tokens kept among the covered ones, equal in all heads.
         dense: Tokens after the covered ones, all kept.
+        hidden: The same bits for kept tokens that nobody shall see: they fill the places of rows that keep fewer tokens
+            than others.  None if there are none.
     """
 
     start: int
@@ -24,6 +26,7 @@ class PositionMap:
     kept: int = 0
     dense: int = 0
     bitmap: Tensor | None = field(default=None)
+    hidden: Tensor | None = field(default=None)
 
     @property
     def tokens(self) -> int:
@@ -39,11 +42,16 @@ class PositionMap:
         """Add tokens that are all kept."""
         self.dense += tokens
 
-    def append(self, keep: Bool[Tensor, "b h n"]) -> None:
-        """Add tokens of which these are kept, the same number in every head."""
+    def append(self, keep: Bool[Tensor, "b h n"], hidden: Bool[Tensor, "b h n"] | None = None) -> None:
+        """Add tokens of which these are kept, the same number in every head, and these of them hidden."""
         earlier = keep.new_ones(*keep.shape[:2], self.dense)
+        known = self._bits(keep)
+        if hidden is not None or self.hidden is not None:
+            before = torch.zeros_like(known) if self.hidden is None else self._unpacked(self.hidden)
+            new = torch.zeros_like(keep) if hidden is None else hidden
+            self.hidden = _packed(torch.cat([before, torch.zeros_like(earlier), new], -1))
         self.dense = 0
-        self._set(torch.cat([self._bits(keep), earlier, keep], -1))
+        self._set(torch.cat([known, earlier, keep], -1))
 
     def kept_before(self, end: int) -> Int[Tensor, "b h"] | int:
         """Return how many kept tokens stand before position ``end``, as one number where all heads agree."""
@@ -64,6 +72,9 @@ class PositionMap:
         bits = self._bits(self.bitmap)[..., : max(end - self.start, 0)]
         bits = torch.cat([bits, bits.new_ones(*bits.shape[:2], max(behind, 0))], -1)
         surplus = bits.sum(-1, keepdim=True) - tokens
+        if self.hidden is not None:
+            hidden = self._unpacked(self.hidden)[..., : bits.shape[-1]]
+            self.hidden = _packed(torch.nn.functional.pad(hidden, (0, bits.shape[-1] - hidden.shape[-1])))
         self.dense = 0
         self._set(bits & (bits.cumsum(-1) > surplus))
 
@@ -71,16 +82,25 @@ class PositionMap:
         """Cover these tokens and no others."""
         self.covered = bits.shape[-1]
         self.kept = int(bits[0, 0].sum())
-        padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(*bits.shape[:2], -1, 8)
-        weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
-        self.bitmap = (padded * weights).sum(-1, dtype=torch.uint8)
+        self.bitmap = _packed(bits)
 
     def _bits(self, like: Tensor) -> Bool[Tensor, "b h covered"]:
         if self.bitmap is None:
             return like.new_ones(*like.shape[:2], self.covered, dtype=torch.bool)
-        shifts = torch.arange(8, dtype=torch.uint8, device=self.bitmap.device)
-        bits = (self.bitmap[..., None] >> shifts & 1).flatten(-2)
+        return self._unpacked(self.bitmap)
+
+    def _unpacked(self, bitmap: Tensor) -> Bool[Tensor, "b h covered"]:
+        shifts = torch.arange(8, dtype=torch.uint8, device=bitmap.device)
+        bits = (bitmap[..., None] >> shifts & 1).flatten(-2)
         return bits[..., : self.covered].bool()
+
+    def visible(self) -> Bool[Tensor, "b h tokens"] | None:
+        """Return which kept tokens are not hidden; None if none are."""
+        if self.bitmap is None or self.hidden is None:
+            return None
+        bits, hidden = self._unpacked(self.bitmap), self._unpacked(self.hidden)
+        found = ~hidden[bits].view(*bits.shape[:2], self.kept)
+        return torch.nn.functional.pad(found, (0, self.dense), value=True)
 
     def positions(self, device: torch.device) -> Int[Tensor, "*heads tokens"]:
         """Return the kept positions, ascending: ``[tokens]`` if all are kept, else ``[b, h, tokens]``."""
@@ -91,3 +111,10 @@ class PositionMap:
         kept = bits.nonzero()[:, -1].view(*bits.shape[:2], self.kept) + self.start
         dense = torch.arange(end, end + self.dense, device=device).expand(*bits.shape[:2], -1)
         return torch.cat([kept, dense], -1)
+
+
+def _packed(bits: Bool[Tensor, "b h covered"]) -> Tensor:
+    """Return eight bits to a byte, the first one lowest."""
+    padded = torch.nn.functional.pad(bits, (0, -bits.shape[-1] % 8)).view(*bits.shape[:2], -1, 8)
+    weights = (1 << torch.arange(8, device=bits.device)).to(torch.uint8)
+    return (padded * weights).sum(-1, dtype=torch.uint8)

@@ -77,6 +77,7 @@ def layer_state(state: LayerState, shared: Shared, lists: Lists) -> tuple[LayerM
         policy=None if shape is None or state.policy is None else lists.policy(state.policy),
         more={declared.name: NAMES[x.dtype] for declared, x in state.tensors() if declared.is_listed} or None,
         shown=None if state.shown == (0, 0) else state.shown,
+        updates=(turn.longest, turn.short_updates) if turn.longest else None,
     )
     tensors = {f"{name}.{declared.name}": tensor for declared, tensor in state.tensors()}
     if given is not None:
@@ -91,7 +92,8 @@ def restore_layer(layer: NexusQuantLayer, meta: LayerMeta, source: Source) -> No
     """Put what `layer_state` of another layer returned in place of everything that this one holds."""
     layer.reset()
     state, shared = layer.state, layer.shared
-    state.turn = Turn(meta.pending_from, meta.record_past, meta.expects_prompt, meta.updated_since_crop)
+    flags = (meta.record_past, meta.expects_prompt, meta.updated_since_crop)
+    state.turn = Turn(meta.pending_from, *flags, *(meta.updates or ()))
     if meta.shape is None or meta.asked is None or meta.used is None or meta.observed is None:
         return
     facts = layer_facts(meta, source.codecs)

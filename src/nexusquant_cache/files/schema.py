@@ -146,8 +146,9 @@ class LayerMeta:
 
     ``asked`` and ``used`` are codecs of keys and of values, ``phase`` a rotary phase and ``policy`` what a policy is
     called, all as places in the file's lists.  ``more`` are the dtypes of the tensors that nothing else tells of.
-    ``shown`` is from which token to which the layer has seen the attention to new ones.  ``sink_place`` is of version 1
-    and says whether there is a tensor of that name.
+    ``shown`` is from which token to which the layer has seen the attention to new ones.  ``updates`` are the tokens of
+    the longest update, and how many in a row were shorter (2 stands for more).  ``sink_place`` is of version 1 and says
+    whether there is a tensor of that name.
     """
 
     shape: ShapeMeta | None
@@ -168,6 +169,7 @@ class LayerMeta:
     policy: int | None
     more: dict[str, str] | None = None
     shown: tuple[int, int] | None = None
+    updates: tuple[int, int] | None = None
     sink_place: bool | None = None
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nexusquant_cache.errors import DtypeError, NonFiniteError, OptionError, ShapeError
+from nexusquant_cache.errors import DtypeError, NonFiniteError, OptionError, ShapeError, no_gradients
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
@@ -56,6 +56,23 @@ def check_update(state: LayerState, key_states: Tensor, value_states: Tensor) ->
                 "Call cache.reset() or use a new cache."
             )
             raise DtypeError(msg)
+
+
+def needs_gradients(*states: Tensor) -> bool:
+    """Tell whether what is computed from one of these is to have gradients."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in states)
+
+
+def check_gradients(state: LayerState, key_states: Tensor, value_states: Tensor) -> None:
+    """Refuse a forward in which gradients would have to flow to tokens that are stored without them.
+
+    Raises:
+        UnsupportedError: If this is one: a later update, of which new or old tokens need gradients.
+    """
+    if not state.seen or not torch.is_grad_enabled():
+        return
+    if state.is_detached or needs_gradients(key_states, value_states):
+        raise no_gradients(f"layer {state.layer_idx} already holds {state.seen} tokens")
 
 
 def check_finite(layer_idx: int, keys: Tensor, values: Tensor, where: str) -> None:

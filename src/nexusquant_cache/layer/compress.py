@@ -15,7 +15,7 @@ from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.checks import check_finite
 from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
-from nexusquant_cache.layer.schedule import candidates, kept_of
+from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Codecs, LayerState
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, own
@@ -33,11 +33,11 @@ def make_room(state: LayerState, shared: Shared) -> None:
         if state.turn.is_pending and count >= settings.min_tokens:
             if not state.may_evict and ceil(settings.keep_ratio * count) < count:
                 shared.warn_kept_whole(state.layer_idx)
-            compression.encode_oldest(count, kept_of(count, state, shared))
+            compression.encode_oldest(count, evicts=shared.evicts and state.may_evict)
         elif not state.turn.is_pending and count >= (
             settings.min_tokens if state.body is None else settings.flush_length
         ):
-            compression.encode_oldest(count, count)
+            compression.encode_oldest(count, evicts=False)
     stop_waiting(state)
 
 
@@ -58,6 +58,7 @@ class _First:
         sinks: Where the sinks of each row are in the tail; None if they come first in all rows.
         phase: What was taken off the keys.
         start: Where the map of positions begins.
+        left_out: Which of them are padding, or hidden; None if none are.
     """
 
     keys: Float[Tensor, "b h n d"]
@@ -66,6 +67,7 @@ class _First:
     sinks: Int[Tensor, "b s"] | None
     phase: RotaryPhase | None
     start: int
+    left_out: Bool[Tensor, "b h n"] | None
 
     @property
     def origins(self) -> Int[Tensor, " b"] | None:
@@ -77,14 +79,15 @@ class _First:
 class Compression:
     """A compression of a layer.
 
-    The number of kept tokens depends on lengths alone, so that it is equal in all heads and rows.
+    Each row keeps as many tokens as it would alone.  All rows and heads store equally many, so that rows that keep
+    fewer store others beside, which stay hidden: their pads, if they have any.
     """
 
     state: LayerState
     shared: Shared
 
-    def encode_oldest(self, count: int, kept: int) -> None:
-        """Move ``count`` tokens out of the tail, encoding the ``kept`` best of them.
+    def encode_oldest(self, count: int, *, evicts: bool) -> None:
+        """Move ``count`` tokens out of the tail, encoding them, or the best of them.
 
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
@@ -94,19 +97,23 @@ class Compression:
         sinks = self.shared.settings.sink_tokens if is_first else 0
         stop = sinks + count
         is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
-        sink_places = self._sink_places(sinks, stop) if is_first and is_padded else None
+        places = self._sink_places(sinks, stop) if is_first and is_padded else None
         phase = self.shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
-        keep = None
-        if kept < count or sink_places is not None:
-            keep = self._select(sinks, count, kept, sink_places, phase)
+        is_sink = self._is_sink(sinks, places)
+        keep = hidden = None
+        if evicts:
+            keep, hidden = self._select(is_sink, stop, phase)
+        elif places is not None:
+            keep = ~is_sink[:, None, :stop].expand(-1, state.exact[0].shape[1], -1)
         start = sinks if keep is None else 0
         keys, values = (_pick(x[:, :, start:stop], keep) for x in state.exact)
         check_finite(state.layer_idx, keys, values, "generated tokens")
 
         columns: Int[Tensor, "*heads n"] = torch.arange(start, stop, device=keys.device)
         if keep is not None:
-            columns = columns.expand(*keep.shape)[keep].view(*keep.shape[:2], kept)
-        first = _First(keys, values, columns, sink_places, phase, start) if is_first else None
+            columns = columns.expand(*keep.shape)[keep].view(*keys.shape[:3])
+        left_out = self._left_out(columns, hidden)
+        first = _First(keys, values, columns, places, phase, start, left_out) if is_first else None
         if phase is not None:
             origins = self._origins() if first is None else first.origins
             angles = angles_of(columns + offset, origins, *keys.shape[:2])
@@ -117,9 +124,9 @@ class Compression:
             self._append(keys, values)
         assert state.body is not None
         if keep is None:
-            state.body.positions.append_all(kept)
+            state.body.positions.append_all(keys.shape[2])
         else:
-            state.body.positions.append(keep)
+            state.body.positions.append(keep, hidden)
         state.cut_tail(stop, state.tail_tokens)
         if state.pads is not None and not bool(state.pads.any()):
             state.pads = None
@@ -192,16 +199,20 @@ class Compression:
         queries = self.state.observed.last_queries(QUERY_WINDOW, self.state.seen)
         if queries is None:
             queries = stand_in_queries(self.state.exact[0], keys[0])
-        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), self._pads_at(first.columns))
+        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), first.left_out)
 
-    def _pads_at(self, columns: Int[Tensor, "*heads n"]) -> Bool[Tensor, "b h n"] | None:
-        """Return which tokens of the tail are padding; None if there is none in it."""
+    def _left_out(
+        self, columns: Int[Tensor, "*heads n"], hidden: Bool[Tensor, "b h m"] | None
+    ) -> Bool[Tensor, "b h n"] | None:
+        """Return which tokens of the tail are padding or hidden; None if none are."""
         pads = self.state.pads
-        if pads is None:
+        if pads is None and hidden is None:
             return None
         lead = self.state.exact[0].shape[:2]
         index = columns.expand(*lead, columns.shape[-1])
-        return pads[:, None].expand(*lead, -1).gather(2, index)
+        marks = [x.expand(*lead, -1).gather(2, index) for x in (None if pads is None else pads[:, None], hidden) if x is not None]
+        found = torch.stack(marks).any(0)
+        return found if bool(found.any()) else None
 
     # Which tokens stay
 
@@ -213,39 +224,51 @@ class Compression:
         rank = torch.where(pads, 2 * stop - order, order)
         return rank.argsort(1)[:, :sinks].sort(1).values
 
-    def _select(
-        self, sinks: int, count: int, kept: int, places: Int[Tensor, "b s"] | None, phase: RotaryPhase | None
-    ) -> Bool[Tensor, "b h n"]:
-        """Choose which of the first ``sinks + count`` tokens of the tail to encode.
+    def _is_sink(self, sinks: int, places: Int[Tensor, "b s"] | None) -> Bool[Tensor, "b tail"]:
+        """Return which tokens of the tail are sinks."""
+        rows, device = len(self.state.exact[0]), self.state.home
+        found = torch.zeros(rows, self.state.tail_tokens, dtype=torch.bool, device=device)
+        if places is not None:
+            return found.scatter_(1, places, value=True)
+        found[:, :sinks] = True
+        return found
 
-        Pads go first, oldest first.  Only then does the policy choose, and it is shown a row without its pads, as if
-        the row had been alone; rows with the same pads are shown to it together.
+    def _select(
+        self, is_sink: Bool[Tensor, "b tail"], stop: int, phase: RotaryPhase | None
+    ) -> tuple[Bool[Tensor, "b h n"], Bool[Tensor, "b h n"] | None]:
+        """Choose which of the first ``stop`` tokens of the tail to encode, and which of these to hide.
+
+        The policy is shown a row without its pads, as if the row had been alone; rows with the same pads together.
         """
-        state, stop = self.state, sinks + count
+        state = self.state
         keys, policy = state.exact[0], state.policy
         assert policy is not None
-        is_sink = torch.zeros(len(keys), state.tail_tokens, dtype=torch.bool, device=keys.device)
-        if places is None:
-            is_sink[:, :sinks] = True
-        else:
-            is_sink.scatter_(1, places, value=True)
-        keep = torch.zeros(*keys.shape[:2], stop, dtype=torch.bool, device=keys.device)
+        pads = torch.zeros_like(is_sink) if state.pads is None else state.pads
+        free = ~is_sink[:, :stop] & ~pads[:, :stop]
+        counts = [self._kept_of(candidates) for candidates in free.sum(1).tolist()]
+        keep = free[:, None].expand(-1, keys.shape[1], -1).clone()
         for members in self._alike():
-            sink = is_sink[members[0]]
-            pads = sink.new_zeros(len(sink)) if state.pads is None else state.pads[members[0]]
-            free_pads = (pads & ~sink)[:stop].nonzero()[:, 0]
-            dropped = count - kept
-            chosen = ~sink[:stop]
-            chosen[free_pads[:dropped]] = False
-            chosen = chosen.expand(len(members), keys.shape[1], stop).clone()
-            if dropped > len(free_pads):
-                real = (~pads | sink).nonzero()[:, 0]
-                protected = sink[real] | (real >= stop)
-                selected = policy.select(self._score_inputs(members, real, protected, phase), kept)
-                inside = int((real < stop).sum())
-                chosen[..., real[:inside]] &= selected[..., :inside]
-            keep[members] = chosen
-        return keep
+            row = members[0]
+            real = (~pads[row] | is_sink[row]).nonzero()[:, 0]
+            inside = int((real < stop).sum())
+            protected = is_sink[row, real] | (real >= stop)
+            if counts[row] < int(free[row].sum()):
+                selected = policy.select(self._score_inputs(members, real, protected, phase), counts[row])
+                keep[members] &= _scattered(selected[..., :inside], real[:inside], stop)
+        if min(counts) == max(counts):
+            return keep, None
+        # Rows that keep fewer store pads beside, then others, the oldest first.
+        rank = torch.where(pads[:, None, :stop], 0, 1).expand_as(keep) + 2 * keep + 4 * is_sink[:, None, :stop]
+        order = rank.argsort(dim=-1, stable=True)
+        short = max(counts) - torch.tensor(counts, device=keys.device)
+        fills = torch.arange(stop, device=keys.device) < short[:, None, None]
+        hidden = torch.zeros_like(keep).scatter_(-1, order, fills.expand_as(keep))
+        return keep | hidden, hidden
+
+    def _kept_of(self, candidates: int) -> int:
+        """Return how many of so many tokens a row keeps that is compressed alone."""
+        settings = self.shared.settings
+        return candidates if candidates < settings.min_tokens else ceil(settings.keep_ratio * candidates)
 
     def _alike(self) -> list[list[int]]:
         """Return the rows whose pads are the same, together."""
@@ -288,20 +311,21 @@ class Compression:
 
     def _fit(self, first: _First, codecs: Codecs) -> tuple[VectorTransform, VectorTransform]:
         """Fit both codecs to the tokens that are going to be encoded, pads left out."""
-        pads = self._pads_at(first.columns)
-        if pads is None or not bool(pads.any()):
+        left_out = first.left_out
+        if left_out is None:
             return codecs[0].fit(first.keys), codecs[1].fit(first.values)
-        fitted = [self._fit_row(row, first, pads[row, 0], codecs) for row in range(len(pads))]
+        fitted = [self._fit_row(row, first, left_out[row], codecs) for row in range(len(left_out))]
         return VectorTransform.cat([keys for keys, _ in fitted]), VectorTransform.cat([values for _, values in fitted])
 
     def _fit_row(
-        self, row: int, first: _First, pads: Bool[Tensor, " n"], codecs: Codecs
+        self, row: int, first: _First, left_out: Bool[Tensor, "h n"], codecs: Codecs
     ) -> tuple[VectorTransform, VectorTransform]:
-        """Fit to one row of which pads are kept too; then all its heads keep the same."""
-        sample = first.keys[row : row + 1, :, ~pads], first.values[row : row + 1, :, ~pads]
-        if bool(pads.all()):
-            sample = self._real_in_tail(row, first)
-        return codecs[0].fit(sample[0]), codecs[1].fit(sample[1])
+        """Fit to one row that stores pads, or tokens that are hidden; in all its heads these are equally many."""
+        heads = len(left_out)
+        keys, values = (x[row][~left_out].view(1, heads, -1, x.shape[-1]) for x in (first.keys, first.values))
+        if not keys.shape[2]:
+            keys, values = self._real_in_tail(row, first)
+        return codecs[0].fit(keys), codecs[1].fit(values)
 
     def _real_in_tail(self, row: int, first: _First) -> tuple[Tensor, Tensor]:
         """Return what real tokens a short row has behind those to encode; of a row of pads alone anything will do."""
@@ -343,6 +367,11 @@ def _with_more_bits(codecs: Codecs) -> Codecs | None:
     """Return both codecs with more bits, or the one that has such; None if neither has."""
     more = codecs[0].with_more_bits(), codecs[1].with_more_bits()
     return None if more == (None, None) else (more[0] or codecs[0], more[1] or codecs[1])
+
+
+def _scattered(x: Bool[Tensor, "b h real"], places: Int[Tensor, " real"], tokens: int) -> Bool[Tensor, "b h n"]:
+    """Return what is given for some of so many tokens for all of them, False for the others."""
+    return x.new_zeros(*x.shape[:2], tokens).index_copy_(2, places, x)
 
 
 def _pick(x: Tensor, keep: Bool[Tensor, "b h n"] | None) -> Tensor:

@@ -8,7 +8,15 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from nexusquant_cache.errors import CacheStateError, ShapeError
-from nexusquant_cache.layer.checks import check_finite, check_kind, check_queries, check_transforms, check_update
+from nexusquant_cache.layer.checks import (
+    check_finite,
+    check_gradients,
+    check_kind,
+    check_queries,
+    check_transforms,
+    check_update,
+    needs_gradients,
+)
 from nexusquant_cache.layer.compress import make_room, stop_waiting
 from nexusquant_cache.layer.crop import remove
 from nexusquant_cache.layer.observations import scaled
@@ -23,7 +31,7 @@ from nexusquant_cache.layer.tokens import own
 class NexusQuantLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer.
 
-    Tokens arrive in the exact tail.  At the first one-token update after a longer one, everything but
+    Tokens arrive in the exact tail.  At the first generation step (one token, or as `Turn` has it) everything but
     the sinks and the newest ``residual_length`` tokens is scored, partly evicted, encoded, and freed.
     Later, whenever the tail has grown by ``flush_length``, its oldest tokens are encoded and appended.
     A token is encoded once; stored codes are never decoded and encoded again.
@@ -125,21 +133,25 @@ class NexusQuantLayer(CacheLayerMixin):
             DtypeError: If a tensor is not floating, or its dtype changed.
             NonFiniteError: If a token holds NaN or infinity.  Prompts are checked on arrival, generated tokens
                 when they are encoded (a check at each step would wait for the accelerator).
+            UnsupportedError: If gradients are to flow to tokens that the layer holds already.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         state = self.state
         self.residency.arrive()
         check_update(state, key_states, value_states)
+        check_gradients(state, key_states, value_states)
         self.residency.fetch()
         query_length = key_states.shape[2]
-        if query_length > 1:
+        if not state.turn.is_step(query_length):
             check_finite(self.layer_idx, key_states, value_states, "the prompt")
         if is_due(state, self.shared, query_length):
             self.compress()
         state.observed.start_update()
         state.turn.note_update(state.seen, query_length)
         given = (key_states, value_states) if state.seen == 0 else None
+        if given is not None:
+            state.is_detached = needs_gradients(*given)
         was_shown = state.is_shown
         state.append(key_states, value_states)
         return states(state, self.residency, query_length, self._see, given=given, was_shown=was_shown)

@@ -1,7 +1,5 @@
 """When a layer is compressed, and how many of its tokens then stay: lengths alone decide."""
 
-from math import ceil
-
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
@@ -10,7 +8,7 @@ def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
     """Tell whether an update of so many tokens begins by making room in the tail."""
     if state.seen == 0 or state.turn.is_recording:
         return False
-    return query_length == 1 or is_due_early(state, shared)
+    return state.turn.is_step(query_length) or is_due_early(state, shared)
 
 
 def is_due_early(state: LayerState, shared: Shared) -> bool:
@@ -27,11 +25,6 @@ def candidates(state: LayerState, shared: Shared) -> int:
     """Return how many tokens of the tail a compression would take: those between the sinks and the residual."""
     sinks = 0 if state.sinks is not None else shared.settings.sink_tokens
     return state.tail_tokens - shared.settings.residual_length - sinks
-
-
-def kept_of(count: int, state: LayerState, shared: Shared) -> int:
-    """Return how many of so many candidates a compression keeps."""
-    return ceil(shared.settings.keep_ratio * count) if state.may_evict else count
 
 
 def wants_queries(state: LayerState, shared: Shared) -> bool:

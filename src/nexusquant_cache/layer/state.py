@@ -169,6 +169,7 @@ TENSORS: tuple[Declared, ...] = (
     *_tokens(0, "keys"),
     *_tokens(1, "values"),
     Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
+    Declared("hidden", "body.positions.hidden", ("batch", "heads", "bitmap_bytes"), "hidden", "positions", None),
     Declared("sink_positions", "sink_positions", ("batch", "sinks"), "sink_positions", "positions", are_places),
     Declared("pads", "pads", ("batch", "tail"), "pads", "positions", None),
     Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
@@ -200,23 +201,34 @@ def listed() -> set[str]:
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
 
 
+_LOOP = 2  # short updates in a row
+
+
 @dataclass
 class Turn:
     """Where a layer stands between updates: what it waits for, and since which token.
+
+    A loop of one's own that checks several candidates in each forward, and never brings a single token, is known by two
+    updates in a row that are shorter than the longest one so far.  From the second on such updates count as generated
+    tokens, until one comes that is as long as the longest.
 
     Attributes:
         pending_from: Seen tokens before the first multi-token update that was not compressed yet; None if none waits.
         record_past: Whether a `crop` is expected after each update.
         expects_prompt: Whether the next multi-token update is a prompt, and not candidates that may be taken back.
         updated_since_crop: Whether there was an update that no crop has followed.
-        undo: ``pending_from``, ``record_past`` and ``updated_since_crop`` as they were before the last update.
+        longest: Tokens of the longest update so far.
+        short_updates: How many multi-token updates in a row were shorter; 2 if more, which is a loop.
+        undo: How all but ``expects_prompt`` stood before the last update.
     """
 
     pending_from: int | None = None
     record_past: bool = False
     expects_prompt: bool = False
     updated_since_crop: bool = False
-    undo: tuple[int | None, bool, bool] = (None, False, False)
+    longest: int = 0
+    short_updates: int = 0
+    undo: tuple[int | None, bool, bool, int, int] = (None, False, False, 0, 0)
 
     @property
     def is_pending(self) -> bool:
@@ -228,21 +240,41 @@ class Turn:
         """Whether what comes now may be taken back by a `crop`."""
         return self.record_past and not self.updated_since_crop
 
+    def is_step(self, tokens: int) -> bool:
+        """Tell whether an update of so many tokens is a generation step, and no prompt."""
+        return tokens == 1 or (0 < self.short_updates and tokens < self.longest)
+
     def start_recording(self) -> None:
         """Expect a `crop` after each update from now on."""
         self.record_past = self.expects_prompt = True
         self.updated_since_crop = False
+        self.short_updates = 0
 
     def note_update(self, seen: int, tokens: int) -> None:
         """Take note of an update of so many tokens behind those seen; it ends a recording that no crop has followed."""
-        self.undo = (self.pending_from, self.record_past, self.updated_since_crop)
+        self.undo = (self.pending_from, self.record_past, self.updated_since_crop, self.longest, self.short_updates)
         self.record_past = self.updated_since_crop = self.is_recording
-        if tokens > 1 and self.pending_from is None:
+        if seen == 0:  # everything may have been taken back
+            self.longest = self.short_updates = 0
+        if self.record_past:  # crops tell candidates from prompts
+            is_step = tokens == 1
+        else:
+            is_step = self.is_step(tokens)
+            self._count(tokens)
+        self.longest = max(self.longest, tokens)
+        if not is_step and self.pending_from is None:
             self.pending_from = seen
+
+    def _count(self, tokens: int) -> None:
+        """Count updates that are shorter than the longest; a single token ends the count, but no loop."""
+        if tokens > 1:
+            self.short_updates = min(self.short_updates + 1, _LOOP) if tokens < self.longest else 0
+        elif self.short_updates < _LOOP:
+            self.short_updates = 0
 
     def take_back_update(self) -> None:
         """Stand where it stood before the last update."""
-        self.pending_from, self.record_past, self.updated_since_crop = self.undo
+        self.pending_from, self.record_past, self.updated_since_crop, self.longest, self.short_updates = self.undo
 
 
 @dataclass(eq=False)
@@ -266,6 +298,7 @@ class LayerState:
         policy: Which tokens to keep.
         device: Where attention needs everything.
         shown: From which token to which the attention to new tokens has been shown, without a gap.
+        is_detached: Whether gradients would have flowed to the first tokens, had they not been stored without.
     """
 
     layer_idx: int
@@ -284,6 +317,7 @@ class LayerState:
     policy: EvictionPolicy | None = None
     device: torch.device | None = None
     shown: tuple[int, int] = (0, 0)
+    is_detached: bool = False
 
     @property
     def exact(self) -> Pair:

@@ -11,7 +11,7 @@ from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch import attend as plain_attend
-from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.errors import UnsupportedError, no_gradients
 from nexusquant_cache.uncompiled import uncompiled
 
 MOST_QUERIES = 16
@@ -28,6 +28,17 @@ def check_dropout(dropout: float) -> None:
     if dropout:
         msg = f"a compressed cache is read without dropout, got dropout={dropout}: call model.eval()"
         raise UnsupportedError(msg)
+
+
+def check_gradients(*given: Tensor | None) -> None:
+    """Refuse queries, masks and weights to which gradients are to flow: codes are read without.
+
+    Raises:
+        UnsupportedError: If one of these is such.
+    """
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given):
+        what = "the attention to coded tokens is asked for some, for queries, a mask or weights"
+        raise no_gradients(what)
 
 
 @uncompiled
@@ -53,7 +64,8 @@ def attend(
         keys, values = held.decoded_keys(), held.decoded_values()
 
         def attend_some(some: Tensor, visible: Tensor | None) -> Tensor:
-            kept = None if visible is None else _by_query_head(held.stored(visible), some.shape[1])
+            kept = held.mask(visible)
+            kept = None if kept is None else _by_query_head(kept, some.shape[1])
             return F.scaled_dot_product_attention(
                 some, keys, values, kept, scale=softmax.scaling, enable_gqa=some.shape[1] != keys.shape[1]
             )
@@ -103,6 +115,8 @@ def logits(queries: Float[Tensor, "b q m d"], held: HeldTokens) -> Float[Tensor,
     else:
         grouped = queries.unflatten(1, (held.tail[0].shape[1], -1))
         found = grouped @ held.decoded_keys()[:, :, None].mT
+    if held.visible is not None:
+        found.masked_fill_(~held.visible, -torch.inf)
     return held.spread(found, -torch.inf)
 
 

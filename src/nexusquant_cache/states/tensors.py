@@ -214,6 +214,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     if not source.is_packed:
         return None
     answer.check_dropout(dropout_p)
+    answer.check_gradients(query, mask)
     if is_causal:
         mask = torch.ones(rows, source.held.seen, dtype=torch.bool, device=query.device).tril()[None, None]
     softmax = Softmax(query.shape[-1] ** -0.5 if scale is None else scale)
@@ -239,7 +240,10 @@ def _product(x: Any, states: States) -> Tensor | None:  # noqa: ANN401 - any ten
     if form.is_transposed or x.shape[3] != source.held.seen:
         return None
     source.show_noted()
-    return answer.weighted_values(x, source.held) if source.is_packed else None
+    if not source.is_packed:
+        return None
+    answer.check_gradients(x)
+    return answer.weighted_values(x, source.held)
 
 
 def _logits(queries: Float[Tensor, "b q m d"], keys: States) -> Tensor:
@@ -247,6 +251,7 @@ def _logits(queries: Float[Tensor, "b q m d"], keys: States) -> Tensor:
     if not source.is_packed:
         found = queries @ keys.plain()
     else:
+        answer.check_gradients(queries)
         found = answer.logits(queries, source.held)
         if not source.held.is_whole:
             evicted = found.isneginf()

@@ -38,7 +38,7 @@ def attend(
         mask: True for what may be seen, or numbers to add to the logits, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
     """
-    visible = None if mask is None else held.stored(mask)
+    visible = held.mask(mask)
     with torch.autocast(queries.device.type, enabled=False):
         weights = _softmax(logits_of(queries, held, softmax.scaling), visible, softmax)
     return values_of(weights, held), weights

@@ -40,11 +40,12 @@ def attend(
     assert held.values is not None
     assert held.sinks is not None
     hidden = exact_mask = None
-    if mask is not None:
-        if mask.dtype != torch.bool or mask.shape[1] != 1:
-            return None
+    if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != 1):
+        return None
+    visible = held.mask(mask)
+    if visible is not None:
         first, count = held.sink_tokens, held.packed_tokens
-        visible = held.stored(mask.expand(len(queries), -1, queries.shape[2], -1))[:, :, 0]  # by KV head
+        visible = visible[:, :, 0].expand(len(queries), -1, queries.shape[2], -1)  # by KV head
         seen = visible[..., first : first + count]
         if not torch.equal(seen, seen[:, :1, :1].expand_as(seen)):
             return None
