@@ -43,7 +43,7 @@ from nexusquant_cache import (
     OptionError,
     UnsupportedError,
 )
-from nexusquant_cache.cache.dropin import compressed_generation
+from nexusquant_cache.dropin import compressed_generation
 from nexusquant_cache.releases import CACHE, CACHE_NAMES
 
 # `generate` warns about its own settings once it makes drafts.

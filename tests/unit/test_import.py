@@ -24,6 +24,7 @@ ORDER: list[set[str]] = [
     {"__init__"},
     {"cli"},
     {"evaluation"},
+    {"dropin"},
     {"attention", "store"},
     {"cache"},
     {"files"},

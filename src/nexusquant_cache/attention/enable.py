@@ -10,6 +10,7 @@ from torch import nn
 from nexusquant_cache.attention.function import find_stock, has_interface, register, stock_of
 from nexusquant_cache.errors import OptionError, UnsupportedError
 
+_SEEN = {None, "sdpa", "eager"}  # of these the states that a cache returns are asked by torch
 # What a module says that computes something else if its implementation is not called by the stock name.
 _ASKS_FOR_NAME = re.compile(r"config\._attn_implementation (?:==|in \()")
 # Files of transformers where that does no harm: it concerns `reorder_and_upcast_attn` only, which is refused below;
@@ -61,6 +62,11 @@ def disable(model: nn.Module) -> None:
 def is_enabled(model: nn.Module) -> bool:
     """Tell whether a model shows its queries."""
     return all(stock_of(_name(config)) is not None for config in _configs(model, type(text_config(model))))
+
+
+def is_hidden(model: nn.Module) -> bool:
+    """Tell whether a model has an attention that a cache cannot see, and that is none of ours."""
+    return not {_name(config) for config in _configs(model, type(text_config(model)))} <= _SEEN and not is_enabled(model)
 
 
 def text_config(model: nn.Module) -> Any:  # noqa: ANN401 - a PreTrainedConfig

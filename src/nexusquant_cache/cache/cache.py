@@ -3,8 +3,9 @@
 import logging
 import os
 import re
+import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -15,6 +16,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from nexusquant_cache.cache.forward import Forward
+from nexusquant_cache.cache.leaving import left_by
 from nexusquant_cache.cache.report import MemoryReport, layer_report, storage_bytes
 from nexusquant_cache.cache.rotary import counts_kept_tokens, is_self_attention, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
@@ -23,7 +25,7 @@ from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.registry import new_codec
 from nexusquant_cache.codec.rope import RotaryPhase
-from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError, suggest
+from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError, suggest
 from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.fingerprint import TokenIds
 from nexusquant_cache.files.packing import check_level
@@ -45,6 +47,7 @@ _LOGGER = logging.getLogger(__name__)
 _AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
 
 
+_ASKED_ONCE = frozenset({"policy", "make_policy", "make_codec", "make_phase"})
 _PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)$")
 
 
@@ -126,6 +129,7 @@ class NexusQuantCache(DynamicCache):
             mask_shape=_shape_of(attention_mask),
         )
         self._forward = Forward(self.shared, self.model_config, spares_sliding=offload_only_non_sliding)
+        self._was_left = False  # said that generation goes on without it
         self._parts: list[Part] = []
         # Whether past recording was asked for before there were layers to tell.
         self._records_from_start = False
@@ -181,6 +185,20 @@ class NexusQuantCache(DynamicCache):
             if self._records_from_start:
                 layer.activate_past_recording()
             self.layers.append(layer)
+
+    def __setattr__(self, name: str, value: Any) -> None:  # noqa: ANN401 - any attribute
+        """Let methods for policies and codecs be set on a cache, as long as nothing has been asked of them.
+
+        Raises:
+            CacheStateError: If it is too late.
+        """
+        if name in _ASKED_ONCE and "_parts" in vars(self):
+            if any(part.layer.is_initialized for part in compressed(self.parts())):
+                msg = f"{name} is asked for at the first update, and the cache holds tokens: set it before, or after cache.reset()"
+                raise CacheStateError(msg)
+            if name != "policy":
+                setattr(self.shared, name, value)
+        super().__setattr__(name, value)
 
     @property
     def cache_config(self) -> CacheConfig:
@@ -240,7 +258,24 @@ class NexusQuantCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
         compile_inside_wrappers()
-        return super().get_seq_length(layer_idx)
+        seen = super().get_seq_length(layer_idx)
+        if not self._was_left:
+            self._note_leaving(seen)
+        return seen
+
+    def _note_leaving(self, seen: int) -> None:
+        """Warn, once, if `generate` is about to go on without this cache: the rope of Phi-3 changes with the length."""
+        model = left_by(sys._getframe(2), seen)  # noqa: SLF001 - there is no other way to see who asks
+        if model is None:
+            return
+        self._was_left = True
+        limit = model.config.original_max_position_embeddings
+        warnings.warn(
+            f"{type(model).__name__} goes on without this cache: beyond {limit} tokens (original_max_position_embeddings) "
+            "its rope changes, so it reads the text again, into a plain cache. Inside "
+            "nexusquant_cache.compressed_generation(model) that one is compressed too.",
+            stacklevel=2,
+        )
 
     @uncompiled
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -261,17 +296,63 @@ class NexusQuantCache(DynamicCache):
         What is returned is answered from the codes by `scaled_dot_product_attention`, or by two products around a
         softmax; see `nexusquant_cache.states`.
 
-        An error leaves the cache as it was before this forward: layers that have already taken the new tokens
-        give them back (layers of transformers' own classes, as for sliding windows, cannot).
+        An error, or an interrupt, leaves the cache as it was before this forward: layers that have already taken the
+        new tokens give them back.  Layers of transformers' own classes, as for sliding windows, cannot, and layers that
+        were compressed meanwhile (``when="during_prefill"``); then the cache has to be `reset`.
 
         Raises:
-            CacheStateError: If an earlier forward failed when part of the layers had already been compressed, which
-                only ``when="during_prefill"`` can bring about.
+            CacheStateError: If an error in an earlier forward could not be undone, or that forward was not finished.
+            UnsupportedError: If gradients are to flow to tokens that the cache holds already.
+            OptionError: If the config that the cache was given is not that of the model.
         """
-        self.reach_layer(layer_idx)
+        try:
+            self.reach_layer(layer_idx)
+        except OptionError:
+            self._forward.take_back(self.parts())
+            raise
         given = (key_states, value_states)
         layer: Any = self.layers[layer_idx]
-        return self._forward.update(self.parts(), layer_idx, given, lambda: layer.update(*given, *args, **kwargs))
+
+        def store() -> tuple[Tensor, Tensor]:
+            if not layer.is_initialized:
+                self._check_rope(layer_idx, key_states)
+            states: tuple[Tensor, Tensor] = layer.update(*given, *args, **kwargs)
+            return states
+
+        return self._forward.update(self.parts(), layer_idx, given, store)
+
+    def update_conv_state(self, conv_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Store a state of a layer with linear attention."""
+        self._enter_linear(layer_idx, f"convolution {args} {kwargs.get('state_idx')}")
+        return super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+
+    def update_recurrent_state(self, recurrent_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ANN401
+        """Store a state of a layer with linear attention."""
+        self._enter_linear(layer_idx, f"recurrence {args} {kwargs.get('state_idx')}")
+        return super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+
+    def _enter_linear(self, layer_idx: int, kind: str) -> None:
+        if not torch.compiler.is_compiling():
+            self._forward.check()
+            self._forward.enter(self.parts(), layer_idx, kind)
+
+    def _check_rope(self, layer_idx: int, key_states: Tensor) -> None:
+        """Refuse keys that are no keys of the model that the config describes.
+
+        Raises:
+            OptionError: If its rotary embedding turns more channels than they have.
+        """
+        config, is_ours = self.model_config, type(self).make_phase is NexusQuantCache.make_phase
+        if config is None or not is_ours or not self.cache_config.remove_rope:
+            return
+        phase = rotary_phase(config, layer_idx, 0)
+        if phase is not None and phase.rotary_dim > key_states.shape[-1]:
+            msg = (
+                f"the config that the cache was given ({config.model_type}) turns {phase.rotary_dim} channels of each "
+                f"key, and the keys have {key_states.shape[-1]}: give the config of this very model, "
+                "config=model.config"
+            )
+            raise OptionError(msg)
 
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
@@ -324,9 +405,17 @@ class NexusQuantCache(DynamicCache):
             ShapeError: If the number is positive.
             UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row.
             RuntimeError: From transformers' own layers, if they cannot go back so far.
+            CacheStateError: If the forward before was not finished and only part of it is to be removed, or it cannot be
+                taken back.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(compressed(self.parts()))
+        if any(part.awaits_crop for part in ours):
+            self._forward.note_peak(self.parts())
+        end = max((part.seen for part in ours), default=0) + tokens_to_remove
+        self._forward.take_back_unfinished(self.parts(), end)
+        if ours:
+            tokens_to_remove = min(end - ours[0].seen, 0) if tokens_to_remove <= 0 else tokens_to_remove
         count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
         for part in ours:
             part.check_crop(count)
@@ -347,16 +436,34 @@ class NexusQuantCache(DynamicCache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of the batch in another order, as beam search does."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]  # any index will do
+        self._change_rows(lambda layer: layer.reorder_cache(beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        super().batch_repeat_interleave(repeats)
+        self._change_rows(lambda layer: layer.batch_repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
-        """Keep these rows of the batch."""
-        indices = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
-        super().batch_select_indices(indices)
+        """Keep these rows of the batch.
+
+        Raises:
+            ShapeError: If these are none.
+        """
+        chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
+        if not len(chosen) or (chosen.dtype == torch.bool and not bool(chosen.any())):
+            msg = "batch_select_indices must leave a row, got none: to empty the cache, call cache.reset()"
+            raise ShapeError(msg)
+        self._change_rows(lambda layer: layer.batch_select_indices(chosen))
+
+    def _change_rows(self, change: Callable[[Any], None]) -> None:
+        """Change the rows of all layers; half-way, rows of different layers would be in different places."""
+        done = 0
+        try:
+            for part in self.parts():
+                change(part.layer)
+                done += 1
+        except BaseException as error:
+            self._forward.is_broken |= done > 0 or not isinstance(error, Exception)
+            raise
 
     def reset(self) -> None:
         """Forget everything seen, the attention mask too, so that the cache can serve another prompt."""
@@ -369,16 +476,31 @@ class NexusQuantCache(DynamicCache):
                 part.layer.reset()
         self.shared.phases, self.shared.has_warned, self.shared.mask_shape = [], False, None
         self._forward = Forward(self.shared, self.model_config, spares_sliding=self.only_non_sliding)
-        self._records_from_start = False
+        self._records_from_start = self._was_left = False
 
     def __iter__(self) -> Iterator[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-        """Yield decoded keys, decoded values and the sliding window of each layer."""
-        for layer in self.layers:
+        """Yield decoded keys, decoded values and the sliding window of each layer, of which a plain cache can be made.
+
+        Raises:
+            UnsupportedError: If tokens have been evicted: a plain cache would take the others for the first ones.
+        """
+        for part in self.parts():
+            if part.state is not None and not part.state.is_whole:
+                msg = (
+                    f"layer {part.index} has evicted tokens, and a plain cache of the others would count them from 0. "
+                    "Go on with this cache, or a copy.deepcopy of it; cache.save() writes it to a file; the preset 'quant' evicts "
+                    "nothing. To look at what is kept: cache.layers[i].keys"
+                )
+                raise UnsupportedError(msg)
             yield (
-                getattr(layer, "keys", None),
-                getattr(layer, "values", None),
-                getattr(layer, "_sliding_window_tensor", None),
+                getattr(part.layer, "keys", None),
+                getattr(part.layer, "values", None),
+                getattr(part.layer, "_sliding_window_tensor", None),
             )
+
+    def __repr__(self) -> str:
+        """Say in one line what it holds, and where it stands."""
+        return f"{type(self).__name__}({self.memory_report().line})"
 
     # Host memory
 
@@ -548,11 +670,12 @@ class NexusQuantCache(DynamicCache):
         parts = self.parts()
         self._forward.note_peak(parts)
         return MemoryReport(
-            layers=tuple(layer_report(part) for part in parts),
+            layers=tuple(layer_report(part, self.shared) for part in parts),
             shared_bytes=storage_bytes(self._forward.shared_content(parts)),
             peak_bytes=self._forward.peak_bytes,
             preset=self.preset,
             at_rest=measure(*export_cache(self._whole())) if at_rest else None,
+            trouble=self._forward.trouble(parts),
         )
 
 

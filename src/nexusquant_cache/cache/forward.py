@@ -11,10 +11,14 @@ from nexusquant_cache.layer.parts import CompressedPart, Part, compressed
 from nexusquant_cache.layer.shared import Shared
 
 _AXES = 4  # batch, kv_heads, tokens, head_dim
+_STATES = "keys and values"
 
 
 class Forward:
     """Updates the layers of a cache, one by one, so that an error leaves the cache as it was before the forward.
+
+    An error of the model, or an interrupt between two updates, is not seen here.  The layers then have seen different
+    numbers of tokens, which the next forward finds.
 
     Attributes:
         is_broken: Whether an error could not be undone.
@@ -32,16 +36,68 @@ class Forward:
         self.shared, self.config, self.spares_sliding = shared, config, spares_sliding
         self.is_broken = False
         self.peak_bytes = 0
+        # What this forward has given already, as layer and kind; which layer others have ended with; tokens seen before.
+        self._given: set[tuple[int, str]] = set()
+        self._end, self._before = -1, 0
 
     def check(self) -> None:
         """Refuse to go on after an error that could not be undone.
 
         Raises:
-            CacheStateError: If an earlier forward failed when part of the layers had already been compressed.
+            CacheStateError: If there was one: part of the layers had already been compressed, or layers of transformers'
+                own classes had taken the tokens.
         """
         if self.is_broken:
-            msg = "an earlier forward failed half-way through a compression: call cache.reset() or use a new cache"
+            msg = "an earlier forward failed half-way and could not be undone: call cache.reset() or use a new cache"
             raise CacheStateError(msg)
+
+    def trouble(self, parts: list[Part]) -> str:
+        """Say why the cache cannot go on as it is; nothing if it can."""
+        if self.is_broken:
+            return "broken: an earlier forward could not be undone, call cache.reset()"
+        return "" if self.unfinished(parts) is None else "in a forward, or one was not finished"
+
+    def enter(self, parts: list[Part], index: int, kind: str = _STATES) -> None:
+        """Take note that a layer is about to be given something; what is given a second time begins a forward.
+
+        Args:
+            parts: All layers.
+            index: The layer.
+            kind: What it is given: keys and values, or a state of linear attention.
+
+        Raises:
+            CacheStateError: If the forward before was not finished.
+        """
+        if not self._given or (index, kind) in self._given:
+            self._begin(parts)
+        self._given.add((index, kind))
+
+    def _begin(self, parts: list[Part]) -> None:
+        unfinished = self.unfinished(parts)
+        if unfinished is not None:
+            least, most = unfinished
+            msg = (
+                f"some layers have seen {most} tokens and others {least}: the forward before was not finished. Take its "
+                f"tokens back with cache.crop({least - most}), or call cache.reset()."
+            )
+            raise CacheStateError(msg)
+        seen = [part.seen for part in parts if part.is_in_step]
+        if any(kind != _STATES for _, kind in self._given):
+            # States of linear attention tell of no tokens.
+            end = max(index for index, _ in self._given)
+            if end < self._end or (seen and not any(seen)):
+                self.is_broken = True
+                self.check()
+            self._end = end
+        self._given, self._before = set(), max(seen, default=0)
+
+    def unfinished(self, parts: list[Part]) -> tuple[int, int] | None:
+        """Return how many tokens layers have seen, the fewest and the most; None if all have seen equally many.
+
+        Layers that have seen none do not count: they share keys of others, or belong to another stage of a pipeline.
+        """
+        seen = {part.seen for part in parts if part.is_in_step} - {0}
+        return (min(seen), max(seen)) if len(seen) > 1 else None
 
     def update(
         self,
@@ -59,21 +115,65 @@ class Forward:
             store: The update.
         """
         self.check()
+        self.enter(parts, index)
         part, key_states = parts[index], states[0]
-        before = part.seen
         try:
+            self._check_seen(part)
             if isinstance(part, CompressedPart):
                 self._check_mask(part, key_states)
                 self._make_way(parts, part, key_states)
             part.fetch()
             held = self._store(parts, index, store)
+            if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
+                self.note_peak(parts)
         except BaseException:  # an interrupt too: KeyboardInterrupt, cancellation
-            if part.state is not None:
-                self._roll_back(parts, before)
+            self.take_back(parts)
             raise
-        if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
-            self.note_peak(parts)
         return held
+
+    def _check_seen(self, part: Part) -> None:
+        """Refuse to go on if a forward before has not reached this layer.
+
+        Raises:
+            CacheStateError: If it has not.
+        """
+        if part.is_in_step and part.seen != self._before:
+            msg = (
+                f"layer {part.index} has seen {part.seen} tokens and layers before it {self._before}: an earlier forward "
+                "was not finished. Call cache.reset() or use a new cache."
+            )
+            raise CacheStateError(msg)
+
+    def take_back(self, parts: list[Part]) -> None:
+        """Take the tokens of this forward out of the layers that already have them."""
+        self.is_broken = True  # until all is done: another interrupt may come
+        is_done = not any(kind != _STATES for _, kind in self._given)
+        for part in parts:
+            if isinstance(part, CompressedPart):
+                is_done &= part.take_back(self._before)
+            elif part.is_in_step:
+                is_done &= part.seen <= self._before
+        self._given.clear()
+        self.is_broken = not is_done
+
+    def take_back_unfinished(self, parts: list[Part], end: int) -> None:
+        """Take an unfinished forward back, for a crop to so many tokens.
+
+        Raises:
+            CacheStateError: If the crop would end inside that forward, or it cannot be taken back.
+        """
+        unfinished = self.unfinished(parts)
+        if unfinished is None:
+            return
+        if end > unfinished[0]:
+            msg = (
+                f"some layers have seen {unfinished[1]} tokens and others {unfinished[0]}: the forward before was not "
+                f"finished. Remove all of it, cache.crop({unfinished[0] - unfinished[1]}), or call cache.reset()."
+            )
+            raise CacheStateError(msg)
+        self._before = unfinished[0]
+        self.take_back(parts)
+        self.check()
 
     def _store(
         self, parts: list[Part], index: int, store: Callable[[], tuple[Tensor, Tensor]]
@@ -101,11 +201,6 @@ class Forward:
                     other.compress_early()
         if part.is_pending and part is ours[0] and part.is_due(tokens):
             self.note_peak(parts)
-
-    def _roll_back(self, parts: list[Part], seen: int) -> None:
-        """Take the tokens of an unfinished forward out of the layers that already have them."""
-        for part in compressed(parts):
-            self.is_broken |= not part.take_back(seen)
 
     def note_peak(self, parts: list[Part]) -> None:
         """Take note of what is held now."""

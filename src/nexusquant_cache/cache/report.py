@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from nexusquant_cache.files.writer import AtRest
 from nexusquant_cache.layer.host import HOST
 from nexusquant_cache.layer.parts import Part
+from nexusquant_cache.layer.schedule import candidates
+from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
 DENSE_BYTES_PER_CHANNEL = 2
@@ -68,6 +71,11 @@ class LayerReport:
             keys, where no queries are known): relative to what they read, in the head that suffered most.  None if
             nothing is encoded.
         host_bytes: How much of all that is in host memory, away from the layer's device.
+        exact_dtype: Dtype of exact tokens, as torch calls it (``"bfloat16"``), or two of keys and values; ``""`` before
+            the first update.
+        is_compressed: Whether the layer holds codes.
+        waits_for: What has to come before the prompt, or a later turn, is compressed; ``""`` if nothing waits.
+        is_unseen: Whether all tokens were kept because the prompt's attention was not seen.
     """
 
     layer_idx: int
@@ -80,6 +88,24 @@ class LayerReport:
     dense_bytes: int
     code_error: float | None = None
     host_bytes: int = 0
+    exact_dtype: str = ""
+    is_compressed: bool = False
+    waits_for: str = ""
+    is_unseen: bool = False
+
+    @property
+    def state(self) -> str:
+        """Where the layer stands, in words."""
+        if not self.seen_tokens:
+            return "empty"
+        if self.kind != "compressed":
+            return "left as it is"
+        if not self.is_compressed:
+            return f"not compressed yet: {self.waits_for}"
+        said = "compressed"
+        if self.is_unseen:
+            said += "; attention was not seen, so all tokens were kept (attention.enable)"
+        return f"{said}; a later turn {self.waits_for}" if self.waits_for else said
 
     @property
     def held_bytes(self) -> int:
@@ -97,6 +123,7 @@ class MemoryReport:
         peak_bytes: The most that was held at once between updates, usually the exact prompt just before it was
             compressed.  Temporaries of attention and of the model are not the cache's and not counted.
         preset: Name of the preset, or ``"custom"``.
+        trouble: Why the cache cannot go on as it is; ``""`` if it can.
         at_rest: What the cache would take in a file, if that was asked for.
     """
 
@@ -105,6 +132,7 @@ class MemoryReport:
     peak_bytes: int
     preset: str
     at_rest: AtRest | None = None
+    trouble: str = ""
 
     @property
     def held_bytes(self) -> int:
@@ -136,6 +164,28 @@ class MemoryReport:
         """Tokens stored by the compressed layers (by all, if none is compressed)."""
         return max((layer.kept_tokens for layer in self._main()), default=0)
 
+    @property
+    def state(self) -> str:
+        """Where the cache stands, in words: empty, or whether it is compressed, and if not, why."""
+        if self.trouble:
+            return self.trouble
+        ours = [layer for layer in self.layers if layer.kind == "compressed" and layer.seen_tokens]
+        if not ours:
+            return "nothing to compress" if any(layer.seen_tokens for layer in self.layers) else "empty"
+        # The one that is not compressed says why; of those that are, the one of which nothing was evicted.
+        telling = min(ours, key=lambda layer: (layer.is_compressed, not layer.is_unseen, not layer.waits_for))
+        alike = len({layer.state for layer in ours}) == 1
+        return telling.state if alike else f"layer {telling.layer_idx}: {telling.state}"
+
+    @property
+    def line(self) -> str:
+        """The report in one line."""
+        tokens = f"{self.seen_tokens:,} tokens seen"
+        if self.kept_tokens != self.seen_tokens:
+            tokens += f", {self.kept_tokens:,} kept"
+        held = f"{_size(self.held_bytes)} ({self.compression_factor:.1f}x)"
+        return f"preset {self.preset}, {tokens}, {held}, {self.state}"
+
     def _main(self) -> tuple[LayerReport, ...]:
         ours = tuple(layer for layer in self.layers if layer.kind == "compressed")
         return ours or self.layers
@@ -156,9 +206,22 @@ class MemoryReport:
             f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) "
             f"in place of {_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
         )
+        lines.extend(self._state_lines())
         if self.host_bytes:
             lines.append(f"in host memory {_size(self.host_bytes)}")
         return "\n".join([*lines, *self._at_rest_lines()])
+
+    def _state_lines(self) -> Iterator[str]:
+        """Yield where the layers stand, and in which dtype their exact tokens are."""
+        if self.trouble:
+            yield self.trouble
+        states: dict[str, list[int]] = {}
+        for layer in self.layers:
+            if layer.kind == "compressed":
+                dtype = f"; exact tokens in {layer.exact_dtype}" if layer.exact_dtype else ""
+                states.setdefault(layer.state + dtype, []).append(layer.layer_idx)
+        for state, indices in states.items():
+            yield state if len(states) == 1 else f"layer{'s' * (len(indices) > 1)} {_ranges(indices)} {state}"
 
     def _at_rest_lines(self) -> Iterator[str]:
         """Yield a line per kind of tensor in a file."""
@@ -189,20 +252,49 @@ def content(part: Part) -> list[object]:
     return [vars(part.layer)]
 
 
-def layer_report(part: Part) -> LayerReport:
+def layer_report(part: Part, shared: Shared) -> LayerReport:
     """Return the row of a layer."""
     if part.state is not None:
-        return _compressed_report(part.state)
+        return _compressed_report(part.state, shared)
     layer = part.layer
     held = storage_bytes(content(part))
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
     dense = sum(x.numel() * DENSE_BYTES_PER_CHANNEL for x in (keys, values) if x is not None)
     kept = 0 if keys is None or keys.ndim < 3 else keys.shape[-2]  # noqa: PLR2004 - no token axis
     host = 0 if getattr(layer, "device", HOST) == HOST else storage_bytes(keys, values, only=HOST)
-    return LayerReport(part.index, type(layer).__name__, part.seen, kept, held, 0, 0, dense or held, host_bytes=host)
+    return LayerReport(
+        layer_idx=part.index,
+        kind=type(layer).__name__,
+        seen_tokens=part.seen,
+        kept_tokens=kept,
+        exact_bytes=held,
+        code_bytes=0,
+        other_bytes=0,
+        dense_bytes=dense or held,
+        host_bytes=host,
+        exact_dtype=_dtype_of(keys, values),
+    )
 
 
-def _compressed_report(state: LayerState) -> LayerReport:
+def _dtype_of(*tensors: Tensor | None) -> str:
+    """Return the name of the dtype of keys and values."""
+    names = [str(x.dtype).removeprefix("torch.") for x in tensors if x is not None]
+    return "/".join(dict.fromkeys(names))
+
+
+def _waits_for(state: LayerState, shared: Shared) -> str:
+    """Return what has to come before waiting tokens are compressed; nothing if none wait."""
+    settings, count = shared.settings, max(candidates(state, shared), 0)
+    if state.body is not None and not state.turn.is_pending:
+        return ""
+    if count < settings.min_tokens:
+        return f"is too short, with {count} tokens between sinks and residual (min_tokens is {settings.min_tokens})"
+    if state.turn.is_recording:
+        return "waits for the next crop"
+    return f"waits for the {'next' if state.body is not None else 'first'} generation step"
+
+
+def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
     if state.tail is None:
         return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = state.tail
@@ -226,7 +318,23 @@ def _compressed_report(state: LayerState) -> LayerReport:
         dense_bytes=state.seen * channels * DENSE_BYTES_PER_CHANNEL,
         code_error=state.code_error,
         host_bytes=host,
+        exact_dtype=_dtype_of(keys, values),
+        is_compressed=state.body is not None,
+        waits_for=_waits_for(state, shared),
+        # Eviction goes by the attention to all tokens since the first one.
+        is_unseen=shared.evicts and state.body is not None and state.is_whole and not state.is_shown_whole,
     )
+
+
+def _ranges(indices: list[int]) -> str:
+    """Return ascending numbers as ranges."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def _same(a: LayerReport, b: LayerReport) -> bool:

@@ -1,5 +1,7 @@
 """One full-attention layer of the cache, as transformers knows layers."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from nexusquant_cache.layer.checks import (
 )
 from nexusquant_cache.layer.compress import make_room, stop_waiting
 from nexusquant_cache.layer.crop import remove
+from nexusquant_cache.layer.decoded import Decoded
 from nexusquant_cache.layer.observations import scaled
 from nexusquant_cache.layer.reading import dense, states
 from nexusquant_cache.layer.residency import Residency
@@ -147,23 +150,28 @@ class NexusQuantLayer(CacheLayerMixin):
             check_finite(self.layer_idx, key_states, value_states, "the prompt")
         if is_due(state, self.shared, query_length):
             self.compress()
-        state.observed.start_update()
-        state.turn.note_update(state.seen, query_length)
-        given = (key_states, value_states) if state.seen == 0 else None
-        if given is not None:
-            state.is_detached = needs_gradients(*given)
-        was_shown = state.is_shown
-        state.append(key_states, value_states)
-        return states(state, self.residency, query_length, self._see, given=given, was_shown=was_shown)
+        saved = state.snapshot(packed=False)
+        try:
+            state.observed.start_update()
+            state.turn.note_update(state.seen, query_length)
+            given = (key_states, value_states) if state.seen == 0 else None
+            if given is not None:
+                state.is_detached = needs_gradients(*given)
+            was_shown = state.is_shown
+            state.append(key_states, value_states)
+            return states(state, query_length, self._see, given=given, was_shown=was_shown)
+        except BaseException:  # an interrupt too
+            state.restore(saved)
+            raise
 
     def _see(self, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None) -> None:
         """See the attention to the last update's tokens, and which of them are padding."""
         state = self.state
         self.residency.arrive()
-        state.note_shown(fresh)
         if pads is not None and bool(pads.any()):
             state.note_pads(pads)
         self.observe(queries, scaling)
+        state.note_shown(fresh)  # when all is there
 
     def observe(self, queries: Float[Tensor, "b q w d"], scaling: float | None = None) -> None:
         """See the queries of the tokens that came last, and keep them until the compression if the policy wants them.
@@ -182,18 +190,34 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def compress(self) -> None:
         """Encode now what the tail need not hold."""
-        with self.residency.at_home(codes=False):  # codes are appended to where they are
+        with self.residency.at_home(codes=False), self._all_or_nothing():  # codes are appended to where they are
             make_room(self.state, self.shared)
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        """Let an error, or an interrupt, leave the layer as it is now."""
+        state, saved = self.state, self.state.snapshot(packed=True)
+        try:
+            yield
+        except BaseException:
+            state.restore(saved)
+            raise
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """All kept keys, decoded anew at each access; None before the first update."""
-        return dense(self.state, self.residency)[0] if self.is_initialized else None
+        return self._shown(0)
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """All kept values, decoded anew at each access; None before the first update."""
-        return dense(self.state, self.residency)[1] if self.is_initialized else None
+        return self._shown(1)
+
+    def _shown(self, place: int) -> Tensor | None:
+        if not self.is_initialized:
+            return None
+        found = dense(self.state, self.residency)[place]
+        return found if self.state.body is None else found.as_subclass(Decoded)
 
     # Cache operations
 
@@ -215,10 +239,13 @@ class NexusQuantLayer(CacheLayerMixin):
             raise ShapeError(msg)
         if not self.is_initialized:
             return 0
-        state, lost = self.state, 0
         self.residency.arrive()
-        if tokens_to_remove:
-            lost = remove(state, min(-tokens_to_remove, state.seen))
+        with self._all_or_nothing():
+            return self._crop(-tokens_to_remove)
+
+    def _crop(self, count: int) -> int:
+        state = self.state
+        lost = remove(state, min(count, state.seen)) if count else 0
         state.turn.updated_since_crop = False
         if state.turn.record_past:
             if not state.turn.expects_prompt:
@@ -230,18 +257,20 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows of the batch in another order, as beam search does."""
-        self.residency.arrive()
-        self.state.map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map_rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self.residency.arrive()
-        self.state.map(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map_rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch."""
+        self._map_rows(lambda x: x[indices.to(x.device), ...])
+
+    def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.residency.arrive()
-        self.state.map(lambda x: x[indices.to(x.device), ...])
+        with self._all_or_nothing():
+            self.state.map(function)
 
     def offload(self) -> None:
         """Move everything stored to host memory; the next update, or whatever else needs it, brings it back."""

@@ -40,6 +40,11 @@ class Part:
         return 0
 
     @property
+    def is_in_step(self) -> bool:
+        """Whether every forward gives the layer its tokens: after it, all such layers have seen equally many."""
+        return False
+
+    @property
     def rows(self) -> int:
         """Rows of the batch that it has seen; 1 before the first update."""
         keys = getattr(self.layer, "keys", None)
@@ -91,6 +96,11 @@ class StockPart(Part):
         return int(getattr(self.layer, "get_seq_length", lambda: 0)())
 
     @property
+    def is_in_step(self) -> bool:
+        """Whether this is a layer with a sliding window; others may be over an image, or hold states of no tokens."""
+        return isinstance(self.layer, DynamicLayer) and bool(self.layer.is_sliding)
+
+    @property
     def may_leave(self) -> bool:
         """Whether every use of the layer's states is an update: others would not come back in time."""
         waits = isinstance(self.layer, LinearAttentionCacheLayerMixin) or hasattr(self.layer, "update_indexer")
@@ -136,6 +146,11 @@ class CompressedPart(Part):
     def seen(self) -> int:
         """Tokens seen."""
         return self.layer.state.seen
+
+    @property
+    def is_in_step(self) -> bool:
+        """Yes."""
+        return True
 
     @property
     def rows(self) -> int:
@@ -187,7 +202,8 @@ class CompressedPart(Part):
 
     def held(self) -> HeldTokens:
         """Return all kept tokens as they are now, for attention."""
-        return held(self.layer.state, self.layer.residency)
+        self.layer.residency.fetch()
+        return held(self.layer.state)
 
     def dense(self) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
         """Return all kept keys and values, decoded, in the dtypes they came in, oldest first."""
@@ -197,6 +213,12 @@ class CompressedPart(Part):
     def is_pending(self) -> bool:
         """Whether a prompt, or a later turn, waits for its compression."""
         return self.layer.state.turn.is_pending
+
+    @property
+    def awaits_crop(self) -> bool:
+        """Whether the next crop compresses a prompt, as in assisted decoding."""
+        turn = self.layer.state.turn
+        return turn.is_pending and turn.record_past and turn.expects_prompt
 
     def is_due(self, query_length: int) -> bool:
         """Tell whether an update of so many tokens begins with a compression."""

@@ -7,6 +7,7 @@ tensor is a line there and a field of `LayerState`.
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
+from operator import attrgetter
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -352,6 +353,11 @@ class LayerState:
         return self.sink_tokens + self.packed_tokens + self.tail_tokens
 
     @property
+    def is_whole(self) -> bool:
+        """Whether every token seen is kept."""
+        return self.kept == self.seen and (self.body is None or self.body.positions.hidden is None)
+
+    @property
     def is_shown(self) -> bool:
         """Whether attention to the newest tokens could be seen: then it can be answered from codes."""
         return 0 < self.seen == self.shown[1]
@@ -363,6 +369,11 @@ class LayerState:
         Where attention cannot be seen, all tokens stay, and the decoded states fit any mask.
         """
         return self.is_shown and self.shown[0] <= self.seen - self.tail_tokens
+
+    @property
+    def is_shown_whole(self) -> bool:
+        """Whether attention has been seen from the first token on."""
+        return self.is_shown and self.shown[0] == 0
 
     def note_shown(self, fresh: int) -> None:
         """Take note that the attention to the newest tokens was shown."""
@@ -384,6 +395,22 @@ class LayerState:
         self.tail = (_joined(self.exact[0], keys), _joined(self.exact[1], values))
         self.pads = pads
         self.seen += fresh
+
+    def snapshot(self, *, packed: bool) -> dict[str, Any]:
+        """Return all that the layer holds and counts, by reference, so that `restore` can undo what is done meanwhile.
+
+        Args:
+            packed: Whether packed tokens may come or go meanwhile.
+        """
+        saved = vars(self) | {"turn": vars(self.turn).copy(), "observed": vars(self.observed).copy()}
+        if packed and self.body is not None:
+            saved["body"] = self.body.shallow()
+        return saved
+
+    def restore(self, saved: dict[str, Any]) -> None:
+        """Hold and count what a `snapshot` has, all at once: an interrupt finds the one or the other."""
+        whole = saved | {"turn": Turn(**saved["turn"]), "observed": Observations(**saved["observed"])}
+        vars(self).update(whole)
 
     def holders(self, *kinds: Kind) -> Iterator[object]:
         """Yield the tensors of these kinds, and what holds them where that holds more: buffers and transforms."""
@@ -443,10 +470,15 @@ class LayerState:
         self.codecs = self.asked
 
     @property
-    def buffers(self) -> list[TokenBuffer]:
+    def buffers(self) -> tuple[TokenBuffer, ...]:
         """What grows with the packed tokens."""
-        found = (find(self, declared.path) for declared in TENSORS if "packed" in declared.axes)
-        return [buffer for buffer in found if buffer is not None]
+        return () if self.body is None else _buffers_of(self)
+
+
+# Asked for at each step.
+_buffers_of: Callable[[LayerState], tuple[TokenBuffer, ...]] = attrgetter(
+    *(declared.path for declared in TENSORS if "packed" in declared.axes)
+)
 
 
 def _joined(stored: Tensor, new: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Storage of compressed tokens: append-only buffers, original positions, and the two together."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -158,6 +158,13 @@ class PackedTokens:
     keys: PackedSide
     values: PackedSide
     positions: PositionMap
+
+    def shallow(self) -> "PackedTokens":
+        """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
+        keys, values = (
+            replace(side, words=replace(side.words), scales=replace(side.scales)) for side in (self.keys, self.values)
+        )
+        return PackedTokens(keys, values, replace(self.positions))
 
     def kept_before(self, end: int) -> Int[Tensor, "b h"]:
         """Return how many tokens before position ``end`` each head has."""

@@ -1,15 +1,18 @@
 """`compressed_generation`: a compressed cache where none can be passed, put in by torch's module hooks."""
 
 import inspect
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, StaticCache
 
+from nexusquant_cache.attention.enable import disable, enable, is_hidden
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
 from nexusquant_cache.layer.parts import compressed
@@ -42,6 +45,9 @@ def compressed_generation(
     of its own (``use_cache`` is on, and it is not in training mode), and where it is given an empty DynamicCache, which
     becomes a compressed one.
 
+    Where the model's attention is not torch's own (flash, flex, kernels), `nexusquant_cache.attention.enable` is called for
+    the time of the block, so that the caches see it; models that it refuses are left as they are.
+
     Other caches that are passed are left alone.  Blocks may be nested: the inner one wins.  When a block ends, also by
     an exception, its hooks are gone; the caches made inside it stay compressed.
 
@@ -67,10 +73,43 @@ def compressed_generation(
                 raise _keeps_no_keys(module)
             hook = _Hook(block, module, config)
             hooks.callback(module.register_forward_pre_hook(hook, prepend=True, with_kwargs=True).remove)
+            hooks.enter_context(_seen_attention(module))
         try:
             yield CompressedGeneration(block)
         finally:
             block.has_ended = True
+
+
+_enabled: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by us, for how many blocks
+_lock = threading.Lock()
+
+
+@contextmanager
+def _seen_attention(module: nn.Module) -> Iterator[None]:
+    """Let caches see the attention of a model meanwhile; blocks, of several threads too, may end in any order."""
+    with _lock:
+        blocks = _enabled.get(module, 0)
+        is_ours = blocks > 0 or (is_hidden(module) and _enable(module))
+        if is_ours:
+            _enabled[module] = blocks + 1
+    try:
+        yield
+    finally:
+        with _lock:
+            if is_ours:
+                _enabled[module] -= 1
+                if not _enabled[module]:
+                    del _enabled[module]
+                    disable(module)
+
+
+def _enable(module: nn.Module) -> bool:
+    """Call `attention.enable`; tell whether it serves the model."""
+    try:
+        enable(module)
+    except UnsupportedError:
+        return False
+    return True
 
 
 class _Block:
@@ -115,6 +154,11 @@ class _Hook:
         self.names = list(inspect.signature(module.forward).parameters)
         self.cache_names = cache_names(module) or CACHE_NAMES  # a wrapper may pass on what it does not name
         self.config = config
+
+    @property
+    def serves_caches(self) -> bool:
+        """Whether a model without a cache gets one of ours."""
+        return not self.block.has_ended
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_Hook":
         """Return this very hook: in a copy of the model it stops together with that of the original."""
