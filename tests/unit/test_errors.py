@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable
 
+import feeding
 import pytest
 import torch
 from integration.tiny import SMALL, fingerprint, random_states, tiny_config
@@ -34,7 +35,7 @@ def states(tokens: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> tu
 
 def feed(cache: NexusQuantCache, tokens: int, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
     """Do what a forward pass of a model does."""
-    return [cache.update(*states(tokens, 10 * seed + index), index) for index in range(LAYERS)]
+    return [feeding.feed(cache, *states(tokens, 10 * seed + index), index) for index in range(LAYERS)]
 
 
 def feed_tokens(cache: NexusQuantCache, tokens: int) -> None:
@@ -155,7 +156,7 @@ def test_a_bad_first_prompt_leaves_no_trace(name: str, bad_layer: int) -> None:
     assert cache.memory_report().held_bytes == 0
     for each in (cache, fresh):
         for index in range(LAYERS):
-            each.update(*random_states((1, 3, 50, 32), index, torch.bfloat16), index)
+            feeding.feed(each, *random_states((1, 3, 50, 32), index, torch.bfloat16), index)
         each.compress()
     assert fingerprint(cache) == fingerprint(fresh)
 
@@ -175,7 +176,7 @@ BAD_NEXT: dict[str, tuple[Callable[[int], tuple[Tensor, Tensor]], type[Exception
     "two axes": (lambda n: both(n, 16), ShapeError, "got shape"),
     "three axes": (lambda n: both(2, n, 16), ShapeError, "got shape"),
 }
-STAGES = {"fresh prompt": (60,), "short prompt": (20, 1), "compressed": (60, 1), "second turn": (60, 1, 30)}
+STAGES = {"fresh prompt": (60,), "short prompt": (20, 1), "compressed": (60, 1), "second turn": (60, 1, 60)}
 
 
 @pytest.mark.parametrize("bad_layer", [0, LAST])
@@ -353,10 +354,11 @@ def test_crop_to_an_absolute_length_is_refused(tokens_to_remove: int) -> None:
 
 def test_crop_into_the_first_tokens_of_a_padded_row_is_refused_and_changes_nothing() -> None:
     """Its two sinks are tokens 5 and 6: what stands at position 7 can go, they cannot, but everything can."""
-    mask = torch.ones(SHAPE[0], 60)
-    mask[1, :5] = 0
-    cache = NexusQuantCache("balanced", attention_mask=mask, **SMALL)
-    feed(cache, 60)
+    mask = torch.ones(SHAPE[0], 1, 1, 60, dtype=torch.bool)
+    mask[1, ..., :5] = False
+    cache = NexusQuantCache("balanced", **SMALL)
+    for index in range(LAYERS):
+        feeding.feed(cache, *states(60, index), index, mask=mask)
     feed(cache, 1)
     before = fingerprint(cache)
     with pytest.raises(UnsupportedError, match=r"newest 55 of 61 tokens.*behind position 7,"):
@@ -374,7 +376,7 @@ def test_a_forward_that_fails_half_compressed_leaves_nothing_silently_wrong() ->
     cache = NexusQuantCache("balanced", when="during_prefill", **SMALL)
     feed(cache, 60)
     for index in range(2):
-        cache.update(*states(40, index), index)
+        feeding.feed(cache, *states(40, index), index)
     with pytest.raises(NonFiniteError):
         cache.update(*nan_in(states(40)), 2)
     with pytest.raises(CacheStateError, match=r"failed half-way.*cache.reset\(\)"):
@@ -403,7 +405,7 @@ def test_a_first_forward_that_fails_does_not_end_the_recording() -> None:
 def test_a_first_forward_that_fails_half_compressed_changes_nothing() -> None:
     cache, fresh = (NexusQuantCache("balanced", when="during_prefill", **SMALL) for _ in range(2))
     for index in range(2):
-        cache.update(*states(60, index), index)
+        feeding.feed(cache, *states(60, index), index)
     with pytest.raises(NonFiniteError):
         cache.update(*nan_in(states(60)), 2)
     for each in (cache, fresh):

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from feeding import feed
 from integration.tiny import SMALL, random_states, reachable_bytes, tiny_config
 from torch import Tensor
 from transformers import Gemma3TextConfig
@@ -50,10 +51,10 @@ def report(*rows: LayerReport, **numbers: int) -> MemoryReport:
 def test_the_numbers_of_a_small_case_by_hand() -> None:
     """100 float32 tokens of 2 heads x 16 channels: 2 sinks, 8 recent, 90 between them of which half are kept."""
     cache = NexusQuantCache("quant", keep_ratio=0.5, key_bits=3, value_bits=2, transform="hadamard", **SMALL)
-    cache.update(*random_states((1, 2, 100, 16), 0), 0)
-    plain = cache.memory_report().layers[0]
-    assert (plain.exact_bytes, plain.code_bytes, plain.other_bytes) == (100 * 2 * 32 * 4, 0, 0)
-    assert cache.memory_report().compression_factor == 0.5  # float32 against 16 bit
+    feed(cache, *random_states((1, 2, 100, 16), 0), 0)
+    plain, queries = cache.memory_report().layers[0], 64 * 2 * 16 * 4  # the last of them, until the compression
+    assert (plain.exact_bytes, plain.code_bytes, plain.other_bytes) == (100 * 2 * 32 * 4 + queries, 0, 0)
+    assert cache.memory_report().compression_factor == 12800 / (25600 + queries)  # float32 against 16 bit
 
     cache.compress()
     row, whole = cache.memory_report().layers[0], cache.memory_report()
@@ -65,16 +66,16 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     assert row.held_bytes == whole.held_bytes == 2560 + 1080 + 104
     assert whole.dense_bytes == 100 * 2 * 32 * 2
     assert whole.compression_factor == 12800 / 3744
-    assert whole.peak_bytes == 25600
+    assert whole.peak_bytes == 25600 + queries
     assert whole.shared_bytes == 0
 
 
 def test_room_to_grow_is_counted() -> None:
     """Four more tokens make the buffers of 45 grow to 45 + 4 + 32."""
     cache = NexusQuantCache("quant", keep_ratio=0.5, transform="hadamard", **SMALL)
-    cache.update(*random_states((1, 2, 100, 16), 0), 0)
+    feed(cache, *random_states((1, 2, 100, 16), 0), 0)
     for step in range(5):
-        cache.update(*random_states((1, 2, 1, 16), step), 0)
+        feed(cache, *random_states((1, 2, 1, 16), step), 0)
     assert cache.memory_report().layers[0].code_bytes == (45 + 4 + 32) * 2 * (4 + 1 + 5 + 1)
     assert cache.memory_report().held_bytes == reachable_bytes(cache)
 
@@ -83,7 +84,7 @@ def test_rotary_tables_are_counted_once() -> None:
     config = tiny_config()
     cache = NexusQuantCache("quant", config=config, **SMALL)
     for layer_idx in range(2):
-        cache.update(*random_states((1, 2, 300, 16), layer_idx), layer_idx)
+        feed(cache, *random_states((1, 2, 300, 16), layer_idx), layer_idx)
     cache.compress()
     whole = cache.memory_report()
     # 8 frequencies in float32 and in float64, 256 + 2 rows of 8 cosines and 8 sines
@@ -96,8 +97,9 @@ def test_the_peak_is_the_exact_prompt() -> None:
     """It is noted when a generation step starts the compression, too, and forgotten by `reset`."""
     cache = NexusQuantCache("max", **SMALL)
     for length in (300, 1):
-        cache.update(*random_states((1, 2, length, 16), 0, torch.bfloat16), 0)
-    assert cache.memory_report().peak_bytes == 300 * 2 * 32 * 2
+        feed(cache, *random_states((1, 2, length, 16), 0, torch.bfloat16), 0)
+    queries = 64 * 2 * 16 * 2
+    assert cache.memory_report().peak_bytes == 300 * 2 * 32 * 2 + queries
     assert cache.memory_report().held_bytes < 300 * 2 * 32 * 2 / 4
     cache.reset()
     assert cache.memory_report().peak_bytes == 0
@@ -129,7 +131,7 @@ def test_layers_of_transformers_are_reported_with_what_they_hold() -> None:
     )
     cache = NexusQuantCache("balanced", config=config, **SMALL)
     for layer_idx in range(2):
-        cache.update(*random_states((1, 2, 100, 16), layer_idx, torch.bfloat16), layer_idx)
+        feed(cache, *random_states((1, 2, 100, 16), layer_idx, torch.bfloat16), layer_idx)
     cache.compress()
     sliding, ours = cache.memory_report().layers
     assert (sliding.kind, sliding.seen_tokens, sliding.kept_tokens) == ("DynamicSlidingWindowLayer", 100, 7)
@@ -217,14 +219,14 @@ class LearnedPolicy(EvictionPolicy):
 @pytest.mark.parametrize("cache_class", [HeadBasisCache, OwnPhaseCache])
 def test_what_a_users_parts_hold_is_counted(cache_class: type[NexusQuantCache]) -> None:
     cache = cache_class("balanced", **SMALL)
-    cache.update(*random_states((1, 2, 100, 16), 0), 0)
-    cache.update(*random_states((1, 2, 1, 16), 1), 0)
+    feed(cache, *random_states((1, 2, 100, 16), 0), 0)
+    feed(cache, *random_states((1, 2, 1, 16), 1), 0)
     assert cache.memory_report().held_bytes == reachable_bytes(cache)
 
 
 def test_a_policys_tensors_are_not_the_caches() -> None:
     """A policy holds no state of a cache and may be shared, so what it holds is no part of the KV cache."""
     cache = NexusQuantCache("balanced", policy=LearnedPolicy(), **SMALL)
-    cache.update(*random_states((1, 2, 100, 16), 0), 0)
-    cache.update(*random_states((1, 2, 1, 16), 1), 0)
+    feed(cache, *random_states((1, 2, 100, 16), 0), 0)
+    feed(cache, *random_states((1, 2, 1, 16), 1), 0)
     assert reachable_bytes(cache) - cache.memory_report().held_bytes == 4000
