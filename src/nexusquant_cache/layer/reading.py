@@ -12,9 +12,8 @@ from nexusquant_cache.states.source import See, Source
 from nexusquant_cache.states.tensors import ExactStates, HeldStates
 
 
-def held(state: LayerState, residency: Residency) -> HeldTokens:
-    """Return all kept tokens as they are now, on the device of the layer."""
-    residency.fetch()
+def held(state: LayerState) -> HeldTokens:
+    """Return all kept tokens of a layer that is on its device, as they are now."""
     if state.body is None or state.codecs is None:
         return HeldTokens(state.exact, state.seen)
     return HeldTokens(
@@ -32,18 +31,15 @@ def held(state: LayerState, residency: Residency) -> HeldTokens:
 def dense(state: LayerState, residency: Residency) -> tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]]:
     """Return all kept keys and values in the dtypes they came in, oldest first."""
     with residency.at_home():
-        tokens = held(state, residency)
+        tokens = held(state)
         return tokens.dense_keys(), tokens.dense_values()
 
 
-def states(
-    state: LayerState, residency: Residency, fresh: int, see: See, *, given: Pair | None, was_shown: bool
-) -> Pair:
+def states(state: LayerState, fresh: int, see: See, *, given: Pair | None, was_shown: bool) -> Pair:
     """Return what an update hands to attention.
 
     Args:
-        state: The layer, with the new tokens.
-        residency: Where its tensors are.
+        state: The layer, with the new tokens, on its device.
         fresh: How many tokens are new.
         see: What is to be shown their attention.
         given: Keys and values of the update, if they are all that the layer holds: they may need gradients.
@@ -53,7 +49,7 @@ def states(
         States without numbers where attention is known to be answered from codes, and where there is nothing that
         they could be decoded to: of evicted tokens nothing is left.
     """
-    tokens = held(state, residency)
+    tokens = held(state)
     source = Source(tokens, fresh, see)
     if tokens.keys is not None and (was_shown or not tokens.is_whole):
         return HeldStates.of(source, "keys"), HeldStates.of(source, "values")

@@ -1,7 +1,7 @@
 """How states have been reshaped on their way from `update` to attention."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
@@ -11,8 +11,7 @@ _AXES = 4
 _SPLIT = 5  # axes, with a copy for each query head of a group as the third
 
 
-@dataclass(frozen=True)
-class Form:
+class Form(NamedTuple):
     """What models do to keys and values before they attend: one copy for each query head, and the keys transposed.
 
     Attributes:
@@ -54,7 +53,7 @@ class Form:
             return self._joined(sizes, stored) if all(isinstance(size, int) for size in sizes) else None
         if name == "flatten":
             axes = (*args, *kwargs.values())
-            return replace(self, is_split=False) if self.is_split and axes == (1, 2) else None
+            return self._replace(is_split=False) if self.is_split and axes == (1, 2) else None
         if name == "repeat_interleave":
             return self._repeated(args, kwargs)
         return None
@@ -71,11 +70,11 @@ class Form:
             first, second = (axis % _AXES for axis in axes)
             order[first], order[second] = order[second], order[first]
         if order == [0, 1, _CHANNELS, _TOKENS]:
-            return replace(self, is_transposed=not self.is_transposed)
+            return self._replace(is_transposed=not self.is_transposed)
         return self if order == [*range(_AXES)] else None
 
     def _split(self) -> "Form | None":
-        return replace(self, is_split=True) if self.repeats == 1 and not self.is_split else None
+        return self._replace(is_split=True) if self.repeats == 1 and not self.is_split else None
 
     def _indexed(self, index: object) -> "Form | None":
         """Follow ``x[:, :, None]``, and indices that choose everything."""
@@ -87,13 +86,13 @@ class Form:
     def _expanded(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
         if len(sizes) != (_SPLIT if self.is_split else _AXES):
             return None
-        wanted = replace(self, repeats=sizes[2]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
+        wanted = self._replace(repeats=sizes[2]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
         shape = wanted.shape(stored)
         return wanted if all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
 
     def _joined(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
         """Follow a reshape that leaves everything as it is, or puts the copies behind one another."""
-        joined = replace(self, is_split=False)
+        joined = self._replace(is_split=False)
         for form in (self, joined):
             shape = form.shape(stored)
             fits = len(sizes) == len(shape) and all(a in {-1, b} for a, b in zip(sizes, shape, strict=True))
@@ -106,7 +105,7 @@ class Form:
         repeats = given.get("repeats")
         if self.is_split or self.repeats > 1 or given.get("dim") not in {1, -3} or not isinstance(repeats, int):
             return None
-        return replace(self, repeats=repeats)
+        return self._replace(repeats=repeats)
 
 
 def _is_all(index: object) -> bool:

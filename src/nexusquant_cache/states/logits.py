@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
+from nexusquant_cache.states.metadata import METADATA
 from nexusquant_cache.states.source import Source
 from nexusquant_cache.uncompiled import uncompiled
 
@@ -53,6 +53,9 @@ class Logits(torch.Tensor):
     ) -> object:
         """Compute, and go with the result as long as it is made of logits."""
         del types
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as torch's documentation has it
+                return func(*args, **(kwargs or {}))
         return _compute(func, args, kwargs or {})
 
 
@@ -60,14 +63,15 @@ class Logits(torch.Tensor):
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     name = getattr(func, "__name__", "")
     given = next((x for x in args if isinstance(x, Logits)), None)
-    if given is not None and name == "softmax":
-        _show(given)
-    result = func(*_plain(args), **_plain(kwargs))
-    if given is None or name in {"softmax", "detach", "__get__"} or not _is_made_of(result, given):
-        return result
-    if given.evicted is not None and name in _BOUNDS:
-        result[..., : given.evicted.shape[-1]].masked_fill_(given.evicted, -torch.inf)
-    return _follow(result, given, name, args)
+    with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
+        if given is not None and name == "softmax":
+            _show(given)
+        result = func(*args, **kwargs)
+        if given is None or name in {"softmax", "detach", "__get__"} or not _is_made_of(result, given):
+            return result
+        if given.evicted is not None and name in _BOUNDS:
+            result[..., : given.evicted.shape[-1]].masked_fill_(given.evicted, -torch.inf)
+        return _follow(result, given, name, args)
 
 
 def _follow(result: Tensor, given: Logits, name: str, args: tuple[Any, ...]) -> Logits:
@@ -103,10 +107,6 @@ def _show(logits: Logits) -> None:
     source, pads = logits.source, None
     if source.fresh > 1:
         seen = source.held.seen
-        newest = logits.as_subclass(Tensor)[..., seen - source.fresh : seen]
+        newest = logits[..., seen - source.fresh : seen]
         pads = ~(newest > torch.finfo(newest.dtype).min / 2).flatten(1, 2).any(1)
     source.note(logits.queries, 1.0 if logits.scaling is None else logits.scaling, pads)
-
-
-def _plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function
-    return tree_map_only(Logits, lambda x: x.as_subclass(Tensor), given)

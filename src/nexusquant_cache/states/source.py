@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
-from nexusquant_cache.codec.held import HeldTokens
+from nexusquant_cache.codec.held import HeldTokens, Side
 
 See: TypeAlias = Callable[[int, Tensor, float | None, Tensor | None], None]
 """Sees how many tokens are new, queries, their scale, and which of the new tokens are padding."""
@@ -19,11 +19,17 @@ class Source:
     Attributes:
         held: What the layer holds after the update.
         fresh: Tokens that the update has brought.
+        shapes: Shapes of keys and values, ``[batch, kv_heads, tokens seen, channels]``.
     """
 
     def __init__(self, held: HeldTokens, fresh: int, see: See) -> None:
         """Come from an update that has brought so many tokens; ``see`` is shown the attention to them, once."""
         self.held, self.fresh = held, fresh
+        keys, values = (x.shape for x in held.tail)
+        self.shapes: dict[Side, tuple[int, ...]] = {
+            "keys": (*keys[:2], held.seen, keys[3]),
+            "values": (*values[:2], held.seen, values[3]),
+        }
         self._see: See | None = see
         self._noted: tuple[Tensor, float | None, Tensor | None] | None = None
 
@@ -47,7 +53,6 @@ class Source:
         if self._see is not None:
             see, self._see = self._see, None
             see(self.fresh, queries, scaling, pads)
-
 
     def note(
         self, queries: Float[Tensor, "b q m d"], scaling: float | None, pads: Bool[Tensor, "#b fresh"] | None

@@ -14,6 +14,7 @@ from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.states import answer
 from nexusquant_cache.states.form import Form
 from nexusquant_cache.states.logits import Logits
+from nexusquant_cache.states.metadata import METADATA
 from nexusquant_cache.states.source import Source, pads_in
 from nexusquant_cache.uncompiled import uncompiled
 
@@ -53,7 +54,7 @@ class States(torch.Tensor):
     ) -> Any:  # noqa: ANN401
         """Answer attention; compute everything else with plain tensors."""
         del types
-        if func in _METADATA:
+        if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as torch's documentation has it
                 return func(*args, **(kwargs or {}))
         return _compute(func, args, kwargs or {})
@@ -75,7 +76,8 @@ class ExactStates(States):
 
     def formed(self, form: Form, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
         """Let the function do it."""
-        return ExactStates.of(function(self.plain(), *args, **kwargs), self.source, self.side, form)
+        with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
+            return ExactStates.of(function(self, *args, **kwargs), self.source, self.side, form)
 
 
 class HeldStates(States):
@@ -89,11 +91,9 @@ class HeldStates(States):
     @staticmethod
     def of(source: Source, side: Side, form: Form | None = None, dtype: torch.dtype | None = None) -> "HeldStates":
         """Stand for one side of what a layer holds."""
-        form, held = form or Form(), source.held
-        like = held.tail[0 if side == "keys" else 1]
-        shape = form.shape((*like.shape[:2], held.seen, like.shape[3]))
+        form, like = form or Form(), source.held.tail[0 if side == "keys" else 1]
         self: HeldStates = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - as torch's documentation has it
-            HeldStates, shape, dtype=dtype or like.dtype, device=like.device
+            HeldStates, form.shape(source.shapes[side]), dtype=dtype or like.dtype, device=like.device
         )
         self.source, self.side, self.form, self._decoded = source, side, form, None
         return self
@@ -145,7 +145,7 @@ def _compute(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     name = getattr(func, "__name__", "")
     found = None
     if name == "scaled_dot_product_attention":
-        found = _attention(*args, **kwargs)
+        found = _attention(func, *args, **kwargs)
     elif name == "matmul" and len(args) == 2 and not kwargs and isinstance(args[1], States):  # noqa: PLR2004
         found = _product(args[0], args[1])
     elif args and isinstance(args[0], States):
@@ -165,9 +165,7 @@ def _followed(
     elif name == "__get__":
         form = states.form.after("transpose", (), (-2, -1), {}) if func is torch.Tensor.mT.__get__ else None
     else:
-        held, own = states.source.held, 0 if states.side == "keys" else 1
-        like = held.tail[own].shape
-        form = states.form.after(name, (*like[:2], held.seen, like[3]), args, kwargs)
+        form = states.form.after(name, states.source.shapes[states.side], args, kwargs)
     return None if form is None else states.formed(form, func, args, kwargs)
 
 
@@ -185,6 +183,7 @@ _CASTS: dict[str, Callable[[tuple[Any, ...], dict[str, Any]], torch.dtype | None
 
 
 def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
+    function: Function,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -194,8 +193,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     scale: float | None = None,
     enable_gqa: bool = False,  # noqa: FBT001, FBT002
 ) -> Tensor | None:
-    """Show and answer `scaled_dot_product_attention`; None if torch has to compute it."""
-    del enable_gqa  # the number of heads says it
+    """Show and answer `scaled_dot_product_attention`; None if it is none that is understood."""
     source = source_of(key, value)
     if source is None or key.form != value.form or key.form.is_split or key.form.is_transposed:  # type: ignore[attr-defined]
         return None
@@ -212,7 +210,8 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]
     source.show(queries.detach(), scale, pads_in(mask, source.fresh))
     if not source.is_packed:
-        return None
+        exact = (query, key.plain(), value.plain(), attn_mask, dropout_p, is_causal)  # type: ignore[attr-defined]
+        return function(*exact, scale=scale, enable_gqa=enable_gqa)
     answer.check_dropout(dropout_p)
     answer.check_gradients(query, mask)
     if is_causal:
@@ -230,7 +229,7 @@ def source_of(key: object, value: object) -> Source | None:
 
 
 def _product(x: Any, states: States) -> Tensor | None:  # noqa: ANN401 - any tensor
-    """Show and answer the products around a softmax; None if torch has to compute one."""
+    """Show and answer the products around a softmax; None if this is none that is understood."""
     form, source = states.form, states.source
     heads = source.held.tail[0].shape[1] * form.repeats
     if type(x) is not Tensor or x.ndim != _AXES or form.is_split or x.shape[1] != heads:
@@ -241,7 +240,7 @@ def _product(x: Any, states: States) -> Tensor | None:  # noqa: ANN401 - any ten
         return None
     source.show_noted()
     if not source.is_packed:
-        return None
+        return x @ states.plain()
     answer.check_gradients(x)
     return answer.weighted_values(x, source.held)
 
@@ -261,18 +260,3 @@ def _logits(queries: Float[Tensor, "b q m d"], keys: States) -> Tensor:
 def plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function
     """Return what is given with plain tensors in the place of states."""
     return tree_map_only(States, lambda x: x.plain(), given)
-
-
-def _getters(*names: str) -> set[Any]:
-    return {getattr(torch.Tensor, name).__get__ for name in names}
-
-
-_METADATA = _getters("shape", "dtype", "device", "ndim", "is_cuda", "is_cpu", "is_mps", "layout", "requires_grad") | {
-    torch.Tensor.size,
-    torch.Tensor.dim,
-    torch.Tensor.numel,
-    torch.Tensor.is_floating_point,
-    torch.Tensor.__len__,
-    torch.Tensor.__repr__,
-}
-"""What is asked without a look at the numbers."""
