@@ -1,6 +1,6 @@
 """Settings of a cache and the named presets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_args
 
@@ -74,7 +74,7 @@ class CacheConfig:
             ``"triton"`` insists on them.
 
     Raises:
-        OptionError: If a value is outside its range.
+        OptionError: If a value is outside its range, or an option does not exist.
     """
 
     key_bits: Bits = 2
@@ -91,6 +91,11 @@ class CacheConfig:
     most_code_error: float = 0.7
     codec: str = "e8"
     impl: Impl = "auto"
+
+    def __new__(cls, *_: object, **options: object) -> "CacheConfig":
+        """Refuse options that do not exist, with advice, before the dataclass does without."""
+        _check_names(options)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         """Check every range."""
@@ -133,15 +138,24 @@ class CacheConfig:
             OptionError: If an option does not exist; the message names the nearest that does, or says why the option
                 was removed and what to do.
         """
-        known = [field.name for field in fields(self)]
-        for name in options:
-            if name in REMOVED:
-                msg = f"the option {name!r} was removed: {REMOVED[name].advice}"
-                raise OptionError(msg)
-            if name not in known:
-                msg = f"unknown option {name!r}. {suggest(name, known)}"
-                raise OptionError(msg)
+        _check_names(options)
         return replace(self, **options)
+
+
+def _check_names(options: Iterable[str]) -> None:
+    """Check that there are such options.
+
+    Raises:
+        OptionError: If there is none; the message names the nearest, or says why it was removed and what to do.
+    """
+    known = [field.name for field in fields(CacheConfig)]
+    for name in options:
+        if name in REMOVED:
+            msg = f"the option {name!r} was removed: {REMOVED[name].advice}"
+            raise OptionError(msg)
+        if name not in known:
+            msg = f"unknown option {name!r}. {suggest(name, known)}"
+            raise OptionError(msg)
 
 
 def _is_positive(value: object) -> bool:
@@ -176,7 +190,7 @@ def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
     if isinstance(preset, CacheConfig):
         return preset
     named: object = preset  # whatever the annotation says
-    if hasattr(named, "to_dict"):
+    if hasattr(named, "to_dict") or hasattr(named, "config"):
         msg = f"preset is the first argument, got {type(named).__name__}: write NexusQuantCache(config=model.config)"
         raise OptionError(msg)
     if not isinstance(named, str) or named not in PRESETS:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from feeding import feed
 from integration.tiny import (
     ROUNDING,
     SMALL,
@@ -434,10 +435,10 @@ def test_layers_over_images_are_left_alone_by_everything() -> None:
     for when in ("post_prefill", "during_prefill"):
         cache = NexusQuantCache("balanced", config=config, when=when, **SMALL)
         image = random_states((1, 2, 130, 16), 5)
-        cache.update(*random_states((1, 2, 60, 16), 1), 0)
+        feed(cache, *random_states((1, 2, 60, 16), 1), 0)
         cache.update(*image, 1)
         cache.compress()
-        cache.update(*random_states((1, 2, 1, 16), 2), 0)
+        feed(cache, *random_states((1, 2, 1, 16), 2), 0)
         assert torch.equal(cache.layers[1].keys, image[0])
         assert torch.equal(cache.layers[1].values, image[1])
         assert cache.layers[0].state.body is not None
@@ -476,7 +477,7 @@ def test_rows_are_chosen_by_lists_too(rows: Any) -> None:
     given, expected = (NexusQuantCache("balanced", config=tiny_config(), **SMALL) for _ in range(2))
     for cache in (given, expected):
         for layer_idx in range(2):
-            cache.update(*random_states((3, 2, 60, 16), 4), layer_idx)
+            feed(cache, *random_states((3, 2, 60, 16), 4), layer_idx)
         cache.compress()
     given.batch_select_indices(rows)
     expected.batch_select_indices(torch.as_tensor(rows))

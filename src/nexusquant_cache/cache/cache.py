@@ -108,15 +108,11 @@ class NexusQuantCache(DynamicCache):
         """Make an empty cache."""
         settings = resolve_preset(preset).override(overrides)
         self.preset = preset if isinstance(preset, str) and not overrides else "custom"
-        given: object = policy  # whatever the annotation says
-        if given is not None and not isinstance(given, EvictionPolicy):
-            msg = f"policy must be an EvictionPolicy instance, got {given!r}; write KeyKeyPolicy(), not KeyKeyPolicy"
-            raise OptionError(msg)
         if when not in get_args(When):
             msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
             raise OptionError(msg)
         self.policy = policy
-        self.model_config = _text_config(config)
+        self.model_config = text_config(config)
         self.placeholder_ids = placeholder_ids(config)
         self.shared = Shared(
             settings=settings,
@@ -191,7 +187,11 @@ class NexusQuantCache(DynamicCache):
 
         Raises:
             CacheStateError: If it is too late.
+            OptionError: If the policy is none.
         """
+        if name == "policy" and value is not None and not isinstance(value, EvictionPolicy):
+            msg = f"policy must be an EvictionPolicy instance, got {value!r}; write KeyKeyPolicy(), not KeyKeyPolicy"
+            raise OptionError(msg)
         if name in _ASKED_ONCE and "_parts" in vars(self):
             if any(part.layer.is_initialized for part in compressed(self.parts())):
                 msg = f"{name} is asked for at the first update, and the cache holds tokens: set it before, or after cache.reset()"
@@ -620,11 +620,12 @@ class NexusQuantCache(DynamicCache):
         Raises:
             FormatError: If the file is damaged, of another model, of a later version, of another prompt, or anything
                 but a saved cache.
-            OptionError: If the config or the policy is needed and not given, the dtype is none of these, or the number
-                of threads is out of its range.
+            OptionError: If the config or the policy is needed and not given, or no config, the dtype is none of these,
+                or the number of threads is out of its range.
             OSError: If the file cannot be read.
         """
         check_dtype(dtype)
+        text_config(config)
         promise, tensors = read_file(Path(path), threads=threads, progress=progress)
         check_tokens(promise.meta.tokens_hash, token_ids)
         settings = settings_of(promise.meta)
@@ -679,7 +680,7 @@ class NexusQuantCache(DynamicCache):
         )
 
 
-def _text_config(config: object) -> PretrainedConfig | None:
+def text_config(config: object) -> PretrainedConfig | None:
     """Return the config of the part that writes text.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -222,12 +223,27 @@ class Forward:
         if given is None or key_states.ndim != _AXES:
             return
         batch, tokens, seen = key_states.shape[0], key_states.shape[2], part.seen
-        is_read = bool(seen) and tokens == 1  # a prompt may come in chunks
-        if batch != given[0] or (seen != given[1] if is_read else seen + tokens > given[1]):
+        if not seen and not _repeats(key_states, given[0]):
+            is_right = False
+        elif seen == given[1] or (part.state.turn.record_past and seen + tokens >= given[1]):  # candidates come with it
+            is_right, self.shared.mask_shape = True, None  # the prompt is read
+        else:  # it may come in chunks, the last of which may be of one token
+            ends = tokens > 1 or seen + 1 == given[1] or part.state.turn.longest <= 1
+            is_right = seen + tokens <= given[1] and ends
+        if not is_right:
             msg = (
                 f"attention_mask has the shape {list(given)}, and the prompt is [{batch}, {seen or tokens}]. Leave it "
                 "out: the cache sees the model's own mask."
             )
             raise ShapeError(msg)
-        if is_read:
-            self.shared.mask_shape = None
+
+
+def _repeats(key_states: Tensor, rows: int) -> bool:
+    """Tell whether a batch is so many rows, each of which may be repeated, as for beams and several answers."""
+    batch = key_states.shape[0]
+    if batch == rows:
+        return True
+    if not rows or batch % rows:
+        return False
+    grouped = key_states.unflatten(0, (rows, -1))
+    return bool(torch.isclose(grouped, grouped[:, :1], rtol=1e-2, atol=1e-2).all())

@@ -109,8 +109,10 @@ def register_codec(
             values must have the types of its fields.
 
     Raises:
-        OptionError: If the name is taken by another class, or there is no default for the class.
+        OptionError: If the name is no text or taken by another class, the class is no `VectorCodec`, or there is no
+            default for it.
     """
+    _check_registration(name, codec_class, describe, make)
     known = _CODECS.get(name)
     # A class may be defined again, as a cell of a notebook does.
     if known is not None and _path(known.codec_class) != _path(codec_class):
@@ -125,6 +127,24 @@ def register_codec(
         _fields_of if describe is None else describe,
         partial(_from_fields, codec_class) if make is None else make,
     )
+
+
+def _check_registration(name: object, codec_class: object, describe: object, make: object) -> None:
+    """Check what `register_codec` is given, whatever its annotations say.
+
+    Raises:
+        OptionError: If something is of a wrong kind.
+    """
+    if not isinstance(name, str) or not name:
+        msg = f"the name of a codec must be a text, got {name!r}"
+        raise OptionError(msg)
+    if not isinstance(codec_class, type) or not issubclass(codec_class, VectorCodec):
+        msg = f"codec_class must be a subclass of VectorCodec, the class and not an instance, got {codec_class!r}"
+        raise OptionError(msg)
+    for what, given in (("describe", describe), ("make", make)):
+        if given is not None and not callable(given):
+            msg = f"{what} must be a function, got {given!r}"
+            raise OptionError(msg)
 
 
 def _path(kind: type) -> tuple[str, str]:

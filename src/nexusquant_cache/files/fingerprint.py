@@ -160,8 +160,12 @@ def hash_besides(besides: Besides | None) -> str:
     """Return the hash of what a prompt is made of besides token ids; an empty text if there is nothing.
 
     Raises:
-        OptionError: If something is no tensor, bytes or text.
+        OptionError: If something is no tensor, bytes or text, or has no name.
     """
+    given: object = besides  # whatever the annotation says
+    if given is not None and not (isinstance(given, Mapping) and all(isinstance(name, str) for name in given)):
+        msg = f"besides must name what it holds, like {{'pixel_values': pixel_values}}; got {type(given).__name__}"
+        raise OptionError(msg)
     if not besides:
         return ""
     total = hashlib.sha256()

@@ -24,7 +24,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from nexusquant_cache.cache.cache import NexusQuantCache, placeholder_ids
+from nexusquant_cache.cache.cache import NexusQuantCache, placeholder_ids, text_config
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files import inspect_file, verify_file
 from nexusquant_cache.files.container import VERSION
@@ -139,8 +139,8 @@ class PrefixStore:
         """
         ids = _checked_ids(token_ids)
         _check_cache(cache, len(ids))
-        cache.compress()
         key = {**self._key(cache.model_config, cache.policy, cache.cache_config, besides), **describe_ids(ids)}
+        cache.compress()
         if besides is None and _first_of(ids, cache.placeholder_ids) is not None:
             warnings.warn(
                 "some of these token ids stand for images or sounds, which the ids do not tell apart, so the entry "
@@ -255,9 +255,10 @@ class PrefixStore:
         if leave < 0:
             msg = f"leave must be 0 or more tokens, got {leave}"
             raise OptionError(msg)
+        key = self._key(config, policy, preset, besides)
         first = None if besides else _first_of(ids, placeholder_ids(config))
         most = len(ids) - leave if first is None else min(len(ids) - leave, first)
-        entry = self._index.longest(self._key(config, policy, preset, besides), id_bytes(ids), most)
+        entry = self._index.longest(key, id_bytes(ids), most)
         return None if entry is None else PrefixMatch(entry, ids[: entry.tokens], config, policy)
 
     def load(
@@ -408,10 +409,10 @@ class PrefixStore:
         besides: Besides | None,
     ) -> dict[str, Any]:
         """Return the columns that decide whose caches are found."""
-        decoder = None if config is None else config.get_text_config(decoder=True)
+        decoder, more = text_config(config), hash_besides(besides)
         settings = None if preset is None else describe_settings(resolve_preset(preset))
         return {
-            "namespace": f"{self.namespace}\n{hash_besides(besides)}" if besides else self.namespace,
+            "namespace": f"{self.namespace}\n{more}" if more else self.namespace,
             "model": "" if decoder is None else describe_model(decoder.to_dict()).fingerprint,
             "policy": "" if policy is None else policy_name(policy),
             "settings": None if settings is None else json.dumps(settings, sort_keys=True),
