@@ -245,7 +245,7 @@ class TestRequirements:
         assert window.requires_queries
         assert window.wants_queries
         assert reconstruction.requires_reconstruction
-        message = r"WindowAttentionPolicy .* layer 3 was shown none.*nexusquant_cache\.attention\.enable\(model\)"
+        message = r"WindowAttentionPolicy scores by queries.* layer 3 are not known.*a policy that does without"
         with pytest.raises(CacheStateError, match=message):
             window.select(make_inputs(queries=None), 5)
         message = r"ReconstructionPolicy .*nexusquant_cache\.attention\.reconstruct\(model, cache, input_ids\)"

@@ -1,16 +1,18 @@
-"""The attention implementation `nexusquant`: reads the codes of a compressed cache, and lets it see the queries.
+"""For models whose attention is not torch's own, and two ways to look at attention.
 
-Without it each generation step decodes a layer, attends, and drops what was decoded.  With it, steps of a few tokens
-read the codes where they lie, by Triton kernels on a GPU that can run them and else in plain torch.  Everything else
-(the prefill, many tokens at once, other caches, other layers) is computed by the implementation that the model had
-before, bit for bit.  The last queries of a prompt reach the cache, for policies that choose tokens by them::
+A cache sees attention by itself where models compute it with `scaled_dot_product_attention` or with two matrix products
+around a softmax (``"sdpa"`` and ``"eager"`` of transformers); then none of this is needed.  It cannot see flash and
+flex attention and the kernels of other libraries.  For these, `enable` puts a function in front that shows the cache
+its queries and its mask, and answers from the codes where there are any::
 
     attention.enable(model)
-    cache = NexusQuantCache(config=model.config, policy=WindowAttentionPolicy())
-    model.generate(**inputs, cache=cache)
+    model.generate(**inputs, cache=NexusQuantCache(config=model.config))
 
-Nothing is registered when this package is imported: `enable` does it, through transformers' `AttentionInterface` and
-`AttentionMaskInterface`.
+Everything else (the prefill, other caches, other layers) is computed by the implementation that the model had before,
+bit for bit.  Nothing is registered when this package is imported: `enable` does it, through transformers'
+`AttentionInterface` and `AttentionMaskInterface`.
+
+`reconstruct` has a model read a prompt once more; `record_queries` records queries, whatever the cache.
 """
 
 from nexusquant_cache.attention.enable import disable, enable

@@ -19,12 +19,13 @@ _ASKS_IN_VAIN = frozenset({"gpt2", "decision_transformer", "gemma4", "gemma4_uni
 
 
 def enable(model: nn.Module) -> None:
-    """Let a model read the codes of a compressed cache, and show it its queries.
+    """Let compressed caches see an attention that is not torch's own: flash, flex, kernels of other libraries.
 
-    Steps of up to 16 tokens read codes, and differ by rounding from what they were.  All other outputs are bit for bit
-    those of the implementation that is selected now (sdpa, eager, flash, ...); `disable` selects it again.  In a model
-    that reads images, only the part that writes text changes.  Other caches work as before.  Calling it twice changes
-    nothing.
+    Call it before the prompt: tokens are evicted only if their attention was seen.  Where there are codes, attention is
+    then answered from them; more than 16 queries at once decode them first.  All other outputs are bit for bit those of
+    the implementation that is selected now; `disable` selects it again.  In a model that reads images, only the part
+    that writes text changes.  Other caches work as before.  Calling it twice changes nothing, and neither does calling
+    it for sdpa or eager attention, but for roundings: caches see these by themselves.
 
     Args:
         model: The model, or a wrapper around it, as of PEFT.
@@ -66,7 +67,8 @@ def is_enabled(model: nn.Module) -> bool:
 
 def is_hidden(model: nn.Module) -> bool:
     """Tell whether a model has an attention that a cache cannot see, and that is none of ours."""
-    return not {_name(config) for config in _configs(model, type(text_config(model)))} <= _SEEN and not is_enabled(model)
+    names = {_name(config) for config in _configs(model, type(text_config(model)))}
+    return not names <= _SEEN and not is_enabled(model)
 
 
 def text_config(model: nn.Module) -> Any:  # noqa: ANN401 - a PreTrainedConfig

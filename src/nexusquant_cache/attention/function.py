@@ -1,4 +1,4 @@
-"""The attention function: that of another implementation, and a look at the queries.
+"""The attention function of `enable`: shows a cache its attention and answers from the codes, else calls another one.
 
 For each stock implementation there is one of ours, named after it: ``nexusquant_sdpa``, ``nexusquant_eager``.  So the
 name in the model's config says all there is to know, in a copy of the model too, and transformers still finds "flash"
@@ -31,7 +31,7 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
 
 _UNDERSTOOD = frozenset(  # options
-    {"dropout", "is_causal", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
+    {"dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
 )
 _AXES = 4  # batch, heads, queries, tokens
 
@@ -168,7 +168,7 @@ def _seen(
 
 
 def _is_understood(mask: object, seen: int) -> bool:
-    """Tell whether this is no mask, one of logits, one of tokens as flash attention has it, or one of flex attention."""
+    """Tell whether this is no mask, or one of logits, of tokens (flash attention), or of blocks (flex attention)."""
     if isinstance(mask, Tensor):
         return mask.ndim in {2, _AXES} and mask.shape[-1] == seen
     return mask is None or type(mask).__name__ == "BlockMask"

@@ -357,8 +357,8 @@ class NexusQuantCache(DynamicCache):
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
 
-        `nexusquant_cache.attention.enable` makes the model do this.  Up to 64 queries are kept until the prompt is
-        compressed, if the policy wants them; otherwise, and by layers of transformers' own classes, they are ignored.
+        Where attention is seen this happens by itself.  Up to 64 queries are kept until the prompt is compressed, if
+        the policy wants them; otherwise, and by layers of transformers' own classes, they are ignored.
 
         Args:
             queries: With their rotary phase, scaled so that ``queries @ keys.mT / head_dim**0.5`` are the logits.
@@ -466,7 +466,7 @@ class NexusQuantCache(DynamicCache):
             raise
 
     def reset(self) -> None:
-        """Forget everything seen, the attention mask too, so that the cache can serve another prompt."""
+        """Forget everything, also the shape of an attention mask that was given: the cache can serve another prompt."""
         # transformers' own layers are made anew: those of 5.17 keep zeros where tokens were.
         fresh = self._make_layers() or self.layers
         for part in self.parts():

@@ -16,8 +16,8 @@ from nexusquant_cache.policy.keys import centred, check_window, covariance_of, k
 class WindowAttentionPolicy(PooledPolicy):
     """Keeps what the last queries attend to: `KeyKeyPolicy` with real queries in place of keys.
 
-    Requires queries: `nexusquant_cache.attention.enable`.  Several query heads share a key: the one that attends to it
-    most decides.  Soft-capping and sink logits of a model are left out.
+    Requires queries.  Several query heads share a key: the one that attends to it most decides.  Soft-capping and sink
+    logits of a model are left out.
 
     Args:
         observation_window: How many of the last queries are asked, at most 64.
@@ -88,8 +88,8 @@ class ExpectedAttentionPolicy(PooledPolicy):
     The last queries, without their rotary phase, give the mean and covariance of a Gaussian.  It is turned by the mean
     phase of the next positions, and the score of a key is the expectation of ``exp(q k / sqrt(d))``.
 
-    Where no queries are shown (`nexusquant_cache.attention.enable` shows them), keys stand in for them, centred as in
-    `KeyKeyPolicy`, and a line in the log says so.  Where no rotary phase is known, nothing is turned.
+    Where the last queries are not known, keys stand in for them, centred as in `KeyKeyPolicy`, and a line in the log
+    says so.  Where no rotary phase is known, nothing is turned.
 
     Args:
         future_tokens: How many of the next positions the mean phase is taken over.
