@@ -61,7 +61,7 @@ class LayerReport:
         layer_idx: Index of the layer in the model.
         kind: ``"compressed"`` for layers of ours, else the name of transformers' layer class.
         seen_tokens: Tokens seen.
-        kept_tokens: Tokens stored.
+        kept_tokens: Tokens stored of each row and head.  In rows that keep fewer than others, some of them are hidden.
         exact_bytes: Sinks and tail in full precision, and the queries that wait with a prompt for its compression;
             everything, for layers that are not compressed.
         code_bytes: Packed codes and scales, with the room they have to grow.
@@ -166,7 +166,7 @@ class MemoryReport:
 
     @property
     def state(self) -> str:
-        """Where the cache stands, in words: empty, or whether it is compressed, and if not, why."""
+        """Where the cache stands, in words; if it is not compressed, why."""
         if self.trouble:
             return self.trouble
         ours = [layer for layer in self.layers if layer.kind == "compressed" and layer.seen_tokens]
