@@ -210,6 +210,7 @@ def build(name: str, attention: str = "sdpa") -> PreTrainedModel:
         torch.manual_seed(7)
         config = made.make_config()
         model = getattr(transformers, made.auto).from_config(config, attn_implementation=attention).eval()
+        model.requires_grad_(requires_grad=False)
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases start at 0 and norms at 1, which would hide them
                 nn.init.normal_(parameter.data, float(parameter.data.mean()), 0.2)

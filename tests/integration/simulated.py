@@ -16,6 +16,9 @@ from transformers import LlamaForCausalLM
 import nexusquant_cache
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.states import tensors
+from nexusquant_cache.states.metadata import METADATA
+from nexusquant_cache.states.tensors import ExactStates, States
 
 CPU = torch.device("cpu")
 
@@ -84,6 +87,9 @@ class SimulatedDevices(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         del types
+        given = [x for x in tensors_in([args, kwargs or {}]) if isinstance(x, States)]
+        if given:
+            return self._attend(place_of(given[0]), func, args, kwargs or {})
         if func.__name__ == "__get__":  # attributes, by far the most calls
             result = func(args[0].as_subclass(Tensor))
             return Placed.of(result, args[0].device) if isinstance(result, Tensor) else result
@@ -111,6 +117,39 @@ class SimulatedDevices(TorchFunctionMode):
         self.used.add(place)
         return replaced(result, lambda tensor: Placed.of(tensor, place))
 
+    def _attend(self, place: torch.device, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let states compute where their layer is; the model, which is spared the simulation, gets what comes out."""
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        args, kwargs = (
+            replaced(x, lambda tensor: tensor if isinstance(tensor, States) else Placed.of(tensor, place))
+            for x in (args, kwargs)
+        )
+        with self:
+            result = tensors._compute(func, args, kwargs)
+        return replaced(result, lambda x: x if isinstance(x, States) else x.as_subclass(Tensor))
+
+
+def _plain(states: ExactStates, plain: Any = ExactStates.plain) -> Tensor:
+    return Placed.of(plain(states), place_of(states))
+
+
+# The class says where a tensor lives, and `as_subclass`, which changes it, is no torch function.
+ExactStates.plain = _plain  # type: ignore[method-assign]
+
+
+def _formed(states: ExactStates, form: Any, function: Any, args: Any, kwargs: Any) -> ExactStates:
+    return ExactStates.of(function(states.plain(), *args, **kwargs), states.source, states.side, form)
+
+
+ExactStates.formed = _formed  # type: ignore[method-assign]
+
+
+def place_of(states: Any) -> torch.device:
+    """Return where the layer of states is, or a tensor."""
+    return states.source.held.tail[0].device if isinstance(states, States) else states.device
+
 
 def forget_tables() -> None:
     """Empty every `lru_cache` of the package, so that its tables are computed anew."""
@@ -126,18 +165,16 @@ class SpreadCache(NexusQuantCache):
         place = torch.device("xpu", layer_idx)
         given = Placed.of(key_states, place), Placed.of(value_states, place)
         returned = super().update(*given, layer_idx, *args, **kwargs)
-        assert [x.device for x in returned] == [place, place]
-        return tuple(x.as_subclass(Tensor) for x in returned)
+        assert [place_of(x) for x in returned] == [place, place]
+        return tuple(x if isinstance(x, States) else x.as_subclass(Tensor) for x in returned)
 
 
 def stored(layer: NexusQuantLayer) -> list[Tensor]:
     """Return the tensors that a layer holds for itself.
 
-    What layers share and the tables of the phase, which has some for each device, are not its own; `sink_place` is read
-    on the CPU only.
+    What layers share and the tables of the phase, which has some for each device, are not its own.
     """
-    own = {name: value for name, value in vars(layer.state).items() if name not in ("phase", "sink_place")}
-    return list(reachable_tensors(own))
+    return list(reachable_tensors({name: value for name, value in vars(layer.state).items() if name != "phase"}))
 
 
 def pads() -> Tensor:
@@ -163,7 +200,6 @@ def lookup(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
 
 
 def padded(model: LlamaForCausalLM, cache: NexusQuantCache) -> Tensor:
-    cache.set_attention_mask(pads())
     return generate(model, prompt(60, 2) * pads(), cache, 10, attention_mask=pads())
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from feeding import attended
 from integration import tensor_parallel
 from integration.simulated import CPU, MODES, SimulatedDevices, SpreadCache, forget_tables, pads, stored
 from integration.tiny import (
@@ -88,20 +89,18 @@ def test_the_simulation_notices_a_tensor_on_the_wrong_device(model: LlamaForCaus
 def use_everything(cache: NexusQuantCache, states: Callable[[int, int], tuple[Tensor, Tensor]]) -> list[object]:
     """Run a cache through every operation and return what it gives and holds."""
 
-    def feed(tokens: int, rows: int) -> Tensor:
+    def step(tokens: int, rows: int) -> Tensor:
         keys, values = states(rows, tokens)
-        for index in range(2):
-            returned = cache.update(keys + index, values, index)
-        return torch.cat(returned, -1)
+        return torch.cat([attended(cache, keys + index, values, index) for index in range(2)], -1)
 
-    outputs = [feed(tokens, 2) for tokens in (60, 1, 1, 9, 1, 1, 1, 1, 1)]
+    outputs = [step(tokens, 2) for tokens in (60, 1, 1, 9, 1, 1, 1, 1, 1)]
     cache.reorder_cache(torch.tensor([1, 0], device="cpu"))
     cache.batch_repeat_interleave(2)
     cache.crop(-3)
-    outputs += [feed(tokens, 4) for tokens in (2, 1, 30)]
+    outputs += [step(tokens, 4) for tokens in (2, 1, 30)]
     cache.compress()
     cache.batch_select_indices(torch.tensor([3, 1, 2], device="cpu"))
-    outputs += [feed(tokens, 3) for tokens in (1, 1)]
+    outputs += [step(tokens, 3) for tokens in (1, 1)]
     assert all(layer.state.kept < layer.state.seen for layer in cache.layers)
     return [fingerprint(copy.deepcopy(cache)), cache.memory_report(), *((x.dtype, x.tolist()) for x in outputs)]
 

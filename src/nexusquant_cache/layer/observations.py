@@ -35,10 +35,14 @@ class Observations:
         self.before = None
 
     def append(self, queries: Float[Tensor, "b q new d"], seen: int) -> None:
-        """Take the queries of the newest of ``seen`` tokens; those known before stay if these join on."""
+        """Take the queries of the newest of ``seen`` tokens; those of earlier tokens stay if these join on.
+
+        Queries of tokens whose queries were taken already, since the last update, take their place.
+        """
         self.before = self.before or (self.queries, self.end)
-        if self.queries is not None and self.end == seen - queries.shape[2]:
-            queries = torch.cat([self.queries.to(queries.device), queries], 2)
+        earlier, end = self.before
+        if earlier is not None and end == seen - queries.shape[2]:
+            queries = torch.cat([earlier.to(queries.device), queries], 2)
         self.queries, self.end = own(queries[:, :, -QUERY_WINDOW:]), seen
 
     def crop(self, end: int) -> None:

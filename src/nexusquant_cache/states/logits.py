@@ -29,14 +29,14 @@ class Logits(torch.Tensor):
     source: Source
     queries: Tensor
     scaling: float | None
-    evicted: Bool[Tensor, "b q #m seen"] | None
+    evicted: Bool[Tensor, "b q #m known"] | None
 
     @staticmethod
     def of(
         logits: Float[Tensor, "b q m seen"],
         source: Source,
         queries: Float[Tensor, "b q m d"],
-        evicted: Bool[Tensor, "b q #m seen"] | None,
+        evicted: Bool[Tensor, "b q #m known"] | None,
     ) -> "Logits":
         """Return logits that know what they come from."""
         self = logits.as_subclass(Logits)
@@ -62,7 +62,8 @@ class Logits(torch.Tensor):
 @uncompiled
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     name = getattr(func, "__name__", "")
-    given = next((x for x in args if isinstance(x, Logits)), None)
+    among = args[0] if args and isinstance(args[0], list | tuple) else args  # as `torch.cat` takes them
+    given = next((x for x in among if isinstance(x, Logits)), None)
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
         if given is not None and name == "softmax":
             _show(given)
