@@ -1,4 +1,4 @@
-"""When a layer is compressed, and how many of its tokens then stay: lengths alone decide."""
+"""When a layer is compressed, and how many of its tokens then leave the tail: lengths alone decide."""
 
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
