@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from feeding import feed
 from transformers import (
     BloomConfig,
     DeepseekV3Config,
@@ -21,7 +22,7 @@ LLAMA = LlamaConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4, 
 
 def compressed(cache: NexusQuantCache, layers: int = 3) -> NexusQuantCache:
     for index in range(layers):
-        cache.update(*torch.randn(2, 1, 2, 300, 16).unbind(0), index)
+        feed(cache, *torch.randn(2, 1, 2, 300, 16).unbind(0), index)
     cache.compress()
     return cache
 
@@ -29,7 +30,7 @@ def compressed(cache: NexusQuantCache, layers: int = 3) -> NexusQuantCache:
 def test_latents_are_coded_as_they_come():
     """What latent attention caches as keys is not rotary."""
     cache = NexusQuantCache(config=DeepseekV3Config(num_hidden_layers=2))
-    cache.update(torch.randn(1, 1, 300, 512), torch.randn(1, 1, 300, 64), 0)
+    feed(cache, torch.randn(1, 1, 300, 512), torch.randn(1, 1, 300, 64), 0)
     cache.compress()
     assert cache.layers[0].state.phase is None
     assert [x.shape for x in (cache.layers[0].keys, cache.layers[0].values)] == [

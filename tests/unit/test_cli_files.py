@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+from feeding import feed
 from files import MAKERS, file_bytes, forged
 from integration.tiny import random_states, tiny_config
 from typer.testing import CliRunner
@@ -160,7 +161,7 @@ def folder(tmp_path):
     ):
         cache = NexusQuantCache("balanced", config=tiny_config(), **options)
         for layer in range(2):
-            cache.update(*random_states((1, 2, tokens, 16), layer), layer)
+            feed(cache, *random_states((1, 2, tokens, 16), layer), layer)
         PrefixStore(folder, namespace=namespace).put(cache, list(range(tokens)))
     PrefixStore(folder).get(list(range(41)), config=tiny_config())
     return folder

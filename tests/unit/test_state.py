@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import feed
 from torch import Tensor
 
 from nexusquant_cache import FormatError, NexusQuantCache
@@ -21,7 +22,7 @@ def filled(tokens: int = 200, **options: Any) -> NexusQuantCache:
     settings = {"residual_length": 16, "flush_length": 4, "min_tokens": 16} | options
     cache = NexusQuantCache("balanced", attention_mask=mask, **settings)
     for count in (tokens, 1):
-        cache.update(torch.randn(BATCH, HEADS, count, DIM), torch.randn(BATCH, HEADS, count, DIM), 0)
+        feed(cache, torch.randn(BATCH, HEADS, count, DIM), torch.randn(BATCH, HEADS, count, DIM), 0)
     return cache
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from feeding import feed
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl
@@ -151,7 +152,7 @@ def test_rotations_of_users_are_for_plain_torch() -> None:
 def test_a_cache_that_insists_refuses_before_it_loses_anything() -> None:
     cache = NexusQuantCache("quant", impl="triton")
     keys = torch.randn(1, 2, 300, 16)
-    cache.update(keys, keys, 0)
+    feed(cache, keys, keys, 0)
     with pytest.raises(UnsupportedError, match="impl='triton' was asked for, but a cpu device has no Triton kernels"):
         cache.compress()
     assert torch.equal(cache.layers[0].keys, keys)
