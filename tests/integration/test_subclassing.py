@@ -20,7 +20,6 @@ from nexusquant_cache import (
     FormatError,
     NexusQuantCache,
     OptionError,
-    attention,
     register_codec,
 )
 from nexusquant_cache.codec import registry
@@ -166,7 +165,6 @@ class TestACodecOfOnesOwn:
         exec(definition, names)  # noqa: S102 - our own page
         assert len(definition.splitlines()) < 60
         exec(use.replace("cache=cache", f"{CACHE}=cache"), names)  # noqa: S102 - the page has the newest name
-        attention.disable(model)
         cache, again = names["cache"], names["again"]
         assert len(reads) == 2 * 3  # layers and steps
         four_bits = names["FourBits"]
