@@ -1,7 +1,8 @@
 """Which tokens are kept: a policy scores, the base class does everything else.
 
-A policy is one class with one method, `EvictionPolicy.score`.  Protection (sinks and recent tokens), equal
-kept counts, top-k and checks are the same for all of them and live in `EvictionPolicy.select`.
+A policy is one class with one method, `EvictionPolicy.score`.  Protection (sinks and recent tokens), top-k and checks
+are the same for all of them and live in `EvictionPolicy.select`; how many tokens stay, and that padding is not among
+them, is the layer's work.
 """
 
 from nexusquant_cache.policy.base import EvictionPolicy, PooledPolicy, ScoreInputs
