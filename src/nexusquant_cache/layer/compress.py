@@ -97,7 +97,7 @@ class Compression:
         sinks = self.shared.settings.sink_tokens if is_first else 0
         stop = sinks + count
         is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
-        places = self._sink_places(sinks, stop) if is_first and is_padded else None
+        places = self._sink_places(sinks, stop) if sinks and is_padded else None
         phase = self.shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
         is_sink = self._is_sink(sinks, places)
         keep = hidden = None
@@ -255,12 +255,13 @@ class Compression:
             if counts[row] < int(free[row].sum()):
                 selected = policy.select(self._score_inputs(members, real, protected, phase), counts[row])
                 keep[members] &= _scattered(selected[..., :inside], real[:inside], stop)
-        if min(counts) == max(counts):
+        most = max(*counts, 1)  # a body without a token could not be fitted to
+        if min(counts) == most:
             return keep, None
         # Rows that keep fewer store pads beside, then others, the oldest first.
         rank = torch.where(pads[:, None, :stop], 0, 1).expand_as(keep) + 2 * keep + 4 * is_sink[:, None, :stop]
         order = rank.argsort(dim=-1, stable=True)
-        short = max(counts) - torch.tensor(counts, device=keys.device)
+        short = most - torch.tensor(counts, device=keys.device)
         fills = torch.arange(stop, device=keys.device) < short[:, None, None]
         hidden = torch.zeros_like(keep).scatter_(-1, order, fills.expand_as(keep))
         return keep | hidden, hidden
@@ -292,17 +293,20 @@ class Compression:
         state = self.state
         is_all = len(members) == len(state.exact[0]) and len(real) == state.tail_tokens
         keys, values = state.exact if is_all else (x[members][:, :, real] for x in state.exact)
-        queries = state.observed.last_queries(min(QUERY_WINDOW, len(real)), state.seen)
+        queries = state.observed.last_queries(min(QUERY_WINDOW, state.tail_tokens), state.seen)
+        if queries is not None:
+            before = state.tail_tokens - queries.shape[2]
+            queries = queries[members][:, :, real[real >= before] - before]
         attention = state.observed.attention_to(state.tail_tokens)
         origins = self._origins()
-        before = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
+        start = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
         return ScoreInputs(
             keys=keys,
             values=values,
-            positions=torch.arange(len(real), device=keys.device) + max(before, 0),
+            positions=torch.arange(len(real), device=keys.device) + max(start, 0),
             protected=protected,
             layer_idx=state.layer_idx,
-            queries=None if queries is None else queries[members],
+            queries=queries if queries is not None and queries.shape[2] else None,
             reconstruction=None if attention is None else attention[members][:, :, real],
             phase=phase,
         )
