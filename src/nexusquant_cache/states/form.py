@@ -26,9 +26,8 @@ class Form(NamedTuple):
 
     def shape(self, stored: Sequence[int]) -> tuple[int, ...]:
         """Return the shape of states ``[batch, kv_heads, tokens, channels]`` in this form."""
-        batch, heads, *vectors = stored
-        if self.is_transposed:
-            vectors.reverse()
+        batch, heads, tokens, channels = stored
+        vectors = (channels, tokens) if self.is_transposed else (tokens, channels)
         return (batch, heads, self.repeats, *vectors) if self.is_split else (batch, heads * self.repeats, *vectors)
 
     def after(self, name: str, stored: Sequence[int], args: Args, kwargs: Kwargs) -> "Form | None":
@@ -62,6 +61,8 @@ class Form(NamedTuple):
         if self.is_split:
             return None
         axes = _sizes(args, kwargs)
+        if axes in _LAST_TWO and name != "permute":
+            return Form(self.repeats, is_transposed=not self.is_transposed)
         order = list(range(_AXES))
         if name == "permute":
             asked = [axis % _AXES for axis in axes]
@@ -74,10 +75,12 @@ class Form(NamedTuple):
         return self if order == [*range(_AXES)] else None
 
     def _split(self) -> "Form | None":
-        return self._replace(is_split=True) if self.repeats == 1 and not self.is_split else None
+        return Form(1, is_split=True, is_transposed=self.is_transposed) if self[:2] == (1, False) else None
 
     def _indexed(self, index: object) -> "Form | None":
         """Follow ``x[:, :, None]``, and indices that choose everything."""
+        if index == _SPLITS:
+            return self._split()
         if not isinstance(index, tuple) or not all(part is None or _is_all(part) for part in index):
             return None
         added = [place for place, part in enumerate(index) if part is None]
@@ -86,13 +89,15 @@ class Form(NamedTuple):
     def _expanded(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
         if len(sizes) != (_SPLIT if self.is_split else _AXES):
             return None
-        wanted = self._replace(repeats=sizes[2]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
+        wanted = Form(sizes[2], *self[1:]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
         shape = wanted.shape(stored)
-        return wanted if all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
+        return wanted if sizes == shape or all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
 
     def _joined(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
         """Follow a reshape that leaves everything as it is, or puts the copies behind one another."""
-        joined = self._replace(is_split=False)
+        joined = Form(self.repeats, is_transposed=self.is_transposed)
+        if sizes == joined.shape(stored):
+            return joined
         for form in (self, joined):
             shape = form.shape(stored)
             fits = len(sizes) == len(shape) and all(a in {-1, b} for a, b in zip(sizes, shape, strict=True))
@@ -111,6 +116,10 @@ class Form(NamedTuple):
 def _is_all(index: object) -> bool:
     return isinstance(index, slice) and index == slice(None)
 
+
+# What nearly all models ask for.
+_SPLITS = (slice(None), slice(None), None, slice(None), slice(None))
+_LAST_TWO = {(2, 3), (3, 2), (-1, -2), (-2, -1)}
 
 _TRANSPOSES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
 

@@ -13,6 +13,7 @@ from nexusquant_cache.uncompiled import uncompiled
 
 _MULTIPLIES = frozenset({"mul", "mul_", "multiply", "multiply_"})
 _DIVIDES = frozenset({"div", "div_", "divide", "divide_", "true_divide", "true_divide_"})
+_SCALES = _MULTIPLIES | _DIVIDES
 _CHANGES_NO_NUMBER = frozenset({"to", "float", "type", "contiguous", "clone"})
 # Of minus infinity these make something else.
 _BOUNDS = frozenset({"tanh", "tanh_", "sigmoid", "sigmoid_", "clamp", "clamp_", "clip", "hardtanh", "softsign"})
@@ -79,7 +80,7 @@ def _follow(result: Tensor, given: Logits, name: str, args: tuple[Any, ...]) -> 
     followed = Logits.of(result, given.source, given.queries, given.evicted)
     followed.scaling = given.scaling
     if followed.scaling is None and name not in _CHANGES_NO_NUMBER:
-        factor = _number(args[1]) if name in _MULTIPLIES | _DIVIDES and len(args) > 1 and args[0] is given else None
+        factor = _number(args[1]) if name in _SCALES and len(args) > 1 and args[0] is given else None
         followed.scaling = 1.0 if factor is None else 1 / factor if name in _DIVIDES else factor
     if name.endswith("_"):  # the model may go on with what it had
         given.scaling = followed.scaling
@@ -95,12 +96,10 @@ def _number(x: object) -> float | None:
 
 def _is_made_of(result: object, given: Tensor) -> bool:
     """Tell whether this may be logits of the same queries, perhaps with those of further tokens behind them."""
-    return (
-        isinstance(result, Tensor)
-        and result.is_floating_point()
-        and result.shape[:-1] == given.shape[:-1]
-        and result.shape[-1] >= given.shape[-1]
-    )
+    if not isinstance(result, Tensor) or not result.is_floating_point():
+        return False
+    found, before = result.shape, given.shape
+    return found == before or (found[:-1] == before[:-1] and found[-1] >= before[-1])
 
 
 def _show(logits: Logits) -> None:

@@ -21,6 +21,7 @@ from nexusquant_cache.uncompiled import uncompiled
 Function: TypeAlias = Callable[..., Any]
 
 _AXES = 4  # batch, heads, tokens, channels
+_AS_STORED = Form()
 
 
 class States(torch.Tensor):
@@ -64,10 +65,10 @@ class ExactStates(States):
     """States with numbers of their own, which any code may read."""
 
     @staticmethod
-    def of(tensor: Tensor, source: Source, side: Side, form: Form | None = None) -> "ExactStates":
+    def of(tensor: Tensor, source: Source, side: Side, form: Form = _AS_STORED) -> "ExactStates":
         """Return a tensor, sharing its memory, as the states that it is."""
         self = tensor.as_subclass(ExactStates)
-        self.source, self.side, self.form = source, side, form or Form()
+        self.source, self.side, self.form = source, side, form
         return self
 
     def plain(self) -> Tensor:
@@ -86,16 +87,18 @@ class HeldStates(States):
     Shape, dtype and device are there at once.
     """
 
+    _dtype: torch.dtype  # to ask a subclass for it is not quick
     _decoded: Tensor | None
 
     @staticmethod
-    def of(source: Source, side: Side, form: Form | None = None, dtype: torch.dtype | None = None) -> "HeldStates":
+    def of(source: Source, side: Side, form: Form = _AS_STORED, dtype: torch.dtype | None = None) -> "HeldStates":
         """Stand for one side of what a layer holds."""
-        form, like = form or Form(), source.held.tail[0 if side == "keys" else 1]
+        like = source.held.tail[0 if side == "keys" else 1]
+        dtype = dtype or like.dtype
         self: HeldStates = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - as torch's documentation has it
-            HeldStates, form.shape(source.shapes[side]), dtype=dtype or like.dtype, device=like.device
+            HeldStates, form.shape(source.shapes[side]), dtype=dtype, device=like.device
         )
-        self.source, self.side, self.form, self._decoded = source, side, form, None
+        self.source, self.side, self.form, self._dtype, self._decoded = source, side, form, dtype, None
         return self
 
     def plain(self) -> Tensor:
@@ -119,13 +122,13 @@ class HeldStates(States):
                 found = found[:, :, None].expand(-1, -1, form.repeats, -1, -1)
             elif form.repeats > 1:
                 found = found.repeat_interleave(form.repeats, 1)
-            self._decoded = found.to(self.dtype)
+            self._decoded = found.to(self._dtype)
         return self._decoded
 
     def formed(self, form: Form, function: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> States:
         """Stand for the same in another form."""
         del function, args, kwargs
-        return HeldStates.of(self.source, self.side, form, self.dtype)
+        return HeldStates.of(self.source, self.side, form, self._dtype)
 
     def __repr__(self) -> str:  # type: ignore[override]
         """Say what it is without decoding it."""
