@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any, NoReturn
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, StaticCache
@@ -41,12 +40,12 @@ def compressed_generation(
             answer = library.answer(model, question)
         print(compressed.cache.memory_report())
 
-    It is as if a `NexusQuantCache` had been passed.  All threads are served.  So are calls of the model itself, without `generate`: where it would make a cache
-    of its own (``use_cache`` is on, and it is not in training mode), and where it is given an empty DynamicCache, which
-    becomes a compressed one.
+    It is as if a `NexusQuantCache` had been passed.  All threads are served.  So are calls of the model itself, without
+    `generate`: where it would make a cache of its own (``use_cache`` is on, and it is not in training mode), and where
+    it is given an empty DynamicCache, which becomes a compressed one.
 
-    Where the model's attention is not torch's own (flash, flex, kernels), `nexusquant_cache.attention.enable` is called for
-    the time of the block, so that the caches see it; models that it refuses are left as they are.
+    Where the model's attention is not torch's own (flash, flex, kernels), `nexusquant_cache.attention.enable` is called
+    for the time of the block, so that the caches see it; models that it refuses are left as they are.
 
     Other caches that are passed are left alone.  Blocks may be nested: the inner one wins.  When a block ends, also by
     an exception, its hooks are gone; the caches made inside it stay compressed.

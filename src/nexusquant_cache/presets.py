@@ -92,7 +92,7 @@ class CacheConfig:
     codec: str = "e8"
     impl: Impl = "auto"
 
-    def __new__(cls, *_: object, **options: object) -> "CacheConfig":
+    def __new__(cls, *_: object, **options: object) -> "CacheConfig":  # noqa: PYI034 - from Python 3.11 on
         """Refuse options that do not exist, with advice, before the dataclass does without."""
         _check_names(options)
         return super().__new__(cls)

@@ -17,6 +17,8 @@ from integration.families import build, inputs
 from integration.tiny import SMALL, TINY, LosslessCodec, balanced, fingerprint, generate, prompt, tiny_llama
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     ContinuousBatchingConfig,
     DynamicCache,
     Gemma3ForCausalLM,
@@ -34,6 +36,8 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from nexusquant_cache import (
     CacheStateError,
@@ -42,6 +46,7 @@ from nexusquant_cache import (
     NexusQuantError,
     OptionError,
     UnsupportedError,
+    attention,
 )
 from nexusquant_cache.dropin import compressed_generation
 from nexusquant_cache.releases import CACHE, CACHE_NAMES
@@ -566,6 +571,83 @@ def test_a_cache_that_was_put_in_is_copied_and_pickled(sdpa: LlamaForCausalLM) -
     copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(cache))]  # noqa: S301 - our own
     answers = [generate(sdpa, text, each) for each in (cache, *copies)]
     assert all(torch.equal(answers[0], each) for each in answers[1:])
+
+
+# Attention that cannot be seen
+
+
+def hidden_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any) -> Any:
+    """Compute what sdpa does out of the sight of torch functions, as a kernel of another library."""
+    with torch._C.DisableTorchFunctionSubclass():
+        plain = [x.as_subclass(Tensor) for x in (query, key, value)]
+        return ALL_ATTENTION_FUNCTIONS["sdpa"](module, *plain, mask, **options)
+
+
+@pytest.fixture
+def hidden(sdpa: LlamaForCausalLM) -> Iterator[LlamaForCausalLM]:
+    """Return a model with such attention."""
+    AttentionInterface.register("of_another_library", hidden_attention)
+    AttentionMaskInterface.register("of_another_library", ALL_MASK_ATTENTION_FUNCTIONS["sdpa"])
+    model = copy.deepcopy(sdpa)
+    model.set_attn_implementation("of_another_library")
+    yield model
+    for table in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        table._global_mapping.pop("of_another_library", None)
+
+
+def test_attention_that_is_not_torchs_own_is_enabled_for_the_block(
+    sdpa: LlamaForCausalLM, hidden: LlamaForCausalLM
+) -> None:
+    """Outside it a cache that is passed keeps everything and says so."""
+    expected = NexusQuantCache("balanced", config=sdpa.config, **SMALL)
+    text = generate(sdpa, prompt(60), expected)
+    name = hidden.config._attn_implementation
+    with compressed_generation(hidden, "balanced", **SMALL) as compressed:
+        assert hidden.config._attn_implementation == f"nexusquant_{name}"
+        assert torch.equal(generate(hidden, prompt(60), None), text)
+    assert fingerprint(compressed.cache) == fingerprint(expected)
+    assert hidden.config._attn_implementation == name
+    with pytest.warns(UserWarning, match="attention of layer 0 was not seen"):
+        generate(hidden, prompt(60), NexusQuantCache("balanced", config=hidden.config, **SMALL))
+
+
+def test_a_model_that_was_enabled_stays_enabled(hidden: LlamaForCausalLM, sdpa: LlamaForCausalLM) -> None:
+    attention.enable(hidden)
+    name = hidden.config._attn_implementation
+    with compressed_generation(hidden, **SMALL):
+        assert hidden.config._attn_implementation == name
+    assert hidden.config._attn_implementation == name
+    with compressed_generation(sdpa, **SMALL):
+        assert sdpa.config._attn_implementation == "sdpa"
+
+
+def test_the_last_of_several_blocks_disables(hidden: LlamaForCausalLM) -> None:
+    """Whichever that is, also after an error."""
+    name = hidden.config._attn_implementation
+    first, second = compressed_generation(hidden, **SMALL), compressed_generation(hidden, **SMALL)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert hidden.config._attn_implementation == f"nexusquant_{name}"
+    with suppress(ZeroDivisionError):
+        second.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
+    assert hidden.config._attn_implementation == name
+
+
+def test_a_model_that_cannot_be_enabled_is_left_alone(
+    hidden: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise UnsupportedError
+
+    monkeypatch.setattr("nexusquant_cache.dropin.enable", refuse)
+    with (
+        pytest.warns(UserWarning, match="attention of layer 0 was not seen"),
+        compressed_generation(hidden, "balanced", **SMALL) as compressed,
+    ):
+        generate(hidden, prompt(60), None)
+    assert compressed.cache.layers[0].state.is_whole
+    assert hidden.config._attn_implementation == "of_another_library"
 
 
 # Options and wrappers

@@ -38,7 +38,8 @@ def reconstruct(
     that come later::
 
         cache = NexusQuantCache(config=model.config, policy=ReconstructionPolicy())
-        model(context_ids, cache=cache)
+        with torch.no_grad():
+            model(context_ids, cache=cache)
         attention.reconstruct(model, cache, context_ids)
         model.generate(torch.cat([context_ids, question_ids], -1), cache=cache)
 

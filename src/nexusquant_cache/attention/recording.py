@@ -17,7 +17,7 @@ def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tenso
 
     For experiments, with any cache or none::
 
-        with record_queries(model, 64) as queries:
+        with torch.no_grad(), record_queries(model, 64) as queries:
             model(input_ids, cache=cache)
         queries[0]  # of layer 0: [batch, query_heads, 64, head_dim]
 

@@ -40,7 +40,7 @@ from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.releases import compile_inside_wrappers
-from nexusquant_cache.uncompiled import uncompiled
+from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
 
 _LOGGER = logging.getLogger(__name__)
 # Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
@@ -106,6 +106,7 @@ class NexusQuantCache(DynamicCache):
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
     ) -> None:
         """Make an empty cache."""
+        pass_over_wrappers()
         settings = resolve_preset(preset).override(overrides)
         self.preset = preset if isinstance(preset, str) and not overrides else "custom"
         if when not in get_args(When):
@@ -194,7 +195,9 @@ class NexusQuantCache(DynamicCache):
             raise OptionError(msg)
         if name in _ASKED_ONCE and "_parts" in vars(self):
             if any(part.layer.is_initialized for part in compressed(self.parts())):
-                msg = f"{name} is asked for at the first update, and the cache holds tokens: set it before, or after cache.reset()"
+                msg = (
+                    f"{name} is asked for at the first update, and there was one: set it before, or after cache.reset()"
+                )
                 raise CacheStateError(msg)
             if name != "policy":
                 setattr(self.shared, name, value)
@@ -258,6 +261,7 @@ class NexusQuantCache(DynamicCache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the number of tokens seen."""
         compile_inside_wrappers()
+        pass_over_wrappers()
         seen = super().get_seq_length(layer_idx)
         if not self._was_left:
             self._note_leaving(seen)
@@ -271,9 +275,9 @@ class NexusQuantCache(DynamicCache):
         self._was_left = True
         limit = model.config.original_max_position_embeddings
         warnings.warn(
-            f"{type(model).__name__} goes on without this cache: beyond {limit} tokens (original_max_position_embeddings) "
-            "its rope changes, so it reads the text again, into a plain cache. Inside "
-            "nexusquant_cache.compressed_generation(model) that one is compressed too.",
+            f"{type(model).__name__} goes on without this cache: beyond {limit} tokens "
+            "(original_max_position_embeddings) its rope changes, so it reads the text again, into a plain cache. "
+            "Inside nexusquant_cache.compressed_generation(model) that one is compressed too.",
             stacklevel=2,
         )
 
@@ -405,8 +409,8 @@ class NexusQuantCache(DynamicCache):
             ShapeError: If the number is positive.
             UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row.
             RuntimeError: From transformers' own layers, if they cannot go back so far.
-            CacheStateError: If the forward before was not finished and only part of it is to be removed, or it cannot be
-                taken back.
+            CacheStateError: If the forward before was not finished and only part of it is to be removed, or it cannot
+                be taken back.
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(compressed(self.parts()))
@@ -488,8 +492,8 @@ class NexusQuantCache(DynamicCache):
             if part.state is not None and not part.state.is_whole:
                 msg = (
                     f"layer {part.index} has evicted tokens, and a plain cache of the others would count them from 0. "
-                    "Go on with this cache, or a copy.deepcopy of it; cache.save() writes it to a file; the preset 'quant' evicts "
-                    "nothing. To look at what is kept: cache.layers[i].keys"
+                    "Go on with this cache, or a copy.deepcopy of it; cache.save() writes it to a file; the preset "
+                    "'quant' evicts nothing. To look at what is kept: cache.layers[i].keys"
                 )
                 raise UnsupportedError(msg)
             yield (

@@ -37,16 +37,17 @@ class Forward:
         self.shared, self.config, self.spares_sliding = shared, config, spares_sliding
         self.is_broken = False
         self.peak_bytes = 0
-        # What this forward has given already, as layer and kind; which layer others have ended with; tokens seen before.
+        # What this forward has given already, as layer and kind; which layer forwards end with; tokens seen before.
         self._given: set[tuple[int, str]] = set()
-        self._end, self._before = -1, 0
+        self._end: int | None = None
+        self._before = 0
 
     def check(self) -> None:
         """Refuse to go on after an error that could not be undone.
 
         Raises:
-            CacheStateError: If there was one: part of the layers had already been compressed, or layers of transformers'
-                own classes had taken the tokens.
+            CacheStateError: If there was one: part of the layers had already been compressed, or layers of
+                transformers' own classes had taken the tokens.
         """
         if self.is_broken:
             msg = "an earlier forward failed half-way and could not be undone: call cache.reset() or use a new cache"
@@ -78,18 +79,19 @@ class Forward:
         if unfinished is not None:
             least, most = unfinished
             msg = (
-                f"some layers have seen {most} tokens and others {least}: the forward before was not finished. Take its "
-                f"tokens back with cache.crop({least - most}), or call cache.reset()."
+                f"some layers have seen {most} tokens and others {least}: the forward before was not finished. Take "
+                f"its tokens back with cache.crop({least - most}), or call cache.reset()."
             )
             raise CacheStateError(msg)
         seen = [part.seen for part in parts if part.is_in_step]
         if any(kind != _STATES for _, kind in self._given):
-            # States of linear attention tell of no tokens.
-            end = max(index for index, _ in self._given)
-            if end < self._end or (seen and not any(seen)):
+            # States of linear attention tell of no tokens, but a forward ends where those before it have ended.
+            last = max(index for index, _ in self._given)
+            if self._end is None:
+                self._end = max(part.index for part in parts if part.is_in_step or part.is_linear)
+            if last < self._end:
                 self.is_broken = True
                 self.check()
-            self._end = end
         self._given, self._before = set(), max(seen, default=0)
 
     def unfinished(self, parts: list[Part]) -> tuple[int, int] | None:
@@ -140,8 +142,8 @@ class Forward:
         """
         if part.is_in_step and part.seen != self._before:
             msg = (
-                f"layer {part.index} has seen {part.seen} tokens and layers before it {self._before}: an earlier forward "
-                "was not finished. Call cache.reset() or use a new cache."
+                f"layer {part.index} has seen {part.seen} tokens and layers before it {self._before}: an earlier "
+                "forward was not finished. Call cache.reset() or use a new cache."
             )
             raise CacheStateError(msg)
 

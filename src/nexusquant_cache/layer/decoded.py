@@ -38,13 +38,20 @@ class Decoded(torch.Tensor):
         writes = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in _WRITES_NOTHING)
         if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
             msg = (
-                "keys and values of a compressed layer are decoded anew at each access, so an edit would be lost. Edit a "
-                "clone(), or override make_codec or make_policy to change what the cache holds."
+                "keys and values of a compressed layer are decoded anew at each access, so an edit would be lost. Edit "
+                "a clone(), or override make_codec or make_policy to change what the cache holds."
             )
             raise UnsupportedError(msg)
         held = {_storage(x) for x in args if isinstance(x, cls)}
         result = func(*_plain(args), **_plain(kwargs))
-        return tree_map_only(Tensor, lambda x: x.as_subclass(cls) if _storage(x) in held else x, result)
+        if type(result) in {tuple, list}:  # of views, as by `unbind`
+            return type(result)(_shown(each, held) for each in result)
+        return _shown(result, held)
+
+
+def _shown(result: Any, held: set[int]) -> Any:  # noqa: ANN401 - what a torch function returns
+    """Return a view of something decoded as such."""
+    return result.as_subclass(Decoded) if isinstance(result, Tensor) and _storage(result) in held else result
 
 
 def _plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function

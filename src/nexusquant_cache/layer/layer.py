@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin

@@ -45,6 +45,11 @@ class Part:
         return False
 
     @property
+    def is_linear(self) -> bool:
+        """Whether the layer holds states of linear attention, which tell of no tokens."""
+        return isinstance(self.layer, LinearAttentionCacheLayerMixin)
+
+    @property
     def rows(self) -> int:
         """Rows of the batch that it has seen; 1 before the first update."""
         keys = getattr(self.layer, "keys", None)
