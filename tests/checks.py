@@ -27,6 +27,8 @@ def has_shapes(function: Callable[..., Any]) -> bool:
 def checked(function: Any, *, typechecker: Any = None) -> Any:
     """Stand for `jaxtyping.jaxtyped`, which the import hook puts before each function and class."""
     del typechecker
+    if not inspect.isclass(function) and function.__code__.co_filename.endswith("uncompiled.py"):
+        return function  # its wrappers have one code object, which torch.compile is told to pass over
     if inspect.isclass(function):
         if dataclasses.is_dataclass(function) and "__init__" in vars(function):
             function.__init__ = checked(function.__init__)

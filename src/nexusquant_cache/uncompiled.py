@@ -26,4 +26,19 @@ def uncompiled(function: Callable[P, R]) -> Callable[P, R]:
             disabled.append(torch.compiler.disable(function))
         return disabled[0](*args, **kwargs)
 
+    _WRAPPERS[:] = [run]
     return run
+
+
+_WRAPPERS: list[Callable[..., object]] = []  # one of them
+
+
+def pass_over_wrappers() -> None:
+    """Let `torch.compile` not make versions of the wrappers of `uncompiled` themselves, which are one code object.
+
+    To be called before each forward, since `torch._dynamo.reset` forgets it.  It imports no compiler.
+    """
+    if "torch._dynamo" in sys.modules:
+        from torch._dynamo.decorators import skip  # noqa: PLC0415 - heavy
+
+        skip(_WRAPPERS[-1])
