@@ -57,6 +57,7 @@ def _remove_packed(state: LayerState, end: int) -> int:
         # Nothing packed is left: as if nothing had ever been.
         state.cut_tail(0, 0)
         state.tail = (own(state.sinks[0][:, :, :end]), own(state.sinks[1][:, :, :end]))
+        state.pads = None  # that one knows of: these sinks are the first tokens of every row
         state.forget_packed()
         return 0
     before = state.body.kept_before(end)
