@@ -33,7 +33,7 @@ class ScoreInputs:
         queries: The queries of the last ``w`` tokens, at most 64, as attention sees them, scaled so that
             ``queries @ keys.mT / head_dim**0.5`` are the model's logits.  Query head ``i`` belongs to KV head
             ``i // (query_heads // kv_heads)``.  None if the policy does not want them, or if those of the newest tokens
-            are not known any more: the end of the prompt was cropped.
+            are not known: the end of the prompt was cropped, or the row ends with as much padding.
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
             time; None without `nexusquant_cache.attention.reconstruct`.
         phase: The rotary phase of the keys, if it is known.
@@ -158,7 +158,8 @@ class EvictionPolicy(ABC):
         if self.requires_queries and inputs.queries is None:
             msg = (
                 f"{name} scores by queries, and those of the newest tokens of layer {inputs.layer_idx} are not known, "
-                "as after a crop: let the model read more tokens, or choose a policy that does without."
+                "as after a crop or much padding on the right: let the model read more tokens, or choose a policy that "
+                "does without."
             )
             raise CacheStateError(msg)
         if self.requires_reconstruction and inputs.reconstruction is None:
@@ -214,6 +215,7 @@ def aggregated(scores: Tensor, aggregate: Aggregate, axis: int, *, keepdim: bool
 def _note_stand_ins(name: str) -> None:
     """Log, once for each class of policies, that keys stand in for queries."""
     _LOGGER.info(
-        "%s is shown no queries and takes keys in their place: the newest tokens' are not known, as after a crop",
+        "%s is shown no queries and takes keys in their place: those of the newest tokens are not known, as after a "
+        "crop or much padding on the right",
         name,
     )
