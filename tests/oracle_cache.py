@@ -1,12 +1,14 @@
 """A slow model of `NexusQuantCache` that keeps every exact token for ever.
 
-`OracleCache` packs nothing into buffers and plans nothing ahead.  It remembers, for each token, what came in,
-what attention shall see of it, and which heads still have it.  The real cache must return the same keys and
-values, bit for bit, after any sequence of updates and operations.  Codec, rotary phase and the scores of
-policies are trusted here; they have tests of their own.
+`OracleCache` packs nothing into buffers and plans nothing ahead.  It remembers, for each token, what came in, what
+attention shall read of it, and which heads still have it.  Attention over what its `update` returns must give what it
+gives over what the real cache returns, whatever the mask, and the real cache must store the same tokens, bit for bit,
+after any sequence of updates and operations.  Codec, rotary phase and the scores of policies are trusted here; they
+have tests of their own.
 
-A layer's *sinks* are exact, its *body* is coded, its *tail* is exact.  Rows are modelled one by one, since no
-row may depend on its neighbours.  Positions count from the first column of the batch, pads included.
+A layer's *sinks* are exact, its *body* is coded, its *tail* is exact.  Rows are modelled one by one, since no row may
+depend on its neighbours.  Positions count from the first column of the batch, pads included.  Layers are modelled one
+by one too: what one has seen of attention, and so what it evicts, is nothing to another.
 """
 
 import copy
@@ -15,7 +17,9 @@ from math import ceil
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
@@ -29,6 +33,8 @@ from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import resolve_preset
 
 MakeCodec = Callable[[str, int, int], VectorCodec]
+QUERIES = 64  # the most that a policy is shown
+TURN = ("pending_from", "record_past", "updated_since_crop", "longest", "shorter")
 
 
 class Counter:
@@ -77,31 +83,145 @@ class CountingCache(NexusQuantCache):
         return CountingCodec(super().make_codec(side, head_dim, layer_idx), self.counter)
 
 
+# What attention gets
+
+
+class MarkedKeys(Tensor):
+    """Keys of all tokens seen, of which those that a head has evicted are NaN; and whatever is computed from them.
+
+    So nothing has to be known of the way to attention: a logit is NaN where its key is, however the keys have been
+    repeated, transposed, cast or joined, and whatever is added to the logits.  A softmax takes it for minus infinity,
+    and its weights are plain tensors.  `scaled_dot_product_attention` is written out here.
+    """
+
+    update: "Update"
+
+    @staticmethod
+    def of(keys: Tensor, update: "Update") -> "MarkedKeys":
+        marked = keys.as_subclass(MarkedKeys)
+        marked.update = update
+        return marked
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        del types
+        given = args, kwargs or {}
+        marked = next(x for x in tree_flatten(given)[0] if isinstance(x, cls))
+        plain_args, plain_kwargs = tree_map_only(cls, lambda x: x.as_subclass(Tensor), given)
+        name = func.__name__
+        if name == "scaled_dot_product_attention":
+            return marked.update.attention(func, plain_args[:3], *plain_args[3:], **plain_kwargs)
+        if name == "softmax":
+            marked.update.note_logits(plain_args[0])
+        if name in {"softmax", "max", "amax", "logsumexp"}:
+            return func(without_marks(plain_args[0]), *plain_args[1:], **plain_kwargs)
+        if name in {"matmul", "__matmul__"} and not isinstance(args[0], cls):
+            marked.update.queries = plain_args[0]
+        result = func(*plain_args, **plain_kwargs)
+        floating = lambda x: cls.of(x, marked.update) if x.is_floating_point() else x  # noqa: E731 - short, used once
+        return tree_map_only(Tensor, floating, result)
+
+
+def without_marks(logits: Tensor) -> Tensor:
+    return logits.masked_fill(logits.isnan(), -torch.inf)
+
+
+class Update:
+    """One update of a layer, which attention may still see."""
+
+    def __init__(self, layer: "OracleLayer", fresh: int) -> None:
+        self.layer, self.fresh, self.is_seen = layer, fresh, False
+        self.queries: Tensor | None = None
+
+    def see(self, queries: Tensor | None, visible: Tensor | None, scale: float | None) -> None:
+        """Let the layer see the attention to the new tokens, once.
+
+        Args:
+            queries: Those of the new tokens.
+            visible: Which of the new tokens which query attends to, ``[b or 1, heads or 1, queries, fresh]``.
+            scale: What logits are multiplied with; by default that of the head's width.
+        """
+        if self.is_seen:
+            return
+        self.is_seen = True
+        pads = None
+        if visible is not None and self.fresh > 1:
+            pads = ~visible.flatten(1, 2).any(1)
+        if queries is not None and queries.shape[2] != self.fresh:  # query heads of a group, one behind the other
+            queries = queries.flatten(1, 2)[:, :, None]
+        if queries is not None and scale is not None:
+            queries = queries * (scale * queries.shape[-1] ** 0.5)
+        self.layer.see(self.fresh, queries, pads)
+
+    def note_logits(self, logits: Tensor) -> None:
+        """See what the softmax of a model gets, perhaps with logits of no token behind the others."""
+        seen = self.layer.seen
+        newest = logits[..., seen - self.fresh : seen]
+        self.see(self.queries, newest > torch.finfo(newest.dtype).min / 2, None)
+
+    def attention(
+        self, func: Any, states: tuple[Tensor, ...], mask: Tensor | None = None, dropout: float = 0.0, **how: Any
+    ) -> Tensor:
+        """Stand for `scaled_dot_product_attention`: it is left to torch as long as nothing has been evicted."""
+        assert dropout == how.pop("dropout_p", 0.0) == 0.0
+        (q, k, v), mask, scale = states, how.pop("attn_mask", mask), how.get("scale")
+        visible = mask if mask is None or mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        self.see(q, None if visible is None else visible[..., -self.fresh :], scale)
+        if not bool(k.isnan().any()):
+            return func(q, k, v, mask, 0.0, **how)
+        if how.get("is_causal"):
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        logits = without_marks(q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scale is None else scale))
+        if mask is not None:
+            logits = logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask
+        return (logits.softmax(-1).nan_to_num(0.0) @ v.float()).to(q.dtype)
+
+
+# What is held
+
+
 class Row:
     """One row of the batch in one layer: all tokens ever seen and not cropped, ``[kv_heads, seen, ...]``."""
 
     def __init__(self, keys: Tensor, values: Tensor, code_bytes: int = 0) -> None:
         self.exact = [keys, values]  # as they came
         self.shown = [keys, values]  # as attention sees them
-        self.alive = torch.ones(keys.shape[:2], dtype=torch.bool)  # what each head still has
+        self.alive = torch.ones(keys.shape[:2], dtype=torch.bool)  # what each head still attends to
+        self.filling = torch.zeros(keys.shape[:2], dtype=torch.bool)  # what it stores so that all store equally many
+        self.pads = [False] * keys.shape[1]  # as the mask has said, of each token
         self.codes = torch.zeros(*keys.shape[:2], code_bytes, dtype=torch.uint8)  # of coded tokens: words and scale
-        self.sinks_from = 0
+        self.sinks: list[int] = []  # their positions
         self.transforms: list[VectorTransform] = []  # of keys and values; none before the first compression
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         new = Row(keys, values, self.codes.shape[-1])
         self.exact = [torch.cat(pair, 1) for pair in zip(self.exact, new.exact, strict=True)]
         self.shown = [torch.cat(pair, 1) for pair in zip(self.shown, new.shown, strict=True)]
-        self.alive = torch.cat([self.alive, new.alive], 1)
-        self.codes = torch.cat([self.codes, new.codes], 1)
+        for name in ("alive", "filling", "codes"):
+            setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)], 1))
+        self.pads = self.pads + new.pads
 
     def crop(self, stop: int) -> None:
         self.exact, self.shown = ([x[:, :stop] for x in each] for each in (self.exact, self.shown))
-        self.alive, self.codes = self.alive[:, :stop], self.codes[:, :stop]
+        for name in ("alive", "filling", "codes"):
+            setattr(self, name, getattr(self, name)[:, :stop])
+        self.pads = self.pads[:stop]
 
-    def of_alive(self, x: Tensor) -> Tensor:
-        """Return the part of ``x`` that the heads still have, ``[kv_heads, alive, ...]``."""
-        return torch.stack([x[head, alive] for head, alive in enumerate(self.alive)])
+    @property
+    def stored(self) -> Tensor:
+        """What each head stores, ``[kv_heads, seen]``."""
+        return self.alive | self.filling
+
+    @property
+    def origin(self) -> int:
+        """The position from which the row's rotary positions count."""
+        return self.sinks[0] if self.sinks else 0
+
+    def of_stored(self, x: Tensor) -> Tensor:
+        """Return the part of ``x`` that the heads store, ``[kv_heads, stored, ...]``."""
+        return torch.stack([x[head, stored] for head, stored in enumerate(self.stored)])
 
 
 class OracleLayer(CacheLayerMixin):
@@ -122,9 +242,15 @@ class OracleLayer(CacheLayerMixin):
         self.codecs: list[VectorCodec] = []
         self.record_past = self.expects_prompt = self.updated_since_crop = False
         self.pending_from: int | None = None  # tokens seen before the first uncompressed update of several
+        self.longest = self.shorter = 0  # tokens of the longest update, and how many in a row were shorter
+        self.turn_before: dict[str, Any] = {}  # all this before the last update
         self.tail_from = 0  # position of the first token of the tail
         self.first = True  # nothing is coded yet
+        self.is_padded = False  # there were pads among the first tokens that were coded
         self.phase: Any = None
+        self.seen_attention = (0, 0)  # to which tokens attention was seen
+        self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
+        self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         sides = (("keys", key_states), ("values", value_states))
@@ -140,37 +266,47 @@ class OracleLayer(CacheLayerMixin):
         return self
 
     @property
+    def policy(self) -> EvictionPolicy:
+        return self.owner.make_policy(self.layer_idx)
+
+    @property
     def seen(self) -> int:
         return self.rows[0].alive.shape[1] if self.rows else 0
 
     @property
     def kept(self) -> int:
-        counts = {int(head.sum()) for row in self.rows for head in row.alive}
-        assert len(counts) <= 1, f"transformers has one mask for all, but these numbers are kept: {counts}"
+        counts = {int(head.sum()) for row in self.rows for head in row.stored}
+        assert len(counts) <= 1, f"all rows and heads of a layer store equally many, not {counts}"
         return counts.pop() if counts else 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all heads attend to all tokens."""
+        return all(bool(row.alive.all()) for row in self.rows)
 
     def is_exact(self) -> bool:
         """Tell whether codes decode to the same bits whatever they are decoded with: a product with axes does not."""
         return not any(isinstance(each.rotation, PrincipalRotation) for row in self.rows for each in row.transforms)
 
     def visible(self) -> list[Tensor]:
-        """Return keys and values as attention sees them, in order of position."""
-        return [torch.stack([row.of_alive(row.shown[side]) for row in self.rows]) for side in (0, 1)]
+        """Return what is stored of keys and values as attention sees them, in order of position."""
+        return [torch.stack([row.of_stored(row.shown[side]) for row in self.rows]) for side in (0, 1)]
 
     def positions(self) -> Tensor:
-        """Return the positions of all kept tokens, ``[batch, kv_heads, kept]``."""
+        """Return the positions of all stored tokens, ``[batch, kv_heads, stored]``."""
         order = torch.arange(self.seen)
-        return torch.stack([row.of_alive(order.expand(row.alive.shape)) for row in self.rows])
+        return torch.stack([row.of_stored(order.expand(row.alive.shape)) for row in self.rows])
 
-    def is_sink(self, row: Row, position: int) -> bool:
-        return not self.first and 0 <= position - row.sinks_from < self.owner.cache_config.sink_tokens
+    def alive(self) -> Tensor:
+        """Return what each head attends to, ``[batch, kv_heads, seen]``."""
+        return torch.stack([row.alive for row in self.rows])
 
     def body_positions(self) -> list[list[list[int]]]:
         """Return the positions of the coded tokens of each row and head."""
         return [
             [
-                [at for at in range(self.tail_from) if alive[at] and not self.is_sink(row, at)]
-                for alive in row.alive.tolist()
+                [at for at in range(self.tail_from) if stored[at] and at not in row.sinks]
+                for stored in row.stored.tolist()
             ]
             for row in self.rows
         ]
@@ -203,12 +339,8 @@ class OracleLayer(CacheLayerMixin):
         return -1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return what will be kept and what will be gone in the coming update."""
-        candidates, count = 0, 0
-        if not self.recording and self.seen > 0 and (query_length == 1 or self.should_compress_early()):
-            candidates, count = self.plan()
-        kept = self.kept - (candidates - count)
-        return kept + query_length, self.seen - kept
+        """Return the number of all tokens, kept or not: the mask has a column for each."""
+        return self.seen + query_length, 0
 
     # Updates
 
@@ -219,25 +351,69 @@ class OracleLayer(CacheLayerMixin):
     def activate_past_recording(self) -> None:
         self.record_past = self.expects_prompt = True
         self.updated_since_crop = False
+        self.shorter = 0
+
+    def is_step(self, tokens: int) -> bool:
+        """Tell whether an update of so many tokens generates: one token, or the second in a row of shorter updates."""
+        return tokens == 1 or (self.shorter > 0 and tokens < self.longest)
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append the tokens, and return all that were ever seen."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         tokens = key_states.shape[2]
-        if self.record_past and self.updated_since_crop:
-            self.record_past = False  # whoever asked for it does not crop any more
-        if not self.recording and self.seen > 0:
-            if tokens == 1:
-                self.make_room()
-            else:
-                self.early_compress()
-        if tokens > 1 and self.pending_from is None:
-            self.pending_from = self.seen
+        self.prepare(tokens)
+        self.note_update(tokens)
         for row, *new in zip(self.rows, key_states.detach().clone(), value_states.detach().clone(), strict=True):
             row.append(*new)
-        self.updated_since_crop = self.record_past
-        keys, values = self.visible()
-        return keys, values
+        keys, values = (torch.stack([row.shown[side] for row in self.rows]) for side in (0, 1))
+        return MarkedKeys.of(keys.masked_fill(~self.alive()[..., None], torch.nan), Update(self, tokens)), values
+
+    def prepare(self, tokens: int) -> None:
+        """Compress what an update of so many tokens begins with, which stays if the update fails."""
+        self.known_before = self.known
+        if self.recording or self.seen == 0:
+            return
+        if self.is_step(tokens) or self.should_compress_early():
+            self.make_room()
+
+    def note_update(self, tokens: int) -> None:
+        self.turn_before = {name: getattr(self, name) for name in TURN}
+        self.record_past = self.updated_since_crop = self.recording
+        if self.seen == 0:
+            self.longest = self.shorter = 0
+        is_step = tokens == 1 if self.record_past else self.is_step(tokens)
+        if not self.record_past and tokens > 1:
+            self.shorter = self.shorter + 1 if tokens < self.longest else 0
+        elif not self.record_past and self.shorter < 2:
+            self.shorter = 0  # one alone was a turn
+        self.longest = max(self.longest, tokens)
+        if not is_step and self.pending_from is None:
+            self.pending_from = self.seen
+
+    def see(self, fresh: int, queries: Tensor | None, pads: Tensor | None) -> None:
+        """See the attention to the newest tokens."""
+        before = self.seen - fresh
+        start, stop = self.seen_attention
+        self.seen_attention = (start if stop == before else before, self.seen)
+        if pads is not None:
+            for row, of_row in zip(self.rows, pads.expand(len(self.rows), -1).tolist(), strict=True):
+                row.pads[before:] = of_row
+        wanted = self.pending_from is not None and self.owner.cache_config.keep_ratio < 1 and self.policy.wants_queries
+        if queries is not None and wanted:
+            old = queries.new_zeros(*queries.shape[:2], 0, queries.shape[3]) if self.queries is None else self.queries
+            self.queries = torch.cat([F.pad(old[:, :, :before], (0, 0, 0, max(before - old.shape[2], 0))), queries], 2)
+            start = self.known[0] if self.known[1] == before else before
+            self.known = (max(start, self.seen - QUERIES), self.seen)
+
+    @property
+    def may_evict(self) -> bool:
+        """Whether the attention to all tokens of the tail was seen."""
+        return 0 < self.seen == self.seen_attention[1] and self.seen_attention[0] <= self.tail_from
+
+    def stop_waiting(self) -> None:
+        self.pending_from = None
+        self.known = self.known_before = (0, 0)
 
     def compress(self) -> None:
         if self.pending_from is not None:
@@ -250,151 +426,172 @@ class OracleLayer(CacheLayerMixin):
         sinks = settings.sink_tokens if self.first else 0
         return self.seen - self.tail_from - settings.residual_length - sinks
 
-    def plan(self) -> tuple[int, int]:
-        """Return how many tokens would be taken out of the tail now, and how many of them encoded."""
+    def make_room(self) -> None:
         settings, candidates = self.owner.cache_config, self.candidates()
         if self.pending_from is not None and candidates >= settings.min_tokens:
-            return candidates, ceil(self.keep_ratio() * candidates)
-        if self.pending_from is None and candidates >= (settings.min_tokens if self.first else settings.flush_length):
-            return candidates, candidates
-        return 0, 0
-
-    def keep_ratio(self) -> float:
-        """Return the part of a prompt to keep: all of it while it is unknown, or still kept, what of it is padding."""
-        if not self.owner.knows_padding(self.seen):
-            return 1
-        still_padded = not self.first and self.seen - self.kept < max(self.owner.pads)
-        return 1 if still_padded else self.owner.cache_config.keep_ratio
-
-    def make_room(self) -> None:
-        candidates, count = self.plan()
-        if candidates > 0:
-            self.owner.note_refused_eviction(self, candidates)
-            self.encode(candidates, count)
-        self.pending_from = None
+            evicts = settings.keep_ratio < 1
+            if not self.may_evict and ceil(settings.keep_ratio * candidates) < candidates:
+                self.owner.note_refused_eviction()
+            self.encode(evicts=evicts and self.may_evict)
+        elif self.pending_from is None and candidates >= (settings.min_tokens if self.first else settings.flush_length):
+            self.encode(evicts=False)
+        self.stop_waiting()
 
     def should_compress_early(self) -> bool:
-        """Tell whether enough tokens wait during a prefill; the first time they must take all pads with them."""
-        candidates = self.candidates()
+        """Tell whether enough tokens wait during a prefill, and of every row some that are no padding."""
         if self.owner.when != "during_prefill" or self.pending_from is None:
             return False
-        if candidates < self.owner.cache_config.min_tokens or not self.owner.has_text_in_all_rows(self.seen):
-            return False
-        evicted = candidates - ceil(self.keep_ratio() * candidates)
-        return not self.first or self.keep_ratio() == 1 or evicted >= max(self.owner.pads)
+        settings = self.owner.cache_config
+        has_text = all(row.pads.count(False) > settings.sink_tokens for row in self.rows)
+        return self.candidates() >= settings.min_tokens and (has_text or not self.first)
 
     def early_compress(self) -> None:
+        """Compress before the update of another layer, or before a past is recorded."""
         candidates_wait = self.record_past and not self.expects_prompt
         if not candidates_wait and self.should_compress_early():
             self.make_room()
 
-    def encode(self, candidates: int, count: int) -> None:
+    def encode(self, *, evicts: bool) -> None:
         """Take tokens out of the tail: encode the best of them, evict the others."""
         settings = self.owner.cache_config
+        stop = self.seen - settings.residual_length
         if self.first:
             self.phase = self.owner.make_phase(self.layer_idx, self.seen)
-            self.owner.settle_padding(len(self.rows))
-            self.codecs = [codec.for_tokens(count) for codec in self.asked]
+            self.is_padded = settings.sink_tokens > 0 and any(any(row.pads[:stop]) for row in self.rows)
+            for row in self.rows:
+                row.sinks = sinks_of(row.pads[:stop], settings.sink_tokens)
+        free = [[at for at in range(self.tail_from, stop) if at not in row.sinks] for row in self.rows]
+        chosen = [
+            self.choose(row, of_row) if evicts else [of_row] * len(row.alive)
+            for row, of_row in zip(self.rows, free, strict=True)
+        ]
+        most = max(1, *(len(heads[0]) for heads in chosen))
+        if self.first:
+            self.codecs = [codec.for_tokens(most) for codec in self.asked]
             code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
             for row in self.rows:
                 row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
-        stop = self.seen - settings.residual_length
-        assert self.owner.pads is not None
-        for row, pads in zip(self.rows, self.owner.pads, strict=True):
-            if self.first:
-                row.sinks_from = min(pads, candidates)
-            sinks = range(row.sinks_from, row.sinks_from + settings.sink_tokens) if self.first else ()
-            free = [at for at in range(self.tail_from, stop) if at not in sinks]
-            assert len(free) == candidates
-            chosen = self.choose(row, pads, free, count)
-            for head, positions in enumerate(chosen):
-                row.alive[head, free] = False
+        for row, of_row, heads in zip(self.rows, free, chosen, strict=True):
+            for head, positions in enumerate(heads):
+                left = sorted(set(of_row) - set(positions), key=lambda at: (not row.pads[at], at))
+                row.alive[head, of_row] = False
                 row.alive[head, positions] = True
-            self.show_decoded(row, pads, chosen)
+                row.filling[head, left[: most - len(positions)]] = True
+            self.show_decoded(row, heads)
         self.first, self.tail_from = False, stop
 
-    def choose(self, row: Row, pads: int, free: list[int], count: int) -> list[list[int]]:
-        """Return the positions that each head keeps of the free ones: pads go first, then what scores least."""
-        heads = row.alive.shape[0]
-        evicted = len(free) - count
-        evicted_pads = [at for at in free if at < pads][:evicted]
-        left = [at for at in free if at not in evicted_pads]
-        if len(left) == count:
-            return [left] * heads
-        real = [at for at in left if at >= pads]
-        kept_pads = [at for at in left if at < pads]
-        assert not kept_pads, "no text is evicted before the last pad"
-        start = max(pads, self.tail_from)
-        order = range(start, self.seen)
+    def choose(self, row: Row, free: list[int]) -> list[list[int]]:
+        """Return the positions that each head keeps of the free ones: no pads, and of the others what scores best."""
+        settings, heads = self.owner.cache_config, row.alive.shape[0]
+        real = [at for at in free if not row.pads[at]]
+        count = len(real) if len(real) < settings.min_tokens else ceil(settings.keep_ratio * len(real))
+        if count == len(real):
+            return [real] * heads
+        text = [at for at in range(self.tail_from, self.seen) if not row.pads[at]]
         inputs = ScoreInputs(
-            keys=row.exact[0][None, :, start:],
-            values=row.exact[1][None, :, start:],
-            positions=torch.tensor(order) - pads,
-            protected=torch.tensor([at not in real for at in order]),
+            keys=row.exact[0][None, :, text],
+            values=row.exact[1][None, :, text],
+            positions=torch.arange(len(text)) + max(self.tail_from - row.origin, 0),
+            protected=torch.tensor([at not in real for at in text]),
             layer_idx=self.layer_idx,
+            queries=self.known_queries(row, text),
             phase=self.phase,
         )
-        scores = self.owner.make_policy(self.layer_idx).score(inputs)[0].tolist()
-        return [sorted(sorted(real, key=lambda at: (-each[at - start], at))[:count]) for each in scores]
+        scores = self.policy.score(inputs)[0]
+        return [sorted(sorted(real, key=lambda at: (-each[text.index(at)], at))[:count]) for each in scores.tolist()]
 
-    def show_decoded(self, row: Row, pads: int, chosen: list[list[int]]) -> None:
-        """Encode the chosen tokens of each head, and let attention see what their codes say."""
-        sides = self.pick(row, pads, chosen)
+    def known_queries(self, row: Row, text: list[int]) -> Tensor | None:
+        """Return those of the last tokens that are text, if they are known."""
+        known = [at for at in text if self.known[0] <= at < self.known[1]]
+        if self.known[1] != self.seen or not known:
+            return None
+        assert self.queries is not None
+        return self.queries[self.rows.index(row)][None, :, known]
+
+    def show_decoded(self, row: Row, chosen: list[list[int]]) -> None:
+        """Encode what each head stores of the tokens that leave the tail, and let attention see what the codes say."""
+        stop = self.seen - self.owner.cache_config.residual_length
+        coded = [
+            [at for at in range(self.tail_from, stop) if stored[at] and at not in row.sinks]
+            for stored in row.stored.tolist()
+        ]
         if self.first:
-            real = [[at for at in positions if at >= pads] for positions in chosen]
-            if not any(real):
-                recent = range(self.seen - self.owner.cache_config.residual_length, self.seen)
-                real = [[at for at in recent if at >= pads]] * len(chosen)
-            if not any(real):
-                real = chosen  # a row of pads alone
-            pairs = zip(self.codecs, self.pick(row, pads, real), strict=True)
+            sample = [[at for at in positions if not row.pads[at]] for positions in chosen]
+            if not any(sample):
+                sample = [[at for at in range(self.seen) if not row.pads[at]]] * len(chosen)
+            if not any(sample):
+                sample = coded  # a row of pads alone
+            pairs = zip(self.codecs, self.pick(row, sample), strict=True)
             row.transforms = [codec.fit(vectors) for codec, vectors in pairs]
             self.owner.fitted_rows += len(row.transforms)
         codes, decoded = [], []
-        for codec, transform, vectors in zip(self.codecs, row.transforms, sides, strict=True):
+        for codec, transform, vectors in zip(self.codecs, row.transforms, self.pick(row, coded), strict=True):
             packed = codec.encode(vectors, transform)
             codes += [packed.words[0], packed.scales[0, :, :, None]]
             decoded.append(codec.decode(packed, transform))
             self.owner.encoded_vectors += packed.scales.numel()
         if self.phase is not None:
-            decoded[0] = self.phase.rotate(decoded[0], self.turned(pads, chosen))
-        for head, positions in enumerate(chosen):
+            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, coded))
+        for head, positions in enumerate(coded):
             for side in (0, 1):
                 row.shown[side] = row.shown[side].clone()
                 row.shown[side][head, positions] = decoded[side][0, head].to(row.shown[side].dtype)
             row.codes[head, positions] = torch.cat(codes, -1)[head]
 
-    def pick(self, row: Row, pads: int, positions: list[list[int]]) -> list[Tensor]:
+    def pick(self, row: Row, positions: list[list[int]]) -> list[Tensor]:
         """Return exact keys (without their rotary phase) and values at these positions, ``[1, kv_heads, n, ...]``."""
         keys, values = (
             torch.stack([x[head, at] for head, at in enumerate(positions)]).contiguous()[None] for x in row.exact
         )
         if self.phase is not None:
-            keys = self.phase.rotate(keys.float(), self.turned(pads, positions), inverse=True)
+            keys = self.phase.rotate(keys.float(), self.turned(row, positions), inverse=True)
         return [keys, values]
 
-    def turned(self, pads: int, positions: list[list[int]]) -> Tensor:
-        """Return by how many steps the keys at these positions are turned: all pads are at step 0."""
-        return (torch.tensor(positions, dtype=torch.int64) - pads).clamp_min(0)[None]
+    def turned(self, row: Row, positions: list[list[int]]) -> Tensor:
+        """Return by how many steps the keys at these positions are turned: what is before the text is at step 0."""
+        return (torch.tensor(positions, dtype=torch.int64) - row.origin).clamp_min(0)[None]
 
     # Cache operations
 
-    def crop_to(self, stop: int, body: int) -> None:
-        """Forget the tokens from ``stop`` on; if this reaches the body, leave each head its newest ``body`` codes."""
-        for row, heads in zip(self.rows, self.body_positions(), strict=True):
-            if stop < self.tail_from:
+    def check_crop(self, stop: int) -> None:
+        """Refuse to cut into the sinks of padded rows, which stand in different places."""
+        if self.is_padded and 0 < stop <= max(at for row in self.rows for at in row.sinks):
+            msg = f"{stop} tokens end before the sinks of each row do"
+            raise UnsupportedError(msg)
+
+    def crop_to(self, stop: int) -> bool:
+        """Forget the tokens from ``stop`` on, and tell whether some heads lose others too: all store equally many."""
+        lost = False
+        if stop < self.tail_from:
+            below = [[[at for at in head if at < stop] for head in heads] for heads in self.body_positions()]
+            least = min(len(head) for heads in below for head in heads)
+            for row, heads in zip(self.rows, below, strict=True):
                 for head, positions in enumerate(heads):
-                    below = [at for at in positions if at < stop]
-                    row.alive[head, below[: len(below) - body]] = False
+                    gone = positions[: len(positions) - least]
+                    row.alive[head, gone] = row.filling[head, gone] = False
+                    lost = lost or bool(gone)
+        for row in self.rows:
             row.crop(stop)
-        self.tail_from = min(self.tail_from, stop)
-        if stop <= self.owner.cache_config.sink_tokens:  # never within the sinks of padded rows, see `OracleCache`
-            self.tail_from, self.first, self.phase = 0, True, None
+        if stop < self.tail_from and stop <= (0 if self.is_padded else self.owner.cache_config.sink_tokens):
+            self.tail_from, self.first, self.phase, self.is_padded, lost = 0, True, None, False, False
             for row in self.rows:
-                row.transforms, row.sinks_from = [], 0
+                row.transforms, row.sinks = [], []
                 assert row.alive.all(), "sinks are never evicted"
+        self.tail_from = min(self.tail_from, stop)
+        self.seen_attention = (min(self.seen_attention[0], stop), min(self.seen_attention[1], stop))
+        if stop < self.known[1]:
+            undone = self.known_before[1] == stop
+            self.known = self.known_before if undone else (min(self.known[0], stop), stop)
+            self.known_before = self.known
         if self.pending_from is not None and stop <= self.pending_from:
-            self.pending_from = None
+            self.stop_waiting()
+        return lost
+
+    def take_back(self, stop: int) -> None:
+        """Undo the last update, after which so many tokens are left; what it has compressed stays."""
+        self.crop_to(stop)
+        for name, value in self.turn_before.items():
+            setattr(self, name, value)
 
     def after_crop(self) -> None:
         """Do what waited for the crop, if a past is recorded."""
@@ -403,12 +600,21 @@ class OracleLayer(CacheLayerMixin):
         self.updated_since_crop = False
         if self.record_past:
             if not self.expects_prompt:
-                self.pending_from = None  # no prompt: candidates were verified
+                self.stop_waiting()  # no prompt: candidates were verified
             self.expects_prompt = False
             self.make_room()
 
     def take_rows(self, rows: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows] if self.rows else []
+        self.queries = None if self.queries is None else self.queries[rows]
+
+
+def sinks_of(pads: list[bool], count: int) -> list[int]:
+    """Return the positions of the first tokens that are no padding; where there are too few, of the last pads too."""
+    real = [at for at, is_pad in enumerate(pads) if not is_pad]
+    padding = [at for at, is_pad in enumerate(pads) if is_pad]
+    missing = max(count - len(real), 0)
+    return sorted(real[:count] + padding[len(padding) - missing :])
 
 
 class OracleCache(DynamicCache):
@@ -429,17 +635,16 @@ class OracleCache(DynamicCache):
         make_codec: MakeCodec | None = None,
         **overrides: Any,
     ) -> None:
+        del attention_mask  # the model's own is seen
         self.cache_config = resolve_preset(preset).override(overrides)
         self.policy, self.when = policy, when
         self.model_config = None if config is None else config.get_text_config(decoder=True)
         self.make_codec = make_codec or NexusQuantCache(self.cache_config).make_codec
         self.encoded_vectors = self.fitted_rows = 0
         self.warned: list[str] = []
+        self.has_refused = False  # said once for each prompt
         self.asked_to_record = False
-        self.forget_padding()
         Cache.__init__(self, layers=self.make_layers())
-        if attention_mask is not None:
-            self.set_attention_mask(attention_mask)
 
     def make_layers(self) -> list[Any]:
         if self.model_config is None:
@@ -458,6 +663,12 @@ class OracleCache(DynamicCache):
             return None
         return rotary_phase(self.model_config, layer_idx, seen)
 
+    def note_refused_eviction(self) -> None:
+        """Warn that tokens stay because attention was not seen."""
+        if not self.has_refused:
+            self.has_refused = True
+            self.warned.append("attention")
+
     @property
     def compressed(self) -> list[OracleLayer]:
         """The layers of our kind."""
@@ -468,76 +679,6 @@ class OracleCache(DynamicCache):
         """Those of them that have seen tokens."""
         return [layer for layer in self.compressed if layer.seen]
 
-    # Padding
-
-    def forget_padding(self) -> None:
-        self.stated: list[int] | None = None  # pads of each row of the mask
-        self.pads: list[int] | None = None  # pads of each row of the batch, once known
-        self.known_from = 0  # tokens seen when that became known
-        self.beginning: list[Tensor] = []  # the keys of each row at the first attention layer, while unknown
-        self.is_certain = True
-        self.has_warned = False  # once for each prompt
-
-    def set_attention_mask(self, attention_mask: Tensor) -> None:
-        self.stated = [row.index(1) for row in attention_mask.long().tolist()]
-        self.pads, self.known_from, self.beginning, self.is_certain = None, 0, [], True
-        if self.used:
-            self.state_pads(len(self.used[0].rows))
-
-    def state_pads(self, batch: int) -> None:
-        """Let each row of the mask stand for as many rows of the batch as it takes."""
-        assert self.stated is not None
-        self.pads = [pads for pads in self.stated for _ in range(batch // len(self.stated))]
-
-    def settle_padding(self, batch: int) -> None:
-        """Treat all tokens as text from now on if nothing is known when the first ones are coded."""
-        if self.pads is None:
-            self.pads, self.beginning, self.is_certain = [0] * batch, [], False
-
-    def note_refused_eviction(self, layer: OracleLayer, candidates: int) -> None:
-        """Warn if tokens stay only because the padding is unknown."""
-        would_evict = layer.pending_from is not None and ceil(self.cache_config.keep_ratio * candidates) < candidates
-        if would_evict and self.stated is None and not self.knows_padding(layer.seen) and not self.has_warned:
-            self.has_warned = True
-            self.warned.append("padding")
-
-    def observe(self, key_states: Tensor) -> None:
-        """Find out how many pads the rows begin with; all layers go by the keys of the first."""
-        if self.stated is not None:
-            if self.pads is None:
-                self.state_pads(len(key_states))
-        elif self.pads is None:
-            new = list(key_states.detach().clone())
-            pairs = zip(self.beginning, new, strict=True)
-            self.beginning = [torch.cat(pair, 1) for pair in pairs] if self.beginning else new
-            self.recognise()
-
-    def has_text_in_all_rows(self, seen: int) -> bool:
-        """Tell whether no row consisted of pads alone when so many tokens had been seen."""
-        return self.pads is not None and seen >= self.known_from and seen > max(self.pads)
-
-    def knows_padding(self, seen: int) -> bool:
-        """Tell whether it was known when so many tokens had been seen where the text begins in each row."""
-        return self.is_certain and self.has_text_in_all_rows(seen)
-
-    def recognise(self) -> None:
-        """Take equal leading keys for pads: those share token and position, and text does not.
-
-        Without a run of them nothing can be told, unless there is one row only, or all rows begin alike.  A single pad
-        next to a row with more is not modelled here: give the mask.
-        """
-        runs = [int((row == row[:, :1]).all(-1).all(0).long().cumprod(0).sum()) for row in self.beginning]
-        seen = self.beginning[0].shape[1]
-        if seen in runs:
-            return  # the row may go on with pads
-        firsts = [row[:, 0] for row in self.beginning]
-        pad_keys = [first for first, run in zip(firsts, runs, strict=True) if run > 1]
-        one_pad = all(torch.equal(key, pad_keys[0]) for key in pad_keys)
-        alike = all(torch.equal(first, firsts[0]) for first in firsts)
-        self.is_certain = one_pad if pad_keys else alike
-        self.pads = [run if pad_keys and one_pad and run > 1 else 0 for run in runs]
-        self.known_from, self.beginning = seen, []
-
     # The interface of transformers
 
     def update(
@@ -547,13 +688,15 @@ class OracleCache(DynamicCache):
             self.layers.append(OracleLayer(self, len(self.layers)))
             if self.asked_to_record:
                 self.layers[-1].activate_past_recording()
-        layer = self.layers[layer_idx]
-        if layer_idx == min(index for index, each in enumerate(self.layers) if isinstance(each, CacheLayerMixin)):
-            self.observe(key_states)
-        if isinstance(layer, OracleLayer) and key_states.shape[2] > 1:
-            for earlier in self.compressed[: self.compressed.index(layer)]:
-                earlier.early_compress()
+        self.compress_others(layer_idx, key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def compress_others(self, layer_idx: int, tokens: int) -> None:
+        """Compress what other layers than the one to be updated need not wait with."""
+        if isinstance(self.layers[layer_idx], OracleLayer) and tokens > 1:
+            for other in self.compressed:
+                if other.layer_idx != layer_idx:
+                    other.early_compress()
 
     def compress(self) -> None:
         for layer in self.used:
@@ -566,8 +709,7 @@ class OracleCache(DynamicCache):
         super().activate_past_recording()
 
     def reset(self) -> None:
-        self.forget_padding()
-        self.asked_to_record = False
+        self.asked_to_record = self.has_refused = False
         fresh = self.make_layers() or self.layers
         self.layers = [
             old if isinstance(old, OracleLayer) else new for old, new in zip(self.layers, fresh, strict=True)
@@ -584,50 +726,24 @@ class OracleCache(DynamicCache):
         self._crop(tokens_to_remove)
 
     def _crop(self, tokens_to_remove: int) -> None:
+        seen = max((layer.seen for layer in self.used), default=0)
+        stop = max(seen + tokens_to_remove, 0)
+        for layer in self.used:
+            layer.check_crop(stop)
         if len({layer.pending_from is None for layer in self.used}) > 1:  # the last layer waits, the others did not
             for layer in self.used:
                 layer.early_compress()
-        if self.used:
-            seen = self.used[0].seen
-            self._crop_to(max(seen + tokens_to_remove, 0))
+        lost = [layer.crop_to(stop) for layer in self.used]
+        if any(lost):
+            self.warned.append("crop")
         for layer in self.layers:
             if isinstance(layer, OracleLayer):
                 layer.after_crop()
             else:
                 layer.crop(tokens_to_remove)
 
-    def _crop_to(self, stop: int) -> None:
-        used, body = self.used, 0
-        assert len({(layer.seen, layer.tail_from, layer.first) for layer in used}) == 1
-        if stop < used[0].tail_from:
-            sinks = self.cache_config.sink_tokens
-            padded = self.pads is not None and any(self.pads)
-            if stop and padded and any(stop < row.sinks_from + sinks for row in used[0].rows):
-                msg = f"{stop} tokens end before the sinks of each row do"
-                raise UnsupportedError(msg)
-            below = [
-                len([at for at in positions if at < stop])
-                for layer in used
-                for heads in layer.body_positions()
-                for positions in heads
-            ]
-            body = min(below)
-            if max(below) > body:
-                self.warned.append("crop")
-        for layer in used:
-            layer.crop_to(stop, body)
-        self.known_from = min(self.known_from, stop)
-        if self.beginning:
-            self.beginning = [keys[:, :stop] for keys in self.beginning] if stop else []
-        if stop == 0:  # as new, but for what the user said of these rows
-            self.stated = None if self.stated is None else self.pads
-            self.pads, self.known_from, self.is_certain = None, 0, True
-
     def take_rows(self, rows: list[int]) -> None:
         """Let the batch consist of these rows."""
-        if self.pads is not None:
-            self.pads = [self.pads[row] for row in rows]
-        self.beginning = [self.beginning[row] for row in rows] if self.beginning else []
         for layer in self.compressed:
             layer.take_rows(rows)
 
