@@ -45,6 +45,7 @@ class HeldTokens:
         positions: Original positions of the packed tokens.
         phase: What was taken off the packed keys.
         sink_positions: Original positions of the sinks, ascending; None if they are the first tokens of every row.
+        origins: Position from which the rotary positions of each row count; None if all count from 0.
     """
 
     tail: tuple[Tensor, Tensor]
@@ -55,6 +56,7 @@ class HeldTokens:
     positions: PositionMap | None = None
     phase: RotaryPhase | None = None
     sink_positions: Int[Tensor, "b s"] | None = None
+    origins: Int[Tensor, " b"] | None = None
 
     @property
     def packed_tokens(self) -> int:
@@ -187,11 +189,6 @@ class HeldTokens:
         assert self.positions is not None
         batch, heads = self.tail[0].shape[:2]
         return angles_of(self.positions.positions(self.tail[0].device), self.origins, batch, heads)
-
-    @property
-    def origins(self) -> Int[Tensor, " b"] | None:
-        """Position from which each row counts; None if all count from 0."""
-        return None if self.sink_positions is None else self.sink_positions[:, 0]
 
     def _exact(self, side: int) -> Float[Tensor, "b h n d"]:
         """Return one tensor for all tokens of a side, in which the packed ones are not filled in."""

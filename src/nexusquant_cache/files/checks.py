@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from math import isfinite
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -11,12 +12,13 @@ from nexusquant_cache.codec.registry import MOST_CANDIDATES, make_codec
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.files.contents import given_facts, layer_facts
 from nexusquant_cache.files.fingerprint import check_fingerprint
-from nexusquant_cache.files.schema import CacheMeta, LayerMeta, TransformMeta
+from nexusquant_cache.files.schema import BodyMeta, CacheMeta, LayerMeta, TransformMeta
 from nexusquant_cache.files.version_1 import sink_positions
 from nexusquant_cache.layer.state import SIDES, Declared, Facts, are_places, expected, finite, transform_tensors
 from nexusquant_cache.presets import REMOVED, CacheConfig
 
 _MOST_NUMBER = 1 << 48
+_PART = 1 << 20  # bytes of a bitmap that are looked at at once
 _WHENS = ("post_prefill", "during_prefill")
 # Of means, and of what scales are relative to: decoded, the largest vector of the largest scale is still finite.
 _MOST_MAGNITUDE = 2.0**96
@@ -109,6 +111,8 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
         if wrong is not None:
             _wrong(f"{name}.sink_place", wrong)
     if layer.body is not None:
+        _check_sinks(layer, layer.body, name, tensors)
+        _check_hidden(name, tensors)
         for side, meta in zip(SIDES, (layer.body.keys, layer.body.values), strict=True):
             _check_magnitude(f"{name}.{side}", meta, tensors)
     if layer.given is not None:
@@ -117,6 +121,34 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
             declared = (each for each in transform_tensors(side, "", "given.") if each.shape(given) is not None)
             _check_declared(name, declared, given, tensors)
             _check_magnitude(f"{name}.given.{side}", meta, tensors)
+
+
+def _check_sinks(layer: LayerMeta, body: BodyMeta, name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that no sink is packed too."""
+    sinks, kept = layer.sinks or 0, tensors.get(f"{name}.kept")
+    if f"{name}.sink_positions" in tensors:
+        places = tensors[f"{name}.sink_positions"]
+    elif layer.sink_place:
+        places = sink_positions(tensors[f"{name}.sink_place"], sinks)
+    else:
+        places = torch.arange(0 if body.start else sinks, device="cpu" if kept is None else kept.device)[None]
+    if not places.numel():
+        return
+    if kept is None or int(places.max()) >= body.covered:
+        _wrong(name, "has sinks among its packed tokens")
+    byte, shift = (places[:, None] >> 3).expand(*kept.shape[:2], -1), places[:, None] & 7
+    if bool((kept.gather(2, byte) >> shift & 1).any()):
+        _wrong(name, "has sinks among its packed tokens")
+
+
+def _check_hidden(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that only what is kept is hidden."""
+    hidden = tensors.get(f"{name}.hidden")
+    if hidden is None:
+        return
+    parts = zip(*(x.flatten().split(_PART) for x in (hidden, tensors[f"{name}.kept"])), strict=True)
+    if any(bool((some & ~kept).any()) for some, kept in parts):
+        _wrong(f"{name}.hidden", "hides tokens that are not kept")
 
 
 def _check_declared(layer: str, declared: Iterable[Declared], facts: Facts, tensors: Mapping[str, Tensor]) -> None:
@@ -149,6 +181,6 @@ def _in_range(name: str, tensor: Tensor, least: int, most: int) -> None:
         _wrong(name, f"must hold numbers from {least} to {most}")
 
 
-def _wrong(name: str, what: str) -> None:
+def _wrong(name: str, what: str) -> NoReturn:
     msg = f"{name} {what}"
     raise FormatError(msg)

@@ -12,11 +12,11 @@ from typing import Any, BinaryIO
 
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files.contents import DTYPES
-from nexusquant_cache.files.schema import read_json
+from nexusquant_cache.files.schema import CacheMeta, read_json
 
 FORMAT = "nexusquant-cache"
 VERSION = 2
-"""What is written; all versions from 1 on are read."""
+"""What is written of a cache; all versions from 1 on are read."""
 ALIGNMENT = 8
 MOST_HEADER = 8 << 20
 """Bytes of the longest header: far more than a cache needs, and read in a moment."""
@@ -43,6 +43,11 @@ class Entry:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+
+
+def version_of(meta: CacheMeta) -> int:
+    """Return the version of the format in which metadata say what these do: files of older ones are converted too."""
+    return VERSION if meta.padding is None else 1
 
 
 def header_bytes(metadata: Mapping[str, str], entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -25,7 +25,7 @@ from nexusquant_cache.files.schema import (
     TensorMeta,
     TransformMeta,
 )
-from nexusquant_cache.layer.state import SIDES, Declared, Facts, expected, listed, transform_tensors
+from nexusquant_cache.layer.state import LOOP, SIDES, Declared, Facts, expected, listed, transform_tensors
 
 DTYPES: dict[str, tuple[str, torch.dtype]] = {
     "float64": ("F64", torch.float64),
@@ -211,15 +211,23 @@ class _Layer:
 
     def tensors(self) -> Iterator[FileTensor]:
         meta, shape = self.meta, self.meta.shape
+        self._check_version()
         if shape is None:
             parts = (meta.sinks, meta.asked, meta.used, meta.phase, meta.body, meta.observed, meta.given, meta.policy)
-            if any(part is not None for part in parts) or meta.seen or meta.tail or meta.sink_place or meta.more:
+            known = (meta.shown, meta.updates)
+            is_something = any(part is not None for part in (*parts, *known))
+            if is_something or meta.seen or meta.tail or meta.sink_place or meta.more:
                 self._wrong("holds something before its first update")
             return
         self._check_counts(shape)
+        self._check_listed()
         facts = layer_facts(meta, self.codecs)
+        listed_only = set(meta.more or {})
         for declared, size in expected(facts):
+            listed_only.discard(declared.name)
             yield _file_tensor(self.name, declared, size, facts)
+        if listed_only:
+            self._wrong(f"lists a tensor that it cannot have: {min(listed_only)}")
         if meta.sink_place:
             yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
         if meta.given is not None:
@@ -230,6 +238,25 @@ class _Layer:
                     given_size = declared.shape(facts)
                     if given_size is not None:
                         yield _file_tensor(self.name, declared, given_size, facts)
+
+    def _check_version(self) -> None:
+        """Check that version 1 says nothing that was not known then, and others nothing that is not known any more."""
+        meta, is_first = self.meta, self.file.padding is not None
+        is_newer = any(part is not None for part in (meta.more, meta.shown, meta.updates))
+        if (meta.sink_place is not None) != is_first or (is_first and is_newer):
+            self._wrong("is of another version than the file")
+
+    def _check_listed(self) -> None:
+        """Check what the layer lists."""
+        more, known = self.meta.more or {}, listed()
+        if not set(more) <= set(known):
+            self._wrong("names a tensor that no layer has")
+        for name, dtype in more.items():
+            only = known[name].listed_as
+            _among(f"{self.name}.{name}", dtype, tuple(DTYPES) if only is None else (only,))
+        # Of no sinks there are no positions, and where none is packed none has been turned.
+        if ("sink_positions" in more and not self.meta.sinks) or ("origins" in more and self.meta.body is None):
+            self._wrong("says where tokens are that it does not have")
 
     def _check_counts(self, shape: ShapeMeta) -> None:
         """Check all that can be told without a tensor."""
@@ -243,18 +270,14 @@ class _Layer:
             self._wrong("waits for tokens that it has not seen")
         if meta.shown is not None and not meta.shown[0] <= meta.shown[1] <= meta.seen:
             self._wrong("was shown the attention to tokens that it has not seen")
+        if meta.updates is not None and (meta.updates[0] < 1 or meta.updates[1] > LOOP):
+            self._wrong("counts its updates wrongly")
         padding = self.file.padding
-        if (meta.sink_place is None) != (padding is None):
-            self._wrong("is of another version than the file")
         # In version 1, packed rows with pads had their first tokens in different places.
         if padding is not None and meta.body is not None and meta.sink_place != (padding.pads is not None):
             self._wrong("must say where the first tokens of padded rows are, and of no others")
         self._check_body(shape)
         self._check_observed(shape)
-        if meta.more is not None and not set(meta.more) <= listed():
-            self._wrong("names a tensor that no layer has")
-        for name, dtype in (meta.more or {}).items():
-            _among(f"{self.name}.{name}", dtype, tuple(DTYPES))
 
     def _wrong(self, what: str) -> None:
         msg = f"{self.name} {what}"

@@ -21,7 +21,10 @@ def restore_padding(state: LayerState, meta: LayerMeta, padding: PaddingMeta, so
         return
     if meta.sink_place:
         places = source.tensors[f"layers.{state.layer_idx}.sink_place"]
-        state.sink_positions = sink_positions(places, state.sink_tokens).to(source.device)
+        if state.sink_tokens:
+            state.sink_positions = sink_positions(places, state.sink_tokens).to(source.device)
+        # Where a row has more pads than could be coded, its sinks are pads, and its text begins behind them.
+        state.origins = source.tensor("padding.pads").clone()
     if not padding.certain or padding.settled_at is None:
         return
     state.shown = (0, state.seen)  # so that a prompt that waits is evicted from, as its cache would have done

@@ -72,7 +72,7 @@ class _First:
     @property
     def origins(self) -> Int[Tensor, " b"] | None:
         """Position from which each row counts."""
-        return None if self.sinks is None else self.sinks[:, 0]
+        return None if self.sinks is None else own(self.sinks[:, 0])
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Compression:
         left_out = self._left_out(columns, hidden)
         first = _First(keys, values, columns, places, phase, start, left_out) if is_first else None
         if phase is not None:
-            origins = self._origins() if first is None else first.origins
+            origins = state.origins if first is None else first.origins
             angles = angles_of(columns + offset, origins, *keys.shape[:2])
             keys = phase.rotate(keys.float(), angles, inverse=True)
         if first is not None:
@@ -130,10 +130,6 @@ class Compression:
         state.cut_tail(stop, state.tail_tokens)
         if state.pads is not None and not bool(state.pads.any()):
             state.pads = None
-
-    def _origins(self) -> Int[Tensor, " b"] | None:
-        places = self.state.sink_positions
-        return None if places is None else places[:, 0]
 
     def _append(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> None:
         body, codecs = self.state.body, self.state.codecs
@@ -160,7 +156,8 @@ class Compression:
         if error > most:
             self.shared.warn_code_error(state.layer_idx, error)
         state.codecs, state.code_error = codecs, error
-        state.sinks, state.sink_positions, state.phase = sinks, first.sinks, first.phase
+        state.sinks, state.sink_positions, state.origins = sinks, first.sinks, first.origins
+        state.phase = first.phase
         # Sinks inside the covered range are simply not among the kept ones of the map.
         state.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
 
@@ -210,7 +207,11 @@ class Compression:
             return None
         lead = self.state.exact[0].shape[:2]
         index = columns.expand(*lead, columns.shape[-1])
-        marks = [x.expand(*lead, -1).gather(2, index) for x in (None if pads is None else pads[:, None], hidden) if x is not None]
+        marks = [
+            x.expand(*lead, -1).gather(2, index)
+            for x in (None if pads is None else pads[:, None], hidden)
+            if x is not None
+        ]
         found = torch.stack(marks).any(0)
         return found if bool(found.any()) else None
 
@@ -273,10 +274,10 @@ class Compression:
 
     def _alike(self) -> list[list[int]]:
         """Return the rows whose pads are the same, together."""
-        rows = len(self.state.exact[0])
-        if self.state.pads is None and self.state.sink_positions is None:
+        state, rows = self.state, len(self.state.exact[0])
+        marks = [x for x in (state.pads, state.sink_positions, state.origins) if x is not None]
+        if not marks:
             return [list(range(rows))]
-        marks = [x for x in (self.state.pads, self.state.sink_positions) if x is not None]
         found: dict[tuple[int, ...], list[int]] = {}
         for row in range(rows):
             found.setdefault(tuple(number for mark in marks for number in mark[row].tolist()), []).append(row)
@@ -298,7 +299,7 @@ class Compression:
             before = state.tail_tokens - queries.shape[2]
             queries = queries[members][:, :, real[real >= before] - before]
         attention = state.observed.attention_to(state.tail_tokens)
-        origins = self._origins()
+        origins = state.origins
         start = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
         return ScoreInputs(
             keys=keys,

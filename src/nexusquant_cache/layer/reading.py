@@ -25,6 +25,7 @@ def held(state: LayerState) -> HeldTokens:
         positions=replace(state.body.positions),
         phase=state.phase,
         sink_positions=state.sink_positions,
+        origins=state.origins,
     )
 
 

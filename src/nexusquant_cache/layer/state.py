@@ -73,6 +73,12 @@ def _count_bits(x: Tensor) -> Tensor:
     return x + (x >> 4) & 0x0F
 
 
+def _origins(x: Tensor, facts: Facts) -> str | None:
+    """Say whether a row begins to count where it has not been."""
+    is_right = not x.numel() or 0 <= int(x.min()) <= int(x.max()) <= facts["seen"]
+    return None if is_right else f"must hold numbers from 0 to {facts['seen']}"
+
+
 def are_places(x: Tensor, facts: Facts) -> str | None:
     """Say whether sinks do not stand one behind the other, or some behind the packed tokens."""
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < max(facts["packed_end"], 1):
@@ -107,6 +113,7 @@ class Declared:
         kind: What it is.
         check: What its values must satisfy; None if all are possible.
         stays: Whether it is on the CPU wherever the layer is.
+        listed_as: The dtype that a file must list it with; None if any will do.
     """
 
     name: str
@@ -116,6 +123,7 @@ class Declared:
     kind: Kind
     check: Check | None = finite
     stays: bool = False
+    listed_as: str | None = None
 
     @property
     def is_listed(self) -> bool:
@@ -166,13 +174,19 @@ def _tokens(place: int, side: Side) -> tuple[Declared, ...]:
     )
 
 
+def _listed(name: str, path: str, axes: tuple[str | int, ...], dtype: str, check: Check | None) -> Declared:
+    """Declare a tensor that says which tokens are where, and that not every layer has."""
+    return Declared(name, path, axes, name, "positions", check, listed_as=dtype)
+
+
 TENSORS: tuple[Declared, ...] = (
     *_tokens(0, "keys"),
     *_tokens(1, "values"),
     Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
-    Declared("hidden", "body.positions.hidden", ("batch", "heads", "bitmap_bytes"), "hidden", "positions", None),
-    Declared("sink_positions", "sink_positions", ("batch", "sinks"), "sink_positions", "positions", are_places),
-    Declared("pads", "pads", ("batch", "tail"), "pads", "positions", None),
+    _listed("hidden", "body.positions.hidden", ("batch", "heads", "bitmap_bytes"), "uint8", None),
+    _listed("sink_positions", "sink_positions", ("batch", "sinks"), "int64", are_places),
+    _listed("origins", "origins", ("batch",), "int64", _origins),
+    _listed("pads", "pads", ("batch", "tail"), "bool", None),
     Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
     Declared(
         "queries_before",
@@ -194,15 +208,16 @@ def expected(facts: Facts) -> Iterator[tuple[Declared, tuple[int, ...]]]:
             yield declared, shape
 
 
-def listed() -> set[str]:
-    """Return the names of the tensors of which a file says, for each layer, whether they are there."""
-    return {declared.name for declared in TENSORS if declared.is_listed}
+def listed() -> dict[str, Declared]:
+    """Return the tensors, by name, of which a file says for each layer whether they are there."""
+    return {declared.name: declared for declared in TENSORS if declared.is_listed}
 
 
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
 
 
-_LOOP = 2  # short updates in a row
+LOOP = 2
+"""So many short updates in a row are a loop."""
 
 
 @dataclass
@@ -243,7 +258,7 @@ class Turn:
 
     def is_step(self, tokens: int) -> bool:
         """Tell whether an update of so many tokens is a generation step, and no prompt."""
-        return tokens == 1 or (0 < self.short_updates and tokens < self.longest)
+        return tokens == 1 or (self.short_updates > 0 and tokens < self.longest)
 
     def start_recording(self) -> None:
         """Expect a `crop` after each update from now on."""
@@ -269,8 +284,8 @@ class Turn:
     def _count(self, tokens: int) -> None:
         """Count updates that are shorter than the longest; a single token ends the count, but no loop."""
         if tokens > 1:
-            self.short_updates = min(self.short_updates + 1, _LOOP) if tokens < self.longest else 0
-        elif self.short_updates < _LOOP:
+            self.short_updates = min(self.short_updates + 1, LOOP) if tokens < self.longest else 0
+        elif self.short_updates < LOOP:
             self.short_updates = 0
 
     def take_back_update(self) -> None:
@@ -290,6 +305,7 @@ class LayerState:
         body: Packed tokens.
         phase: The rotary phase that was taken off the packed keys.
         sink_positions: Original positions of the sinks, ascending; None if they are the first tokens of every row.
+        origins: Position from which the rotary positions of each row count; None if all count from 0.
         pads: Which tokens of the tail are padding, as the prefill's mask has it; None if none are.
         observed: What attention has shown of the prompt that waits for its compression.
         turn: What the layer waits for.
@@ -309,6 +325,7 @@ class LayerState:
     body: PackedTokens | None = None
     phase: RotaryPhase | None = None
     sink_positions: Int[Tensor, "b s"] | None = None
+    origins: Int[Tensor, " b"] | None = None
     pads: Bool[Tensor, "b tail"] | None = None
     observed: Observations = field(default_factory=Observations)
     turn: Turn = field(default_factory=Turn)
@@ -466,7 +483,7 @@ class LayerState:
 
     def forget_packed(self) -> None:
         """Become a layer that has never packed anything; its tail stays."""
-        self.sinks = self.body = self.phase = self.sink_positions = self.code_error = None
+        self.sinks = self.body = self.phase = self.sink_positions = self.origins = self.code_error = None
         self.codecs = self.asked
 
     @property
