@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 import zstandard
-from integration.tiny import SMALL, balanced, generate, prompt, random_states, tiny_config, tiny_llama
+from feeding import feed
+from integration.tiny import SMALL, balanced, generate, logits, prompt, random_states, tiny_config, tiny_llama
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config
 
 from nexusquant_cache import FormatError, NexusQuantCache
+from nexusquant_cache.files import convert_file
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.packing import arrange
 from nexusquant_cache.files.schema import from_json
 
+GOLDEN = Path(__file__).parent / "golden"
 Entry = tuple[str, str, list[int], bytes]  # name, dtype, shape, bytes
 
 
@@ -33,20 +36,39 @@ def compressed() -> NexusQuantCache:
 
 
 def padded() -> NexusQuantCache:
-    """Return a cache of two rows, one of them padded."""
-    model, ids = tiny_llama(), prompt(50, batch=2)
-    mask = torch.ones_like(ids)
-    mask[0, :6] = 0
-    made = balanced(model, attention_mask=mask)
-    generate(model, ids, made, attention_mask=mask)
+    """Return a cache of two rows, one of them padded, so that it hides some of what it stores."""
+    model = tiny_llama()
+    made = balanced(model)
+    generate(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))
     return made
+
+
+def short() -> NexusQuantCache:
+    """Return a cache of three rows, of which one has fewer tokens than stay exact."""
+    model = tiny_llama()
+    made = balanced(model)
+    generate(model, prompt(50, batch=3), made, tokens=20, attention_mask=left_padded(44, 6, 0))
+    return made
+
+
+def waiting() -> NexusQuantCache:
+    """Return a cache whose prompt of two rows, one of them padded, waits for its compression."""
+    model = tiny_llama()
+    made = balanced(model)
+    logits(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))
+    return made
+
+
+def left_padded(*pads: int) -> Tensor:
+    """Return the mask of rows of 50 tokens that begin with so many pads."""
+    return (torch.arange(50) >= torch.tensor(pads)[:, None]).long()
 
 
 def mixed() -> NexusQuantCache:
     """Return a cache with a sliding-window layer, whose prompt waits for its compression."""
     made = NexusQuantCache("balanced", config=mixed_config(), **SMALL)
     for layer in range(2):
-        made.update(*random_states((1, 2, 40, 16), layer, torch.bfloat16), layer)
+        feed(made, *random_states((1, 2, 40, 16), layer, torch.bfloat16), layer)
     return made
 
 
@@ -60,9 +82,17 @@ def mixed_config() -> Qwen2Config:
 CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "compressed": tiny_config,
     "padded": tiny_config,
+    "short": tiny_config,
+    "waiting": tiny_config,
     "mixed": mixed_config,
 }
-MAKERS: dict[str, Callable[[], NexusQuantCache]] = {"compressed": compressed, "padded": padded, "mixed": mixed}
+MAKERS: dict[str, Callable[[], NexusQuantCache]] = {
+    "compressed": compressed,
+    "padded": padded,
+    "short": short,
+    "waiting": waiting,
+    "mixed": mixed,
+}
 
 
 @cache
@@ -73,6 +103,15 @@ def file_bytes(name: str, level: int | None = 3) -> bytes:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             MAKERS[name]().save(path, level=level)
+        return path.read_bytes()
+
+
+@cache
+def version_1_bytes(name: str) -> bytes:
+    """Return the bytes of a golden file of version 1, with its tensors as they are."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "cache"
+        convert_file(GOLDEN / "version-1" / f"{name}-19.safetensors", path, level=None)
         return path.read_bytes()
 
 

@@ -20,16 +20,17 @@ def load_golden(path: Path) -> NexusQuantCache:
 
 def content_of(path: Path, cache: NexusQuantCache) -> dict[str, Any]:
     """Return the file's own hash, and what the loaded cache holds."""
-    pads = cache.shared.padding.pads
+    origins = next(layer for layer in cache.layers if isinstance(layer, NexusQuantLayer)).state.origins
     return {
         "sha256": verify_file(path).sha256,
         "seen": cache.get_seq_length(),
-        "pads": None if pads is None else pads.tolist(),
-        "layers": [_layer(layer) for layer in cache.layers],
+        "pads": None if origins is None else origins.tolist(),
+        "layers": [_layer(layer, is_first=path.parent.name == "version-1") for layer in cache.layers],
     }
 
 
-def _layer(layer: Any) -> dict[str, Any]:
+def _layer(layer: Any, *, is_first: bool) -> dict[str, Any]:
+    """Return what a layer holds; what files of the first version only tell by what they have instead is left out."""
     if not isinstance(layer, NexusQuantLayer):
         return {"class": type(layer).__name__, "keys": _hash(layer.keys), "values": _hash(layer.values)}
     found = {
@@ -45,6 +46,13 @@ def _layer(layer: Any) -> dict[str, Any]:
             tensors = [side.words.view(), side.scales.view(), transform.mean, transform.reference, transform.plans]
             tensors += [getattr(transform.rotation, part, None) for part in ("basis", "step")]
             found[name] = [None if x is None else _hash(x) for x in tensors]
+    if not is_first:
+        found |= {
+            "shown": list(layer.state.shown),
+            "updates": [layer.state.turn.longest, layer.state.turn.short_updates],
+        }
+        listed = ((declared.name, x) for declared, x in layer.state.tensors() if declared.is_listed)
+        found |= {name: x.int().tolist() for name, x in listed}
     return found
 
 

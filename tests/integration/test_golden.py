@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from files import CONFIGS, take_apart
 from golden_content import content_of, load_golden
-from integration.tiny import logits, prompt, tiny_llama
+from integration.tiny import fingerprint, logits, prompt, tiny_llama
 
+from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.files import convert_file, verify_file
 from nexusquant_cache.files.container import VERSION
 
 FOLDER = Path(__file__).parents[1] / "golden"
@@ -36,6 +39,40 @@ def test_golden_files_go_on(path):
         results.append(torch.cat([logits(model, prompt(1, seed=seed), cache) for seed in range(9)]))
     assert torch.equal(*results)
     assert bool(results[0].isfinite().all())
+
+
+@pytest.mark.parametrize(
+    ("name", "pads"), [("padded", [6, 0]), ("short", [44, 6, 0])], ids=["padded", "shorter than what stays exact"]
+)
+def test_padded_files_of_version_1_are_as_their_masks_were(name, pads):
+    """Rows count from their first real token; of 44 pads in 50 tokens the last stand where sinks could be taken."""
+    cache = load_golden(FOLDER / "version-1" / f"{name}-19.safetensors")
+    for layer in cache.layers:
+        state = layer.state
+        assert state.origins.tolist() == pads
+        assert state.sink_positions.tolist() == [[min(count, 40), min(count, 40) + 1] for count in pads]
+        assert state.pads is None
+        assert state.shown == (0, state.seen)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
+def test_converted_they_stay_of_their_version(path, tmp_path):
+    convert_file(path, tmp_path / "raw", level=None)
+    assert verify_file(tmp_path / "raw").sha256 == verify_file(path).sha256
+    texts = [take_apart(each.read_bytes())[0] for each in (path, tmp_path / "raw")]
+    assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in FILES if "mixed" not in path.stem], ids=lambda path: f"{path.parent.name}-{path.stem}"
+)
+def test_saved_again_they_hold_the_same(path, tmp_path):
+    """What version 1 has said of padding, the present one says in its own words."""
+    cache = load_golden(path)
+    again = tmp_path / path.name
+    cache.save(again)
+    loaded = NexusQuantCache.load(again, config=CONFIGS[path.name.partition("-")[0]]())
+    assert fingerprint(loaded) == fingerprint(cache)
 
 
 def test_golden_files_are_never_written_again():

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from feeding import feed
 from files import (
     CONFIGS,
     MAKERS,
@@ -209,7 +210,7 @@ def check_goes_on(cache: NexusQuantCache) -> None:
             for x in (layer.keys, layer.values):
                 assert x.dtype not in {torch.float32, torch.float64} or bool(x.isfinite().all())
             try:
-                cache.update(*(x.new_ones(*x.shape[:2], 1, x.shape[3]) for x in layer.state.tail), index)
+                feed(cache, *(x.new_ones(*x.shape[:2], 1, x.shape[3]) for x in layer.state.tail), index)
             except NexusQuantError:  # exact tokens may be as large as their dtype allows, and too large to be coded
                 return
 

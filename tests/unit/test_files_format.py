@@ -10,6 +10,7 @@ import safetensors
 import safetensors.torch
 import torch
 import zstandard
+from feeding import feed
 from files import (
     compressed,
     file_bytes,
@@ -19,6 +20,7 @@ from files import (
     put_together,
     refitted,
     take_apart,
+    version_1_bytes,
     with_fingerprint,
     with_tensor,
 )
@@ -49,7 +51,7 @@ from nexusquant_cache.files import (
     schema,
     verify_file,
 )
-from nexusquant_cache.files.container import header_bytes, read_header
+from nexusquant_cache.files.container import VERSION, header_bytes, read_header
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.reader import read_file
 from nexusquant_cache.files.schema import from_json, to_json
@@ -121,7 +123,7 @@ class TestContainer:
             (struct.pack("<q", 200_000) + b"[" * 200_000, "no JSON"),
             (header_bytes({"format": "other"}, []), "of another kind"),
             (header_bytes({"format": "nexusquant-cache"}, []), "version ''"),
-            (header_bytes({"format": "nexusquant-cache", "version": "2"}, []), "later release: update"),
+            (header_bytes({"format": "nexusquant-cache", "version": str(VERSION + 1)}, []), "later release: update"),
             (header_bytes({"format": "nexusquant-cache", "version": "0"}, []), "no such version"),
             (header_bytes({"format": "nexusquant-cache", "version": "²"}, []), "no such version"),
             (header_bytes({"format": "nexusquant-cache", "version": "1"}, []), "must be format, version, cache"),
@@ -213,6 +215,13 @@ def move(body, one, other):
 
 
 GIVEN = {"rotation": "hadamard", "seed": 0, "rows": 1, "plans": False}
+EMPTY = {
+    "seen": 0,
+    "tail": 0,
+    "record_past": False,
+    "expects_prompt": False,
+    "updated_since_crop": False,
+}
 LAYER = ("layers", 0)
 BODY = (*LAYER, "body")
 LIES = [
@@ -240,7 +249,7 @@ LIES = [
     (setting("settings", "impl", to="torch"), "the reader's choice"),
     (setting("settings", "scale_candidates", to=[1.0] * 65), "more than 64 scale candidates"),
     (setting("layers", 0, to={"a": 1}), r"layers\[0\] in the metadata is of no known kind"),
-    (setting(*LAYER, "seen", to=70), "counts its tokens in two ways"),
+    (setting(*LAYER, "seen", to=72), "counts its tokens in two ways"),
     (setting(*LAYER, "tail", to=3), "counts its tokens in two ways"),
     (setting(*LAYER, "pending_from", to=1000), "waits for tokens that it has not seen"),
     (setting(*LAYER, "sinks", to=None), "layers.0.sinks|must have sinks|of no known kind"),
@@ -249,7 +258,19 @@ LIES = [
     (setting(*LAYER, "asked", to=[0]), "must be a list of 2"),
     (with_codec(LAYER, "asked"), "codec for vectors of another length than 16"),
     (with_codec(LAYER, "used"), "codec for vectors of another length than 16"),
-    (setting(*LAYER, "sink_place", to=True), "where the first tokens of padded rows are, and of no others"),
+    (setting(*LAYER, "sink_place", to=True), "is of another version than the file"),
+    (setting("padding", to={"certain": True}), "metadata are none of format version 2"),
+    (setting(*LAYER, "shown", to=[0, 72]), "was shown the attention to tokens that it has not seen"),
+    (setting(*LAYER, "shown", to=[3, 2]), "was shown the attention to tokens that it has not seen"),
+    (setting(*LAYER, "shown", to=[3]), "must be a list of 2"),
+    (setting(*LAYER, "updates", to=[0, 0]), "counts its updates wrongly"),
+    (setting(*LAYER, "updates", to=[60, 3]), "counts its updates wrongly"),
+    (setting(*LAYER, "more", to={"votes": "int64"}), "names a tensor that no layer has"),
+    (setting(*LAYER, "more", to={"pads": "bool"}), "lacks the tensor layers.0.pads"),
+    (setting(*LAYER, "more", to={"pads": "float32"}), "layers.0.pads must be one of bool"),
+    (setting(*LAYER, "more", to={"hidden": "int8"}), "layers.0.hidden must be one of uint8"),
+    (setting(*LAYER, "more", to={"sink_positions": "int32"}), "layers.0.sink_positions must be one of int64"),
+    (setting(*LAYER, "more", to={"origins": "float64"}), "layers.0.origins must be one of int64"),
     (setting(*LAYER, "phase", to=1), "rotary phase that the file does not hold"),
     (setting(*LAYER, "policy", to=1), "policy that the file does not describe"),
     (setting(*LAYER, "code_error", to="nan"), "is no number"),
@@ -260,6 +281,10 @@ LIES = [
     (setting(*LAYER, "shape", "key_dim", to=24), "codec for vectors of another length than 24|cannot be"),
     (setting(*LAYER, "shape", to=None), "of no known kind|holds something before"),
     (lambda content, _: content["layers"][0].pop("shape") and None, "holds something before its first update"),
+    *(
+        (lambda content, _, new=new: content["layers"].append(EMPTY | new), "holds something before its first update")
+        for new in ({"shown": [0, 0]}, {"updates": [1, 0]}, {"more": {"pads": "bool"}}, {"seen": 1})
+    ),
     (lambda content, _: content["layers"][0].pop("sinks") and None, "must have sinks when tokens are packed"),
     (lambda content, _: content["layers"][0].pop("asked") and None, "names no codecs"),
     (lambda content, _: [content["layers"][0].pop(x) for x in ("body", "sinks")] and None, "that it does not hold"),
@@ -290,11 +315,6 @@ LIES = [
     (setting("codecs", 0, "options", "secret", to=1), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "impl", to="torch"), "describes no codec 'e8'"),
     (setting("codecs", 0, "options", "candidates", to=[1.0] * 65), "more than 64 scale candidates"),
-    (setting("padding", "stated", to=1), "lacks the tensor padding.stated"),
-    (setting("padding", "pads", to=1), "where the first tokens of padded rows are, and of no others"),
-    (setting("padding", "settled_at", to=10**12), "settled by tokens that have not been seen"),
-    (setting("padding", "beginning", to={"rows": 0, "channels": 1}), "rows must be from 1"),
-    (setting("padding", "beginning", to={"rows": 1, "channels": 1}), "lacks the tensor padding"),
     (setting(*LAYER, "observed", "reconstruction", to=1000), "attention to tokens that it has not seen"),
     (setting(*LAYER, "observed", "now", "end", to=10**9), "queries of tokens that it has not seen"),
     (setting(*LAYER, "observed", "now", "heads", to=4), "queries without a dtype"),
@@ -444,6 +464,7 @@ def test_layers_of_different_lengths(refused):
     def change(content, named):
         content["layers"][1]["seen"] -= 1
         content["layers"][1]["tail"] -= 1
+        content["layers"][1]["shown"] = [0, 70]
         named.update(refitted({**content, "tokens_seen": 70, "layers": content["layers"][1:]}, named) or named)
 
     refused(forged(file_bytes("compressed", None), change), "layers.1 has seen 70 tokens, and the file says 71")
@@ -451,21 +472,11 @@ def test_layers_of_different_lengths(refused):
 
 def test_more_layers_than_the_model_has(write):
     def change(content, _named):
-        empty = {"seen": 0, "tail": 0, **dict.fromkeys(("sink_place", "record_past", "expects_prompt"), False)}
-        content["layers"] += [{**empty, "updated_since_crop": False}] * 1000
+        content["layers"] += [EMPTY] * 1000
 
     path = write(forged(file_bytes("compressed", None), change))
     with pytest.raises(FormatError, match="holds 1002 layers, the cache of this model has 2"):
         NexusQuantCache.load(path, config=tiny_config())
-
-
-def test_padded_rows_without_places(refused):
-    def change(content, named):
-        for index in (0, 1):
-            content["layers"][index]["sink_place"] = False
-            del named[f"layers.{index}.sink_place"]
-
-    refused(forged(file_bytes("padded", None), change), "must say where the first tokens of padded rows are")
 
 
 def test_settings_of_later_releases_have_their_defaults(write):
@@ -540,13 +551,14 @@ class TestSavingWhatLoadingRefuses:
             def make_codec(self, side, head_dim, layer_idx):
                 return codec or super().make_codec(side, head_dim, layer_idx)
 
-        return Own("balanced", **(SMALL | options))
+        # Of keys that are queries, many codes change what attention reads by more than is allowed.
+        return Own("balanced", **(SMALL | {"most_code_error": 100.0} | options))
 
     @pytest.mark.parametrize("seed", [-1, 1 << 48, (1 << 63) + 5, (1 << 64) - 1, 1 << 64, 1 << 200, -(1 << 200) + 3])
     def test_every_seed_comes_back(self, seed, tmp_path):
         cache = self.cache(E8Codec(CodeLayout.flat(16, 2), seed=seed))
         for tokens in (60, 1):
-            cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
+            feed(cache, *random_states((1, 2, tokens, 16), tokens), 0)
         cache.save(tmp_path / "a")
         loaded = NexusQuantCache.load(tmp_path / "a")
         assert cache.layers[0].state.body is not None
@@ -564,26 +576,26 @@ class TestSavingWhatLoadingRefuses:
 
     def test_long_vectors(self, tmp_path):
         cache = NexusQuantCache("balanced", transform="hadamard", **SMALL)
-        cache.update(*random_states((1, 1, 3, 4096), 0), 0)
+        feed(cache, *random_states((1, 1, 3, 4096), 0), 0)
         self.refused(tmp_path, cache, "impossible blocks")
 
     def test_no_rows(self, tmp_path):
         cache = NexusQuantCache("balanced", **SMALL)
-        cache.update(*random_states((1, 2, 5, 16), 0), 0)
-        cache.batch_select_indices(torch.tensor([], dtype=torch.int64))
+        feed(cache, *random_states((1, 2, 5, 16), 0), 0)
+        cache.layers[0].batch_select_indices(torch.tensor([], dtype=torch.int64))  # the cache itself would refuse
         self.refused(tmp_path, cache, "batch must be from 1")
 
     def test_a_forward_that_has_not_ended(self, tmp_path):
         cache = NexusQuantCache("balanced", **SMALL)
         for layer in range(2):
-            cache.update(*random_states((1, 2, 60, 16), layer), layer)
-        cache.update(*random_states((1, 2, 1, 16), 2), 0)
+            feed(cache, *random_states((1, 2, 60, 16), layer), layer)
+        feed(cache, *random_states((1, 2, 1, 16), 2), 0)
         self.refused(tmp_path, cache, "layers.1 has seen 60 tokens, and the file says 61")
 
     def test_codes_of_another_size_than_the_codec_says(self, tmp_path, monkeypatch):
         cache = self.cache(E8Codec(CodeLayout.flat(16, 2)))
         for tokens in (60, 1):
-            cache.update(*random_states((1, 2, tokens, 16), tokens), 0)
+            feed(cache, *random_states((1, 2, tokens, 16), tokens), 0)
         words = cache.layers[0].state.body.keys.words
         monkeypatch.setattr(words, "data", words.data[..., :-1])
         self.refused(tmp_path, cache, r"layers.0.keys.words is torch.uint8 .*, not uint8")
@@ -599,41 +611,145 @@ class TestSavingWhatLoadingRefuses:
         self.refused(tmp_path, NexusQuantCache("quant", config=config), "cannot hold this cache")
 
 
-@pytest.mark.parametrize(
-    ("name", "make", "reason"),
-    [
-        ("padding.pads", lambda x: x - 7, "must hold numbers from 0"),
-        ("padding.stated", lambda x: x - 7, "must hold numbers from 0"),
-        ("layers.0.sink_place", lambda x: x + 1000, "must hold numbers from 0"),
-        ("layers.0.sink_place", lambda _: torch.tensor([[6, 50], [0, 0]]), "behind the packed tokens"),
-        ("layers.0.sink_place", lambda _: torch.tensor([[60, 0], [0, 0]]), "behind the packed tokens"),
-        ("padding.pads", lambda x: x + 10**9, "must hold numbers from 0 to 61"),
-    ],
-)
-def test_poisoned_padding(name, make, reason, refused):
-    refused(forged(file_bytes("padded", None), stored(name, make)), reason)
+def bits_of(named, name):
+    """Return the bits of a bitmap, ``[batch, heads, positions]``."""
+    _, _, shape, data = named[name]
+    bitmap = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(shape)
+    return (bitmap[..., None] >> torch.arange(8) & 1).flatten(-2).bool()
 
 
-def test_padding_of_another_batch(refused):
-    def change(content, named):
-        content["padding"]["pads"] = 1
-        named["padding.pads"] = "padding.pads", "I64", [1], bytes(8)
-
-    refused(forged(file_bytes("padded", None), change), "padding is that of another batch")
+def with_bits(named, name, bits):
+    with_tensor(named, name, (bits.unflatten(-1, (-1, 8)) * 2 ** torch.arange(8)).sum(-1).to(torch.uint8))
 
 
-def test_truth_values_are_two(refused):
-    def change(content, named):
-        content["padding"]["beginning"] = {"rows": 1, "channels": 1}
-        for name, dtype, shape, data in (
-            ("first", "F32", [1, 1], bytes(4)),
-            ("after", "F32", [1, 1], bytes(4)),
-            ("run", "I64", [1], bytes(8)),
-            ("open", "BOOL", [1], b"\x07"),
-        ):
-            named[f"padding.{name}"] = f"padding.{name}", dtype, shape, data
+class TestPlaces:
+    """Which tokens are where: sinks, pads, and what is hidden."""
 
-    refused(forged(file_bytes("compressed", None), change), "truth value that is neither")
+    @pytest.mark.parametrize(
+        ("name", "change", "reason"),
+        [
+            ("compressed", setting(*LAYER, "more", to={"sink_positions": "int64"}), "lacks the tensor layers.0.sink"),
+            ("compressed", setting(*LAYER, "more", to={"origins": "int64"}), "lacks the tensor layers.0.origins"),
+            ("compressed", setting(*LAYER, "more", to={"hidden": "uint8"}), "lacks the tensor layers.0.hidden"),
+            ("waiting", setting(*LAYER, "more", "hidden", to="uint8"), "lists a tensor that it cannot have: hidden"),
+            ("waiting", setting(*LAYER, "more", "sink_positions", to="int64"), "where tokens are that it does not"),
+            ("waiting", setting(*LAYER, "more", "origins", to="int64"), "says where tokens are that it does not have"),
+            ("padded", setting(*LAYER, "sinks", to=0), "says where tokens are that it does not have"),
+            ("padded", setting(*LAYER, "more", to={"hidden": "uint8"}), "that its metadata does not announce"),
+            ("padded", setting(*BODY, "bitmap", to=False), "begins its packed tokens in an impossible place"),
+        ],
+    )
+    def test_metadata_that_lie(self, name, change, reason, refused):
+        refused(forged(file_bytes(name, None), change), reason)
+
+    @pytest.mark.parametrize(
+        ("name", "make", "reason"),
+        [
+            ("layers.0.hidden", torch.bitwise_not, "hidden hides tokens that are not kept"),
+            ("layers.1.hidden", lambda x: x | 128, "hidden hides tokens that are not kept"),  # behind the last position
+            ("layers.0.sink_positions", lambda x: x + 1000, "behind the packed tokens"),
+            ("layers.0.sink_positions", lambda x: x - 1, "behind the packed tokens"),
+            ("layers.0.sink_positions", lambda x: x.flip(1), "is not ascending"),
+            ("layers.0.sink_positions", lambda x: x * 0, "is not ascending"),
+            ("layers.0.sink_positions", lambda _: torch.tensor([[6, 45], [0, 1]]), "sinks among its packed tokens"),
+            ("layers.0.origins", lambda x: x - 1, "must hold numbers from 0 to 61"),
+            ("layers.0.origins", lambda x: x + 56, "must hold numbers from 0 to 61"),
+        ],
+    )
+    def test_poisoned_tensors(self, name, make, reason, refused):
+        refused(forged(file_bytes("padded", None), stored(name, make)), reason)
+
+    @pytest.mark.parametrize("name", ["compressed", "padded"])
+    def test_sinks_that_are_packed_too(self, name, refused):
+        """A head of the row without pads keeps a sink in the place of its first packed token."""
+
+        def change(_content, named):
+            bits = bits_of(named, "layers.0.kept")
+            first = bits[-1, -1].nonzero()[0]
+            bits[-1, -1, first], bits[-1, -1, 1] = False, True
+            with_bits(named, "layers.0.kept", bits)
+
+        refused(forged(file_bytes(name, None), change), "layers.0 has sinks among its packed tokens")
+
+    def test_truth_values_are_two(self, refused):
+        def change(_content, named):
+            name, dtype, shape, data = named["layers.0.pads"]
+            named[name] = name, dtype, shape, b"\x07" + data[1:]
+
+        refused(forged(file_bytes("waiting", None), change), "truth value that is neither")
+
+    @pytest.mark.parametrize("tokens", [49, 51])
+    def test_pads_are_as_many_as_exact_tokens(self, tokens, refused):
+        def change(_content, named):
+            name, dtype, _, _ = named["layers.0.pads"]
+            named[name] = name, dtype, [2, tokens], bytes(2 * tokens)
+
+        refused(forged(file_bytes("waiting", None), change), "what is stored of layers.0.pads")
+
+
+class TestVersion1:
+    """What files of version 1 say of padding, and others in other words."""
+
+    @pytest.mark.parametrize(
+        ("name", "change", "reason"),
+        [
+            ("compressed", setting("padding", "stated", to=1), "lacks the tensor padding.stated"),
+            ("compressed", setting("padding", "pads", to=1), "first tokens of padded rows are, and of no others"),
+            ("compressed", setting("padding", "settled_at", to=10**12), "settled by tokens that have not been seen"),
+            ("compressed", setting("padding", "beginning", to={"rows": 0, "channels": 1}), "rows must be from 1"),
+            ("compressed", setting("padding", "beginning", to={"rows": 1, "channels": 1}), "lacks the tensor padding"),
+            ("compressed", setting(*LAYER, "sink_place", to=True), "first tokens of padded rows are, and of no others"),
+            ("compressed", lambda content, _: content.pop("padding") and None, "none of format version 1"),
+            ("compressed", lambda content, _: at(content, *LAYER).pop("sink_place"), "is of another version"),
+            ("compressed", setting(*LAYER, "more", to={"pads": "bool"}), "is of another version than the file"),
+            ("compressed", setting(*LAYER, "shown", to=[0, 71]), "is of another version than the file"),
+            ("compressed", setting(*LAYER, "updates", to=[60, 0]), "is of another version than the file"),
+        ],
+    )
+    def test_metadata_that_lie(self, name, change, reason, refused):
+        refused(forged(version_1_bytes(name), change), reason)
+
+    def test_padded_rows_without_places(self, refused):
+        def change(content, named):
+            for index in (0, 1):
+                content["layers"][index]["sink_place"] = False
+                del named[f"layers.{index}.sink_place"]
+
+        refused(forged(version_1_bytes("padded"), change), "must say where the first tokens of padded rows are")
+
+    @pytest.mark.parametrize(
+        ("name", "make", "reason"),
+        [
+            ("padding.pads", lambda x: x - 7, "must hold numbers from 0"),
+            ("padding.stated", lambda x: x - 7, "must hold numbers from 0"),
+            ("layers.0.sink_place", lambda x: x + 1000, "must hold numbers from 0"),
+            ("layers.0.sink_place", lambda _: torch.tensor([[60, 0], [0, 0]]), "behind the packed tokens"),
+            ("layers.0.sink_place", lambda _: torch.tensor([[45, 0], [0, 0]]), "has sinks among its packed tokens"),
+            ("padding.pads", lambda x: x + 10**9, "must hold numbers from 0 to 61"),
+        ],
+    )
+    def test_poisoned_padding(self, name, make, reason, refused):
+        refused(forged(version_1_bytes("padded"), stored(name, make)), reason)
+
+    def test_padding_of_another_batch(self, refused):
+        def change(content, named):
+            content["padding"]["pads"] = 1
+            named["padding.pads"] = "padding.pads", "I64", [1], bytes(8)
+
+        refused(forged(version_1_bytes("padded"), change), "padding is that of another batch")
+
+    def test_truth_values_are_two(self, refused):
+        def change(content, named):
+            content["padding"]["beginning"] = {"rows": 1, "channels": 1}
+            for name, dtype, shape, data in (
+                ("first", "F32", [1, 1], bytes(4)),
+                ("after", "F32", [1, 1], bytes(4)),
+                ("run", "I64", [1], bytes(8)),
+                ("open", "BOOL", [1], b"\x07"),
+            ):
+                named[f"padding.{name}"] = f"padding.{name}", dtype, shape, data
+
+        refused(forged(version_1_bytes("compressed"), change), "truth value that is neither")
 
 
 class TestStockLayers:
@@ -756,7 +872,7 @@ class TestStockLayers:
 
     def test_indexers(self):
         layer = DynamicIndexedLayer()
-        layer.update(*random_states((1, 2, 20, 16), 0))
+        feed(layer, *random_states((1, 2, 20, 16), 0))
         layer.update_indexer(torch.randn(1, 20, 8))
         if hasattr(layer, "indexer_position_ids"):  # not in transformers 5.17
             layer.indexer_position_ids = torch.arange(60).view(3, 1, 20)
