@@ -155,7 +155,8 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
             frozen(layer.state.sinks),
             frozen(layer.state.tail),
         ]
-        row += [frozen(layer.state.sink_positions), frozen(layer.state.pads), layer.state.shown]
+        row += [frozen(x) for x in (layer.state.sink_positions, layer.state.origins, layer.state.pads)]
+        row.append(layer.state.shown)
         if layer.state.body is not None:
             positions = layer.state.body.positions.positions(torch.device("cpu"))
             row += [side(layer.state.body.keys), side(layer.state.body.values), frozen(positions)]
