@@ -45,7 +45,7 @@ class Case:
     start: int | None = None  # of contiguous positions; by default each head has its own
     softcap: float | None = None
     sinks: bool = False
-    hidden: bool = False
+    hidden: str | None = None  # from all heads of a row, or from each head others
     mask: str | None = None
     exact: int = 5
     dtype: torch.dtype = torch.float32
@@ -97,10 +97,13 @@ def run(case, **options):
         phase = phase_of(shape, case.rotary_dim, interleaved=case.interleaved, start=case.start)
         decoded = phase.rotary.rotate(decoded, phase.positions)
         options |= {"rope": phase.rope, "places": phase.places}
-    hidden = torch.zeros(case.batch, case.tokens, dtype=torch.bool)
+    hidden = torch.zeros(case.batch, case.heads, case.tokens, dtype=torch.bool)
+    if case.hidden == "row":  # all heads of a row have one part of memory
+        hidden = hidden[:, :1]
     if case.hidden:
-        for row in range(case.batch):
-            hidden[row, : 1 + 60 * row] = True
+        for row, heads in enumerate(hidden):
+            for head, tokens in enumerate(heads):
+                tokens[7 * head : 1 + 7 * head + 60 * row] = True
         options["hidden"] = hidden
     query_heads = case.heads * case.group
     query = torch.randn(case.batch, case.queries, query_heads, case.head_dim).to(case.dtype).transpose(1, 2)
@@ -112,9 +115,10 @@ def run(case, **options):
     found = kernel.combine(query, partial, values.operand.plan, exact, softmax)
     assert found.dtype == case.dtype
 
-    mask = torch.zeros(case.batch, case.queries, case.tokens, dtype=torch.float64)
-    mask = mask.masked_fill_(hidden[:, None], -torch.inf)
-    mask = torch.cat([mask, added.expand(case.batch, case.queries, case.exact)], -1)[:, None]
+    mask = torch.zeros(case.batch, case.heads, case.queries, case.tokens, dtype=torch.float64)
+    mask = mask.masked_fill_(hidden[:, :, None], -torch.inf)
+    mask = torch.cat([mask, added[:, None].expand(case.batch, case.heads, case.queries, case.exact)], -1)
+    mask = mask.repeat_interleave(case.group, 1)
     expected = attended(
         query, torch.cat([decoded, exact.keys], 2), torch.cat([values.decoded, exact.values], 2), mask, softmax
     )
@@ -213,8 +217,9 @@ def test_a_large_mean_beside_small_keys():
         Case(softcap=5.0, rotary_dim=64),
         Case(sinks=True, group=4),
         Case(sinks=True, exact=0),
-        Case(hidden=True, batch=2, mask="boolean", queries=2),
-        Case(hidden=True, batch=2, rotary_dim=32, mask="added", queries=4),
+        Case(hidden="row", batch=2, heads=2, mask="boolean", queries=2),
+        Case(hidden="head", batch=2, heads=2, mask="boolean", queries=2, splits=2, tokens=150),
+        Case(hidden="head", batch=2, rotary_dim=32, mask="added", queries=4),
         Case(exact=0, splits=2, tokens=150),
         Case(exact=70),
         Case(dtype=torch.float16, rotary_dim=64),
@@ -229,14 +234,14 @@ def test_kinds_of_attention(case):
 
 @interpreted
 def test_all_packed_tokens_of_a_row_hidden():
-    case = replace(PLAIN, batch=2, tokens=60, hidden=True)  # 61 of the second row's
+    case = replace(PLAIN, batch=2, tokens=60, hidden="row")  # 61 of the second row's
     found, expected, size = run(case)
     assert (found - expected).abs().max() <= 2e-3 * size
 
 
 @interpreted
 def test_nothing_to_attend_to_gives_zeros():
-    found, _, _ = run(replace(PLAIN, batch=2, tokens=60, hidden=True, exact=0))
+    found, _, _ = run(replace(PLAIN, batch=2, tokens=60, hidden="row", exact=0))
     assert torch.equal(found[1], torch.zeros_like(found[1]))
     assert found[0].abs().max() > 0
 
@@ -300,19 +305,19 @@ def test_positions_of_the_kept(dense):
         (2, 2), where.bitmap, start=where.start, covered=where.covered, tokens=where.tokens
     )
     assert torch.equal(found, where.positions(found.device).int())
-    pads = torch.tensor([0, 900], dtype=torch.int32)
+    origins = torch.tensor([0, 900], dtype=torch.int32)
     padded = positions_kernel.kept_positions(
-        (2, 2), where.bitmap, start=where.start, covered=where.covered, tokens=where.tokens, pads=pads
+        (2, 2), where.bitmap, start=where.start, covered=where.covered, tokens=where.tokens, origins=origins
     )
-    assert torch.equal(padded, (found - pads[:, None, None]).clamp_min(0))
+    assert torch.equal(padded, (found - origins[:, None, None]).clamp_min(0))
 
 
 @interpreted
 def test_positions_of_all_tokens():
-    pads = torch.tensor([3, 0], dtype=torch.int32)
-    found = positions_kernel.kept_positions((2, 1), None, start=2, covered=0, tokens=70, pads=pads)
-    assert torch.equal(found[:, 0], (torch.arange(2, 72) - pads[:, None]).clamp_min(0).int())
-    without = positions_kernel.kept_positions((1, 1), None, start=2, covered=0, tokens=0, device=pads.device)
+    origins = torch.tensor([3, 0], dtype=torch.int32)
+    found = positions_kernel.kept_positions((2, 1), None, start=2, covered=0, tokens=70, origins=origins)
+    assert torch.equal(found[:, 0], (torch.arange(2, 72) - origins[:, None]).clamp_min(0).int())
+    without = positions_kernel.kept_positions((1, 1), None, start=2, covered=0, tokens=0, device=origins.device)
     assert without.shape == (1, 1, 0)
 
 

@@ -30,8 +30,8 @@ def attend(
         softmax: What varies between models.
 
     Returns:
-        None if the mask is one for plain torch: it adds numbers, differs between heads, or hides packed tokens from
-        some of the queries only.
+        None if the mask is one for plain torch: it adds numbers, differs between query heads, or hides packed tokens
+        from some of the queries only.
 
     Raises:
         UnsupportedError: If the shared memory of the card is too small.
@@ -45,12 +45,12 @@ def attend(
     visible = held.mask(mask)
     if visible is not None:
         first, count = held.sink_tokens, held.packed_tokens
-        visible = visible[:, :, 0].expand(len(queries), -1, queries.shape[2], -1)  # by KV head
+        visible = visible[:, :, 0].expand(-1, -1, queries.shape[2], -1)  # by KV head
         seen = visible[..., first : first + count]
-        if not torch.equal(seen, seen[:, :1, :1].expand_as(seen)):
+        if queries.shape[2] > 1 and not torch.equal(seen, seen[:, :, :1].expand_as(seen)):
             return None
-        hidden = ~seen[:, 0, 0]
-        exact_mask = torch.cat([visible[:, 0, :, :first], visible[:, 0, :, first + count :]], -1)
+        hidden = ~seen[:, :, 0]
+        exact_mask = torch.cat([visible[:, 0, :, :first], visible[:, 0, :, first + count :]], -1)  # same for all heads
     packed_keys, packed_values = _operand(held.keys), _operand(held.values)
     rope, places = _rope(held)
     try:

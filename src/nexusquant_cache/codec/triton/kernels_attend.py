@@ -258,7 +258,7 @@ def _attend_tile(
 
 
 # What changes from step to step must not lead to another specialisation, which takes seconds to compile.
-_VOLATILE = ["start", "tokens", "per_split", "hidden_b", "positions_b", "positions_h"] + [
+_VOLATILE = ["start", "tokens", "per_split", "hidden_b", "hidden_h", "positions_b", "positions_h"] + [
     f"{side}_{what}_{axis}" for side in "kv" for what in ("words", "scales") for axis in "bh"
 ]
 
@@ -273,7 +273,7 @@ def attend_kernel(
     start, tokens, per_split, scaling, softcap,
     query_b, query_h, query_m,
     k_words_b, k_words_h, k_scales_b, k_scales_h, v_words_b, v_words_h, v_scales_b, v_scales_h,
-    axes_b, axes_h, hidden_b, positions_b, positions_h,
+    axes_b, axes_h, hidden_b, hidden_h, positions_b, positions_h,
     heads, rows, queries,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr,
     K_SHAPE: tl.constexpr, V_SHAPE: tl.constexpr,
@@ -378,7 +378,7 @@ def attend_kernel(
     )  # fmt: skip
     queries_of = (planes[0], planes[1], planes[2], planes[3], rest_factor, mean_logit, turning)
     if hidden is not None:
-        hidden += b * hidden_b
+        hidden += b * hidden_b + h * hidden_h
     if PHASE == 2:
         positions += b * positions_b + h * positions_h
     where = (start, positions)
@@ -518,7 +518,7 @@ def attend_packed(
     *,
     rope: RopeOperand | None = None,
     places: Places | None = None,
-    hidden: Bool[Tensor, "b n"] | None = None,
+    hidden: Bool[Tensor, "b_or_1 h_or_1 n"] | None = None,
     splits: int | None = None,
     asm: bool | None = None,
 ) -> PartialAttention:
@@ -533,7 +533,7 @@ def attend_packed(
         softmax: How logits are made; `Softmax.sink_logits` has no effect here.
         rope: The phase that the keys were coded without; None if they were coded with it.
         places: Where the tokens stand; needed with ``rope``.
-        hidden: Tokens of each row that no query attends to.
+        hidden: Tokens of each row and head that no query attends to.
         splits: Parts of the tokens to treat in parallel; by default as many as keep the device busy.
         asm: Whether to use instructions of NVIDIA's GPUs; by default if the device has them.
 
@@ -549,13 +549,14 @@ def attend_packed(
     sums = torch.empty(grid_splits, batch, heads, rows, plan_v.head_dim, dtype=torch.float32, device=query.device)
     lse = torch.empty(grid_splits, batch, heads, rows, dtype=torch.float32, device=query.device)
     positions = launch.positions
+    hidden = None if hidden is None else hidden.contiguous().view(torch.uint8)
     attend_kernel[(grid_splits, batch * heads, triton.cdiv(rows, launch.constexprs["G"]))](
         query,
         sums,
         lse,
         *(keys.words, keys.scales, plan_k.numbers, plan_k.plans, plan_k.axes, plan_k.step, plan_k.factor, plan_k.mean),
         *(values.words, values.scales, plan_v.numbers, plan_v.plans),
-        None if hidden is None else hidden.contiguous().view(torch.uint8),
+        hidden,
         positions,
         None if rope is None else rope.low,
         None if rope is None else rope.high,
@@ -565,7 +566,7 @@ def attend_packed(
         *(*keys.words.stride()[:2], *keys.scales.stride()[:2]),
         *(*values.words.stride()[:2], *values.scales.stride()[:2]),
         *shared_strides(plan_k.axes),
-        0 if hidden is None else tokens,
+        *(shared_strides(hidden) if hidden is not None else (0, 0)),
         *(shared_strides(positions) if positions is not None else (0, 0)),
         *(heads, rows, query.shape[2]),
         **launch.constexprs,
