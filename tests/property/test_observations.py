@@ -1,8 +1,8 @@
 """What a cache keeps of a waiting prompt besides keys and values: queries, and the attention of a second reading.
 
 **The law.**  Whatever happened to the cache before, the queries that a policy is shown are those of the last
-tokens that it is shown, row by row; there are as many of them as were observed without a gap, up to 64; and the
-attention it is shown is that of the very tokens, 1 for those that came later.
+tokens that it is shown, row by row, wherever a row is padded; there are as many of them as were observed without a gap,
+up to 64; and the attention it is shown is that of the very tokens, 1 for those that came later.
 
 Every token here has a number.  It stands in the keys and in the queries, so a policy can tell.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
@@ -23,6 +24,9 @@ from nexusquant_cache import EvictionPolicy, NexusQuantCache, ScoreInputs
 from nexusquant_cache.errors import ShapeError
 from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.parts import part_of
+
+# Where some of the attention is not seen, all tokens stay.
+pytestmark = pytest.mark.filterwarnings("ignore:the attention of layer . was not seen")
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 8
 SETTINGS: dict[str, Any] = {
@@ -75,11 +79,10 @@ class ObservationMachine(RuleBasedStateMachine):
 
     @initialize(keep_ratio=st.sampled_from([0.5, 0.2]), rows=st.integers(1, 3), padded=st.booleans())
     def start(self, keep_ratio: float, rows: int, padded: bool) -> None:
-        pads = torch.tensor([0, 3, 7][:rows] if padded else [0] * rows)
-        self.pads = pads.tolist()
-        mask = (torch.arange(10) >= pads[:, None]).long()
-        self.cache = NexusQuantCache("quant", keep_ratio=keep_ratio, policy=WITNESS, attention_mask=mask, **SETTINGS)
+        self.pads = [0, 3, 7][:rows] if padded else [0] * rows
+        self.cache = NexusQuantCache("quant", keep_ratio=keep_ratio, policy=WITNESS, **SETTINGS)
         self.numbers = torch.zeros(rows, 0)
+        self.real = torch.ones(rows, 0, dtype=torch.bool)
         self.next = 1
         self.known = 0  # queries that must be there
         WITNESS.shown.clear()
@@ -103,14 +106,18 @@ class ObservationMachine(RuleBasedStateMachine):
         self.next += rows * tokens
         return numbers
 
-    def update(self, tokens: int, window: int) -> None:
-        """Bring tokens to both layers, with queries for the last ``window`` of them; 0 for none."""
+    def update(self, tokens: int, window: int, padding: tuple[int, int] = (0, 0)) -> None:
+        """Bring tokens to both layers, and let them see the attention of the last ``window`` of them.
+
+        Args:
+            tokens: How many.
+            window: Of how many there are queries; of none, attention is not seen.
+            padding: From where to where tokens of all rows but the first are padding, besides what all begin with.
+        """
         numbers, before = self.draw(tokens), self.waiting
+        self.real = torch.cat([self.real, self.real_tokens(tokens, padding)], 1)
         for index in (0, 1):
-            keys = self.states(numbers, HEADS)
-            self.cache.update(keys, torch.randn_like(keys), index)
-            if window:
-                self.cache.observe_queries(self.states(numbers[:, -window:], HEADS * GROUP), index)
+            self.update_layer(index, numbers, window)
         self.numbers = torch.cat([self.numbers, numbers], 1)
         if not self.waiting:
             self.known = 0
@@ -118,6 +125,24 @@ class ObservationMachine(RuleBasedStateMachine):
         joined = before and window >= min(tokens, QUERY_WINDOW) == tokens
         self.known = min((self.known if joined else 0) + min(window, tokens), QUERY_WINDOW)
         self.check()
+
+    def real_tokens(self, tokens: int, padding: tuple[int, int]) -> Tensor:
+        places = torch.arange(self.seen, self.seen + tokens)
+        real = places >= torch.tensor(self.pads)[:, None]
+        real[1:, padding[0] : padding[1]] = False
+        return real
+
+    def update_layer(self, index: int, numbers: Tensor, window: int) -> None:
+        keys = self.states(numbers, HEADS)
+        states = self.cache.update(keys, torch.randn_like(keys), index)
+        if not window:
+            return
+        seen = self.real.shape[1]
+        causal = torch.arange(seen) <= torch.arange(seen - window, seen)[:, None]
+        visible = (self.real[:, None] & causal)[:, None]
+        F.scaled_dot_product_attention(
+            self.states(numbers[:, -window:], HEADS * GROUP), *states, visible, enable_gqa=True
+        )
 
     @property
     def waiting(self) -> bool:
@@ -128,9 +153,13 @@ class ObservationMachine(RuleBasedStateMachine):
             found = layer.state.observed.last_queries(QUERY_WINDOW, self.seen)
             assert (0 if found is None else found.shape[2]) == self.known
 
-    @rule(tokens=st.one_of(st.integers(2, 20), st.integers(2, 150)), shown=st.sampled_from(["all", "none", "few"]))
-    def prompt(self, tokens: int, shown: str) -> None:
-        self.update(tokens, {"all": tokens, "none": 0, "few": min(tokens, 3)}[shown])
+    @rule(
+        tokens=st.one_of(st.integers(2, 20), st.integers(2, 150)),
+        shown=st.sampled_from(["all", "all", "none", "few"]),
+        padding=st.tuples(st.integers(0, 30), st.integers(0, 150)),
+    )
+    def prompt(self, tokens: int, shown: str, padding: tuple[int, int] = (0, 0)) -> None:
+        self.update(tokens, {"all": tokens, "none": 0, "few": min(tokens, 3)}[shown], padding)
 
     @rule(steps=st.integers(1, 4))
     def generation_steps(self, steps: int) -> None:
@@ -141,17 +170,17 @@ class ObservationMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 150))
     def failing_forward(self, tokens: int) -> None:
         """The second layer fails; the first, whose queries have been shown, takes the tokens back."""
-        was_due = tokens == 1
-        numbers = self.draw(tokens)
+        numbers, real = self.draw(tokens), self.real
+        self.real = torch.cat([real, self.real_tokens(tokens, (0, 0))], 1)
+        self.update_layer(0, numbers, tokens)
+        self.real = real
         keys = self.states(numbers, HEADS)
-        self.cache.update(keys, torch.randn_like(keys), 0)
-        self.cache.observe_queries(self.states(numbers, HEADS * GROUP), 0)
         with pytest.raises(ShapeError):
             self.cache.update(keys[..., :4], torch.randn_like(keys), 1)
-        if was_due:  # the first layer has been compressed; the second follows
-            self.update(1, 1)
-        else:
+        if self.layers[0].state.turn.is_pending:
             self.check()
+        else:  # the forward was a generation step and has compressed the first layer; the second follows
+            self.update(1, 1)
 
     @precondition(lambda self: self.waiting and all(layer.state.body is None for layer in self.layers))
     @rule()
@@ -165,6 +194,7 @@ class ObservationMachine(RuleBasedStateMachine):
     def crop(self, tokens: int) -> None:
         tokens = min(tokens, self.layers[0].state.tail_tokens)
         self.cache.crop(-tokens)
+        self.real = self.real[:, : self.seen - tokens]
         self.numbers = self.numbers[:, : self.seen - tokens]
         # At least what is left of them; all that were there before the last update, if just that goes.
         left = self.layers[0].state.observed.last_queries(QUERY_WINDOW, self.seen)
@@ -174,7 +204,7 @@ class ObservationMachine(RuleBasedStateMachine):
         self.check()
 
     def take(self, rows: list[int]) -> None:
-        self.numbers = self.numbers[rows]
+        self.numbers, self.real = self.numbers[rows], self.real[rows]
         self.pads = [self.pads[row] for row in rows]
 
     @precondition(lambda self: self.seen)
