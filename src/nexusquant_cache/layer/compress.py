@@ -280,7 +280,8 @@ class Compression:
             return [list(range(rows))]
         found: dict[tuple[int, ...], list[int]] = {}
         for row in range(rows):
-            found.setdefault(tuple(number for mark in marks for number in mark[row].reshape(-1).tolist()), []).append(row)
+            key = tuple(number for mark in marks for number in mark[row].reshape(-1).tolist())
+            found.setdefault(key, []).append(row)
         return list(found.values())
 
     def _score_inputs(
