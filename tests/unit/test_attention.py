@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from feeding import feed
 from integration.families import WITHOUT_INTERFACE, build
 from integration.tiny import TINY, balanced, generate, prompt, random_states, tiny_llama
 from torch import Tensor, nn
@@ -27,11 +29,12 @@ from transformers.models.llama import modeling_llama
 from nexusquant_cache import KeyNormPolicy, NexusQuantCache, WindowAttentionPolicy, attention
 from nexusquant_cache.attention import function as implementation
 from nexusquant_cache.attention.reconstruction import greatest_attention
+from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
-from nexusquant_cache.layer.layer import NexusQuantLayer
-from nexusquant_cache.layer.observations import note_keys, take_layer_of
 from nexusquant_cache.layer.schedule import wants_queries
 from nexusquant_cache.releases import CACHE
+from nexusquant_cache.states.source import Source
+from nexusquant_cache.states.tensors import ExactStates
 
 NOTHING_REGISTERED = """
 import nexusquant_cache, nexusquant_cache.attention
@@ -213,41 +216,63 @@ def test_a_module_without_an_attention_function_is_refused() -> None:
         implementation.find_stock(kind, "eager")
 
 
-class TestNote:
-    """A layer says which keys it has returned, and attention asks whose they are."""
+class TestSource:
+    """What an update returns knows its layer, and shows it the attention once."""
 
     @pytest.fixture
-    def layer(self) -> NexusQuantLayer:
-        return NexusQuantLayer(NexusQuantCache("balanced").shared, 0)
+    def seen(self) -> list[tuple[Any, ...]]:
+        return []
 
-    def test_these_very_keys_and_only_once(self, layer: NexusQuantLayer) -> None:
-        keys = torch.zeros(1, 1, 2, 8)
-        note_keys(layer, keys)
-        assert take_layer_of(keys.clone()) is None
-        assert take_layer_of(keys) is layer
-        assert take_layer_of(keys) is None
+    @pytest.fixture
+    def states(self, seen: list[tuple[Any, ...]]) -> tuple[ExactStates, ExactStates]:
+        keys, values = random_states((2, 1, 6, 8), 0)
+        source = Source(HeldTokens((keys, values), 6), 4, lambda *shown: seen.append(shown))
+        return ExactStates.of(keys, source, "keys"), ExactStates.of(values, source, "values")
 
-    def test_the_last_ones(self, layer: NexusQuantLayer) -> None:
-        first, second = torch.zeros(2, 1, 1, 2, 8)
-        note_keys(layer, first)
-        note_keys(layer, second)
-        assert take_layer_of(first) is None
-        assert take_layer_of(second) is layer
+    def test_attention_shows_its_queries_scale_and_padding(self, states: Any, seen: list[tuple[Any, ...]]) -> None:
+        queries, mask = torch.randn(2, 3, 4, 8), torch.ones(2, 1, 4, 6, dtype=torch.bool)
+        mask[1, :, :, 2:4] = False
+        out = F.scaled_dot_product_attention(queries, *states, attn_mask=mask, scale=0.3, enable_gqa=True)
+        plain = [x.as_subclass(Tensor).expand(-1, 3, -1, -1) for x in states]
+        assert torch.equal(out, F.scaled_dot_product_attention(queries, *plain, attn_mask=mask, scale=0.3))
+        fresh, shown, scaling, pads = seen.pop()
+        assert (fresh, scaling) == (4, 0.3)
+        assert torch.equal(shown, queries)
+        assert pads.tolist() == [[False] * 4, [True, True, False, False]]
 
-    def test_of_this_thread(self, layer: NexusQuantLayer) -> None:
-        keys = torch.zeros(1, 1, 2, 8)
-        note_keys(layer, keys)
-        found = []
-        other = threading.Thread(target=lambda: found.append(take_layer_of(keys)))
-        other.start()
-        other.join()
-        assert found == [None]
-        assert take_layer_of(keys) is layer
+    def test_two_products_around_a_softmax_show_the_same(self, states: Any, seen: list[tuple[Any, ...]]) -> None:
+        queries = torch.randn(2, 3, 4, 8)
+        mask = torch.zeros(2, 1, 4, 6)
+        mask[1, :, :, 2:4] = torch.finfo(torch.float32).min
+        keys, values = (x[:, :, None].expand(2, 1, 3, 6, 8).reshape(2, 3, 6, 8) for x in states)
+        logits = queries @ keys.transpose(2, 3) * 0.3
+        weights = F.softmax(logits + mask, dim=-1, dtype=torch.float32)
+        assert not seen
+        out = weights @ values
+        assert type(out) is Tensor
+        fresh, shown, scaling, pads = seen.pop()
+        assert (fresh, scaling) == (4, 0.3)
+        assert torch.equal(shown, queries)
+        assert pads.tolist() == [[False] * 4, [True, True, False, False]]
 
-    def test_keeps_nothing_alive(self) -> None:
-        keys = torch.zeros(1, 1, 2, 8)
-        note_keys(NexusQuantLayer(NexusQuantCache("balanced").shared, 0), keys)
-        assert take_layer_of(keys) is None
+    def test_only_the_first_attention_counts(self, states: Any, seen: list[tuple[Any, ...]]) -> None:
+        """Layers of a model that share the keys of another have queries of their own."""
+        for _ in range(2):
+            F.scaled_dot_product_attention(torch.randn(2, 1, 4, 8), *states)
+        assert len(seen) == 1
+
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda keys, values: keys.sum() + values.sum(),
+            lambda keys, values: (torch.ones(2, 1, 4, 8) @ keys.mT).exp() @ values,  # a softmax of one's own
+            lambda keys, _: F.softmax(torch.ones(2, 1, 4, 8) @ keys.mT, -1),
+            lambda keys, values: torch.einsum("bhqd,bhkd,bhke->bhqe", torch.ones(2, 1, 4, 8), keys, values),
+        ],
+    )
+    def test_what_is_no_attention_shows_nothing(self, states: Any, seen: list[tuple[Any, ...]], use: Any) -> None:
+        assert type(use(*states)) is Tensor
+        assert not seen
 
 
 class TestObserveQueries:
@@ -260,7 +285,7 @@ class TestObserveQueries:
 
     def feed(self, cache: NexusQuantCache, tokens: int) -> None:
         keys, values = random_states((1, 2, tokens, 8), tokens)
-        cache.update(keys, values, 0)
+        feed(cache, keys, values, 0)
 
     def test_keeps_the_last_64(self, cache: NexusQuantCache) -> None:
         self.feed(cache, 100)
@@ -401,10 +426,19 @@ def test_rows_of_padding_alone_are_nothing() -> None:
     assert (found[1] > 0).all()
 
 
-def test_a_policy_that_requires_queries_says_what_to_do() -> None:
+def test_a_policy_that_requires_queries_has_them_in_the_one_line() -> None:
     model = tiny_llama()
     cache = balanced(model, policy=WindowAttentionPolicy())
-    with pytest.raises(RuntimeError, match=r"nexusquant_cache\.attention\.enable\(model\)"):
-        generate(model, prompt(60), cache)
-    assert cache.get_seq_length() == 60  # as before the failing step
-    assert cache.layers[0].state.turn.is_pending
+    generate(model, prompt(60), cache)
+    assert cache.layers[0].state.kept < cache.get_seq_length()
+
+
+def test_where_attention_is_not_seen_all_tokens_are_kept() -> None:
+    """Whatever the policy, and a warning says what to call."""
+    cache = balanced(tiny_llama(), policy=WindowAttentionPolicy())
+    keys, values = random_states((1, 2, 60, 16), 0)
+    cache.update(keys, values, 0)
+    with pytest.warns(UserWarning, match=r"layer 0 was not seen.*nexusquant_cache\.attention\.enable\(model\)"):
+        cache.update(keys[:, :, :1], values[:, :, :1], 0)
+    assert cache.layers[0].state.body is not None
+    assert cache.layers[0].state.kept == cache.get_seq_length() == 61
