@@ -2,6 +2,7 @@
 
 import copy
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from integration.tiny import SMALL, prompt, tiny_llama
 from torch import Tensor
 
-from nexusquant_cache import LeveragePolicy, NexusQuantCache, attention
+from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec.triton import support
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.parts import part_of
@@ -53,13 +54,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
 def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: int = 0, **options: Any) -> Tensor:
     """Return logits of generated tokens, always the same ones."""
     model = tiny_llama(num_hidden_layers=1).to(dtype)
-    attention.enable(model)
     ids = prompt(60, batch=2)
     mask = torch.ones_like(ids)
     mask[1, :pads] = ids[1, :pads] = 0
     settings = SMALL | {"policy": LeveragePolicy(), "impl": impl} | options
     config = model.config if rotary else None
-    cache = NexusQuantCache(preset, config=config, attention_mask=mask if pads else None, **settings)
+    cache = NexusQuantCache(preset, config=config, **settings)
     out = []
     with torch.no_grad():
         for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 6, 1], 1)):
@@ -135,7 +135,6 @@ def test_a_card_that_is_too_small(monkeypatch: pytest.MonkeyPatch, caplog: pytes
 @pytest.mark.parametrize("kind", ["heads differ", "queries differ"])
 def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches: list[tuple[int, ...]]) -> None:
     model = tiny_llama()
-    attention.enable(model)
     settings = SMALL | {"policy": LeveragePolicy(), "impl": "triton"}
     cache = NexusQuantCache("balanced", config=model.config, **settings)
     with torch.no_grad():
@@ -144,11 +143,38 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
         held = part_of(cache.layers[0], 0).held()
         assert selector._choose_for_attention(held) == "triton"
         heads, queries = (4, 1) if kind == "heads differ" else (1, 2)
-        mask = torch.ones(1, heads, queries, held.tokens + queries, dtype=torch.bool)
-        mask[:, -1, -1, 5] = False
-        plain = copy.deepcopy(cache)
+        mask = torch.ones(1, heads, queries, held.seen + queries, dtype=torch.bool)
+        mask[:, -1, -1, 2:40] = False
+        other, plain = copy.deepcopy(cache), copy.deepcopy(cache)
+        for layer in plain.layers:
+            layer.state.codecs = tuple(replace(codec, impl="torch") for codec in layer.state.codecs)
         out = model(prompt(queries), **{CACHE: cache}, attention_mask=mask).logits
         assert not launches
-        attention.disable(model)
         expected = model(prompt(queries), **{CACHE: plain}, attention_mask=mask).logits
-    torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3)
+        without = model(prompt(queries), **{CACHE: other}, attention_mask=torch.ones_like(mask[:, :1])).logits
+        assert launches
+        assert not torch.allclose(without, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_rows_of_different_length_are_attended_to_by_kernels(launches: list[tuple[int, ...]]) -> None:
+    """The long row keeps 10 of 50, fewer than the 14 of the short one, and its heads fill up with other tokens."""
+    model = tiny_llama(num_hidden_layers=1)
+    mask = torch.ones(2, 60, dtype=torch.int64)
+    mask[0, :36] = 0
+    settings = SMALL | {"policy": LeveragePolicy(), "impl": "triton", "keep_ratio": 0.2}
+    cache = NexusQuantCache("balanced", config=model.config, **settings)
+    with torch.no_grad():
+        model(prompt(60, batch=2), **{CACHE: cache}, attention_mask=mask)
+        cache.compress()
+        visible = part_of(cache.layers[0], 0).held().visible
+        assert visible.logical_not().sum(-1).flatten(1).tolist() == [[0, 0], [4, 4]]
+        assert not torch.equal(*visible[1])
+        plain = copy.deepcopy(cache)
+        plain.layers[0].state.codecs = tuple(replace(codec, impl="torch") for codec in plain.layers[0].state.codecs)
+        mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+        out, expected = (
+            model(prompt(1, batch=2), **{CACHE: each}, attention_mask=mask).logits for each in (cache, plain)
+        )
+    assert launches
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
