@@ -44,11 +44,11 @@ class TokenBuffer:
 
     def stored(self) -> Tensor:
         """Return the tokens where they are stored; shares memory."""
-        return self.data[:, :, : self.tokens]
+        return self.data.narrow(2, 0, self.tokens)
 
     def view(self) -> Tensor:
         """Return the tokens where they are needed, if they have been fetched; shares memory."""
-        return self.stored() if self.fetched is None else self.fetched[:, :, : self.tokens]
+        return (self.data if self.fetched is None else self.fetched).narrow(2, 0, self.tokens)
 
     def append(self, new: Tensor) -> None:
         """Store further tokens behind the others."""

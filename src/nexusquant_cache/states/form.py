@@ -39,23 +39,24 @@ class Form(NamedTuple):
             args: What it is given behind the states.
             kwargs: What it is given by name.
         """
-        if name in _TRANSPOSES:
-            return self._transposed(name, args, kwargs)
+        found = None
         if name == "__getitem__":
-            return self._indexed(args[0])
-        if name == "unsqueeze":
-            return self._split() if (args or tuple(kwargs.values())) == (_TOKENS,) else None
-        if name == "expand":
-            return self._expanded(_sizes(args, kwargs), stored)
-        if name in {"reshape", "view"}:
+            found = self._indexed(args[0])
+        elif name in _TRANSPOSES:
+            found = self._transposed(name, args, kwargs)
+        elif name == "expand":
+            found = self._expanded(_sizes(args, kwargs), stored)
+        elif name in _RESHAPES:
             sizes = _sizes(args, kwargs)
-            return self._joined(sizes, stored) if all(isinstance(size, int) for size in sizes) else None
-        if name == "flatten":
-            axes = (*args, *kwargs.values())
-            return self._replace(is_split=False) if self.is_split and axes == (1, 2) else None
-        if name == "repeat_interleave":
-            return self._repeated(args, kwargs)
-        return None
+            found = self._joined(sizes, stored) if all(isinstance(size, int) for size in sizes) else None
+        elif name == "unsqueeze":
+            found = self._split() if (*args, *kwargs.values()) == (_TOKENS,) else None
+        elif name == "flatten":
+            is_joined = self.is_split and (*args, *kwargs.values()) == (1, 2)
+            found = self._replace(is_split=False) if is_joined else None
+        elif name == "repeat_interleave":
+            found = self._repeated(args, kwargs)
+        return found
 
     def _transposed(self, name: str, args: Args, kwargs: Kwargs) -> "Form | None":
         if self.is_split:
@@ -91,7 +92,9 @@ class Form(NamedTuple):
             return None
         wanted = Form(sizes[2], *self[1:]) if self.is_split and self.repeats == 1 and sizes[2] > 0 else self
         shape = wanted.shape(stored)
-        return wanted if sizes == shape or all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
+        return (
+            wanted if sizes == shape or all(size in {-1, own} for size, own in zip(sizes, shape, strict=True)) else None
+        )
 
     def _joined(self, sizes: tuple[int, ...], stored: Sequence[int]) -> "Form | None":
         """Follow a reshape that leaves everything as it is, or puts the copies behind one another."""
@@ -121,11 +124,11 @@ def _is_all(index: object) -> bool:
 _SPLITS = (slice(None), slice(None), None, slice(None), slice(None))
 _LAST_TWO = {(2, 3), (3, 2), (-1, -2), (-2, -1)}
 
+_RESHAPES = frozenset({"reshape", "view"})
 _TRANSPOSES = frozenset({"transpose", "swapaxes", "swapdims", "permute"})
 
 
 def _sizes(args: Args, kwargs: Kwargs) -> tuple[int, ...]:
     """Return numbers that are given one by one or as one sequence."""
     given = (*args, *kwargs.values())
-    found = tuple(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given
-    return found  # type: ignore[return-value]
+    return tuple(given[0]) if len(given) == 1 and isinstance(given[0], Sequence) else given  # type: ignore[return-value]

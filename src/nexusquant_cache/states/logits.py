@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from nexusquant_cache.states.metadata import METADATA
@@ -30,18 +30,17 @@ class Logits(torch.Tensor):
     source: Source
     queries: Tensor
     scaling: float | None
-    evicted: Bool[Tensor, "b q #m known"] | None
 
     @staticmethod
     def of(
         logits: Float[Tensor, "b q m seen"],
         source: Source,
         queries: Float[Tensor, "b q m d"],
-        evicted: Bool[Tensor, "b q #m known"] | None,
+        scaling: float | None = None,
     ) -> "Logits":
-        """Return logits that know what they come from."""
+        """Return logits that know what they come from, and how the model has scaled them up to now."""
         self = logits.as_subclass(Logits)
-        self.source, self.queries, self.evicted, self.scaling = source, queries, evicted, None
+        self.source, self.queries, self.scaling = source, queries, scaling
         return self
 
     @classmethod
@@ -68,23 +67,25 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
         if given is not None and name == "softmax":
             _show(given)
+        hidden = None
+        if given is not None and name in _BOUNDS and not given.source.held.is_whole:
+            hidden = given.isneginf()
         result = func(*args, **kwargs)
         if given is None or name in {"softmax", "detach", "__get__"} or not _is_made_of(result, given):
             return result
-        if given.evicted is not None and name in _BOUNDS:
-            result[..., : given.evicted.shape[-1]].masked_fill_(given.evicted, -torch.inf)
+        if hidden is not None:
+            result.masked_fill_(hidden, -torch.inf)
         return _follow(result, given, name, args)
 
 
 def _follow(result: Tensor, given: Logits, name: str, args: tuple[Any, ...]) -> Logits:
-    followed = Logits.of(result, given.source, given.queries, given.evicted)
-    followed.scaling = given.scaling
-    if followed.scaling is None and name not in _CHANGES_NO_NUMBER:
+    scaling = given.scaling
+    if scaling is None and name not in _CHANGES_NO_NUMBER:
         factor = _number(args[1]) if name in _SCALES and len(args) > 1 and args[0] is given else None
-        followed.scaling = 1.0 if factor is None else 1 / factor if name in _DIVIDES else factor
+        scaling = 1.0 if factor is None else 1 / factor if name in _DIVIDES else factor
     if name.endswith("_"):  # the model may go on with what it had
-        given.scaling = followed.scaling
-    return followed
+        given.scaling = scaling
+    return Logits.of(result, given.source, given.queries, scaling)
 
 
 def _number(x: object) -> float | None:

@@ -25,10 +25,10 @@ class Source:
     def __init__(self, held: HeldTokens, fresh: int, see: See) -> None:
         """Come from an update that has brought so many tokens; ``see`` is shown the attention to them, once."""
         self.held, self.fresh = held, fresh
-        keys, values = (x.shape for x in held.tail)
+        (batch, heads, _, key_dim), value_dim = held.tail[0].shape, held.tail[1].shape[3]
         self.shapes: dict[Side, tuple[int, ...]] = {
-            "keys": (*keys[:2], held.seen, keys[3]),
-            "values": (*values[:2], held.seen, values[3]),
+            "keys": (batch, heads, held.seen, key_dim),
+            "values": (batch, heads, held.seen, value_dim),
         }
         self._see: See | None = see
         self._noted: tuple[Tensor, float | None, Tensor | None] | None = None

@@ -22,6 +22,7 @@ Function: TypeAlias = Callable[..., Any]
 
 _AXES = 4  # batch, heads, tokens, channels
 _AS_STORED = Form()
+_MT: Any = getattr(torch.Tensor, "mT").__get__  # noqa: B009 - to mypy it is a tensor
 
 
 class States(torch.Tensor):
@@ -81,13 +82,26 @@ class ExactStates(States):
             return ExactStates.of(function(self, *args, **kwargs), self.source, self.side, form)
 
 
+def _shortcut(name: str) -> Function:
+    """Return a method that does what the torch function of this name does by way of `__torch_function__`."""
+    function = getattr(torch.Tensor, name)
+
+    @uncompiled
+    def method(self: "HeldStates", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        form = self.form.after(name, self.source.shapes[self.side], args, kwargs)
+        return function(self.plain(), *args, **kwargs) if form is None else self.formed(form, function, args, kwargs)
+
+    return method
+
+
 class HeldStates(States):
     """States that are decoded only if something else than attention looks at them.
 
     Shape, dtype and device are there at once.
     """
 
-    _dtype: torch.dtype  # to ask a subclass for it is not quick
+    _shape: torch.Size
+    _dtype: torch.dtype
     _decoded: Tensor | None
 
     @staticmethod
@@ -95,10 +109,12 @@ class HeldStates(States):
         """Stand for one side of what a layer holds."""
         like = source.held.tail[0 if side == "keys" else 1]
         dtype = dtype or like.dtype
+        shape = torch.Size(form.shape(source.shapes[side]))
         self: HeldStates = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001 - as torch's documentation has it
-            HeldStates, form.shape(source.shapes[side]), dtype=dtype, device=like.device
+            HeldStates, shape, dtype=dtype, device=like.device
         )
-        self.source, self.side, self.form, self._dtype, self._decoded = source, side, form, dtype, None
+        self.source, self.side, self.form = source, side, form
+        self._shape, self._dtype, self._decoded = shape, dtype, None
         return self
 
     def plain(self) -> Tensor:
@@ -134,6 +150,19 @@ class HeldStates(States):
         """Say what it is without decoding it."""
         return f"HeldStates({self.side}, shape={tuple(self.shape)}, dtype={self.dtype})"
 
+    # At each step models ask each layer for these.  The way through torch to `__torch_function__` would take most of
+    # the time, so it is cut short.
+
+    @property
+    def shape(self) -> torch.Size:  # type: ignore[override]
+        """Batch, heads, tokens and channels, in this form."""
+        return self._shape
+
+    __getitem__ = _shortcut("__getitem__")
+    expand = _shortcut("expand")
+    reshape = _shortcut("reshape")
+    transpose = _shortcut("transpose")
+
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]  # as torch's documentation has it
         cls, func: Function, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -166,7 +195,7 @@ def _followed(
         dtype = _CASTS[name](args, kwargs)
         return None if dtype is None else HeldStates.of(states.source, states.side, states.form, dtype)
     elif name == "__get__":
-        form = states.form.after("transpose", (), (-2, -1), {}) if func is torch.Tensor.mT.__get__ else None
+        form = states.form.after("transpose", (), (-2, -1), {}) if func == _MT else None
     else:
         form = states.form.after(name, states.source.shapes[states.side], args, kwargs)
     return None if form is None else states.formed(form, func, args, kwargs)
@@ -192,9 +221,9 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     value: Tensor,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
-    is_causal: bool = False,  # noqa: FBT001, FBT002
+    is_causal: bool = False,
     scale: float | None = None,
-    enable_gqa: bool = False,  # noqa: FBT001, FBT002
+    enable_gqa: bool = False,
 ) -> Tensor | None:
     """Show and answer `scaled_dot_product_attention`; None if it is none that is understood."""
     source = source_of(key, value)
@@ -205,23 +234,26 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         return None
     # Of a single token, transformers may put the query heads of a group in the place of queries.
     is_regrouped = source.fresh == 1 and rows > 1 and query.shape[1] == heads
-    queries = query.flatten(1, 2)[:, :, None] if is_regrouped else query
-    mask = None if attn_mask is None else attn_mask[(None,) * (_AXES - attn_mask.ndim)]
+    queries = query.reshape(len(query), heads * rows, 1, query.shape[3]) if is_regrouped else query
+    mask = attn_mask
+    if mask is not None and mask.ndim < _AXES:
+        mask = mask[(None,) * (_AXES - mask.ndim)]
     if mask is not None and mask.shape[3] != source.held.seen:
         return None
     if is_regrouped and mask is not None and mask.shape[2] > 1:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]
-    source.show(queries.detach(), scale, pads_in(mask, source.fresh))
+    source.show(queries, scale, pads_in(mask, source.fresh))
     if not source.is_packed:
         exact = (query, key.plain(), value.plain(), attn_mask, dropout_p, is_causal)  # type: ignore[attr-defined]
-        return function(*exact, scale=scale, enable_gqa=enable_gqa)
+        found: Tensor = function(*exact, scale=scale, enable_gqa=enable_gqa)
+        return found
     answer.check_dropout(dropout_p)
     answer.check_gradients(query, mask)
     if is_causal:
         mask = torch.ones(rows, source.held.seen, dtype=torch.bool, device=query.device).tril()[None, None]
     softmax = Softmax(query.shape[-1] ** -0.5 if scale is None else scale)
     out = answer.attend(queries, source.held, mask, softmax)
-    return out.view(*query.shape[:3], -1) if is_regrouped else out
+    return out.view(len(out), heads, rows, -1) if is_regrouped else out
 
 
 def source_of(key: object, value: object) -> Source | None:
@@ -249,15 +281,13 @@ def _product(x: Any, states: States) -> Tensor | None:  # noqa: ANN401 - any ten
 
 
 def _logits(queries: Float[Tensor, "b q m d"], keys: States) -> Tensor:
-    source, evicted = keys.source, None
+    source = keys.source
     if not source.is_packed:
         found = queries @ keys.plain()
     else:
         answer.check_gradients(queries)
         found = answer.logits(queries, source.held)
-        if not source.held.is_whole:
-            evicted = found.isneginf()
-    return Logits.of(found, source, queries.detach(), evicted)
+    return Logits.of(found, source, queries)
 
 
 def plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function
