@@ -49,7 +49,7 @@ from nexusquant_cache import (
     UnsupportedError,
 )
 from nexusquant_cache.cache.cache import placeholder_ids
-from nexusquant_cache.cache.rotary import counts_kept_tokens
+from nexusquant_cache.cache.rotary import bias_by_distance
 from nexusquant_cache.layer import layer as layer_module
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.releases import CACHE
@@ -393,20 +393,20 @@ def test_biases_by_distance_are_recognised_in_every_model_type(configs: dict[str
     for name, config in configs.items():
         text = config.get_text_config(decoder=True)
         if any(getattr(text, bias, None) not in {None, False} for bias in BIASES):
-            (missed if counts_kept_tokens(text) is None else found).add(name)
+            (missed if bias_by_distance(text) is None else found).add(name)
     assert {"t5", "mt5", "umt5", "longt5", "switch_transformers", "udop", "pop2piano", "pix2struct"} <= found
     assert not missed
     for name in ("bloom", "mpt", "gpt_neo"):
-        assert counts_kept_tokens(configs[name]) is not None
+        assert bias_by_distance(configs[name]) is not None
 
 
 @pytest.mark.parametrize("name", ["cpmant", "prophetnet"])
 def test_other_names_of_buckets(configs: dict[str, PreTrainedConfig], name: str) -> None:
-    assert counts_kept_tokens(configs[name].get_text_config(decoder=True)) is not None
+    assert bias_by_distance(configs[name].get_text_config(decoder=True)) is not None
 
 
 @pytest.mark.parametrize("preset", ["high", "asym", "balanced", "max"])
-def test_eviction_is_refused_where_distances_are_counted_in_kept_tokens(preset: str) -> None:
+def test_eviction_is_refused_where_attention_has_a_bias_by_distance(preset: str) -> None:
     config = T5Config(d_model=64, d_kv=16, num_layers=1, num_decoder_layers=2, num_heads=4)
     with pytest.raises(UnsupportedError, match="relative position buckets"):
         NexusQuantCache(preset, config=config)

@@ -48,8 +48,8 @@ def test_latents_are_coded_as_they_come():
         (MptConfig(n_layers=2), r"mpt weighs tokens by their distance \(ALiBi\)"),
     ],
 )
-def test_models_that_count_kept_tokens_are_not_evicted_from(config, what):
-    """They would take the distance to an old token for shorter than it is."""
+def test_models_with_a_bias_by_distance_are_not_evicted_from(config, what):
+    """Scores of tokens know nothing of it."""
     with pytest.raises(UnsupportedError, match=what):
         NexusQuantCache("balanced", config=config)
     assert len(NexusQuantCache("quant", config=config)) == 2

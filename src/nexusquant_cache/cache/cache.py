@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from nexusquant_cache.cache.forward import Forward
 from nexusquant_cache.cache.leaving import left_by
 from nexusquant_cache.cache.report import MemoryReport, layer_report, storage_bytes
-from nexusquant_cache.cache.rotary import counts_kept_tokens, is_self_attention, rotary_phase
+from nexusquant_cache.cache.rotary import bias_by_distance, is_self_attention, rotary_phase
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import Side
@@ -89,7 +89,7 @@ class NexusQuantCache(DynamicCache):
 
     Raises:
         OptionError: If the preset or an option does not exist, or a value is outside its range.
-        UnsupportedError: If tokens are to be evicted and the model counts distances in kept tokens, as with ALiBi.
+        UnsupportedError: If tokens are to be evicted and the model's attention has a bias by distance, as with ALiBi.
     """
 
     def __init__(  # noqa: PLR0913 - all have defaults
@@ -143,11 +143,11 @@ class NexusQuantCache(DynamicCache):
         """Return the layers that the config asks for; none without a config, they are then made on demand."""
         if self.model_config is None:
             return []
-        counts = counts_kept_tokens(self.model_config)
-        if counts is not None and self.cache_config.keep_ratio < 1:
+        bias = bias_by_distance(self.model_config)
+        if bias is not None and self.cache_config.keep_ratio < 1:
             msg = (
-                f"{self.model_config.model_type} {counts} and counts in kept tokens, so evicting would move others: "
-                "use the preset 'quant', or keep_ratio=1.0, which only quantize."
+                f"{self.model_config.model_type} {bias}, which no scores of tokens take into account: use the preset "
+                "'quant', or keep_ratio=1.0, which only quantize."
             )
             raise UnsupportedError(msg)
         # transformers decides which layer is of which kind; only its plain full-attention layers are replaced.

@@ -104,10 +104,11 @@ def rotary_phases(config: PreTrainedConfig, seen_tokens: int) -> list[RotaryPhas
     return phases
 
 
-def counts_kept_tokens(config: PreTrainedConfig) -> str | None:
-    """Return what the model does with distances that it counts in kept tokens, or None if it does nothing such.
+def bias_by_distance(config: PreTrainedConfig) -> str | None:
+    """Return what the model's attention does with distances besides its positions, or None if it does nothing such.
 
-    transformers computes these inside the model, from the number of keys; evicting tokens would change them.
+    Distances stay right when tokens are evicted, since states and masks have a place for every token seen.  But scores
+    know nothing of the bias, so a policy may keep what attention will never look at.
     """
     if _has_distance_biases(config):
         return "weighs tokens by their distance (ALiBi)"
