@@ -173,6 +173,23 @@ def speed_table(content: dict[str, Any]) -> str:
     return markdown(head, table)
 
 
+def states_table(content: dict[str, Any]) -> str:
+    """Return what states add to the calls around an attention, and what those take."""
+    head = ("attention", "added, microseconds", "with states", "with plain tensors", "of that, attention")
+    rows = (
+        (
+            row["case"],
+            f"{row['microseconds']:.0f}",
+            *(f"{row['calls'][name]:.0f}" if name in row["calls"] else "" for name in _STATES),
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
+_STATES = ("states", "plain", "plain_attention")
+
+
 def instructions_table(content: dict[str, Any]) -> str:
     """Return instructions, registers and the modelled bound of every compiled kernel."""
     head = ("kernel", "sm", "instructions", "budget", "registers", "stack, bytes", "bound on an H200, modelled")
@@ -559,6 +576,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
+    "states": (states_table, "states"),
     "instructions": (instructions_table, "instructions"),
     "compatibility": (compatibility_table, "compatibility"),
     "families": (families_table, "compatibility"),
