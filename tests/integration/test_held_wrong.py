@@ -394,10 +394,12 @@ def test_nothing_is_said_where_the_cache_stays(kind: str) -> None:
             logits(model, prompt(tokens), own)
 
     assert not warned(loop)
+    # transformers 5.17 gives the new cache the newest token alone.
+    plain = generate(model, prompt(LIMIT - 8), None, 20, return_dict_in_generate=True)[CACHE].get_seq_length()
     with compressed_generation(model, "balanced", **SMALL) as compressed:
         assert not warned(lambda: generate(model, prompt(LIMIT - 8), None, 20))
-        assert compressed.cache.get_seq_length() == LIMIT - 8 + 19
-        assert compressed.cache.layers[0].state.body is not None
+        assert compressed.cache.get_seq_length() == plain
+        assert (compressed.cache.layers[0].state.body is not None) == (plain > LIMIT)
     with compressed_generation(model, "balanced", **SMALL) as compressed:
         generate(model, prompt(LIMIT - 20), None, 4)
         left = compressed.cache

@@ -149,7 +149,7 @@ class NexusQuantLayer(CacheLayerMixin):
             check_finite(self.layer_idx, key_states, value_states, "the prompt")
         if is_due(state, self.shared, query_length):
             self.compress()
-        saved = state.snapshot(packed=False)
+        saved = state.snapshot_of_update()
         try:
             state.observed.start_update()
             state.turn.note_update(state.seen, query_length)
@@ -195,7 +195,7 @@ class NexusQuantLayer(CacheLayerMixin):
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
         """Let an error, or an interrupt, leave the layer as it is now."""
-        state, saved = self.state, self.state.snapshot(packed=True)
+        state, saved = self.state, self.state.snapshot()
         try:
             yield
         except BaseException:

@@ -413,16 +413,23 @@ class LayerState:
         self.pads = pads
         self.seen += fresh
 
-    def snapshot(self, *, packed: bool) -> dict[str, Any]:
-        """Return all that the layer holds and counts, by reference, so that `restore` can undo what is done meanwhile.
-
-        Args:
-            packed: Whether packed tokens may come or go meanwhile.
-        """
-        saved = vars(self) | {"turn": vars(self.turn).copy(), "observed": vars(self.observed).copy()}
-        if packed and self.body is not None:
+    def snapshot(self) -> dict[str, Any]:
+        """Return all that the layer holds and counts, by reference, so that `restore` can undo what is done meanwhile."""
+        saved = vars(self) | self.snapshot_of_update()
+        if self.body is not None:
             saved["body"] = self.body.shallow()
         return saved
+
+    def snapshot_of_update(self) -> dict[str, Any]:
+        """Return what an update may change that compresses nothing."""
+        return {
+            "seen": self.seen,
+            "tail": self.tail,
+            "pads": self.pads,
+            "is_detached": self.is_detached,
+            "turn": vars(self.turn).copy(),
+            "observed": vars(self.observed).copy(),
+        }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Hold and count what a `snapshot` has, all at once: an interrupt finds the one or the other."""
