@@ -29,7 +29,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from nexusquant_cache import CacheStateError, NexusQuantCache
+from nexusquant_cache import CacheStateError, NexusQuantCache, UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.releases import CACHE
 
@@ -81,7 +81,7 @@ def test_eviction_without_loss_is_a_mask_on_the_plain_cache(model: LlamaForCausa
     Turns of several tokens find a wrong offset of the mask, which single tokens cannot.
     """
     cache, plain = lossless_cache(keep_ratio=0.3), DynamicCache()
-    turns = [60, 1, 1, 7, 1, 6, 40, 1, 1, 9]
+    turns = [60, 1, 1, 7, 1, 6, 1, 40, 1, 1, 9]
     for seed, tokens in enumerate(turns):
         ids = prompt(tokens, batch=2, seed=seed)
         given = logits(model, ids, cache)
@@ -160,12 +160,15 @@ def test_the_cache_as_a_sequence_of_layers(sdpa: LlamaForCausalLM) -> None:
     assert (len(cache), cache.get_seq_length(), cache.get_seq_length(1)) == (2, 64, 64)
     assert cache.is_sliding == [False, False]
     assert not cache.is_compileable
-    kept = cache.layers[0].state.kept
-    for (keys, values, window), layer in zip(cache, cache.layers, strict=True):
-        assert keys.shape == values.shape == (1, 2, kept, 16)
+    with pytest.raises(UnsupportedError, match="has evicted tokens"):
+        next(iter(cache))
+    whole = NexusQuantCache("quant", config=sdpa.config, **SMALL)
+    generate(sdpa, prompt(60), whole, 5)
+    for (keys, values, window), layer in zip(whole, whole.layers, strict=True):
+        assert keys.shape == values.shape == (1, 2, 64, 16)
         assert torch.equal(keys, layer.keys)
         assert window is None
-    assert DynamicCache(list(cache)).get_seq_length() == kept
+    assert DynamicCache(list(whole)).get_seq_length() == 64
     lazy = NexusQuantCache("balanced")
     assert len(lazy) == 0
     generate(sdpa, prompt(60), lazy, 2)
