@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from feeding import feed
 from integration.tiny import SMALL, random_states, tiny_llama
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -68,7 +69,7 @@ def main(capability: int) -> None:
     ):
         cache = NexusQuantCache("quant", config=config, policy=LeveragePolicy(), impl="triton", **SMALL, **options)
         for index in range(2):
-            cache.update(*random_states((1, 2, 100, 64), 1, torch.bfloat16), index)
+            feed(cache, *random_states((1, 2, 100, 64), 1, torch.bfloat16), index)
         layer = part_of(cache.layers[0], 0)
         layer.compress()
         layer.dense()
