@@ -18,6 +18,7 @@ from nexusquant_cache.codec.scale import decode_scales, encode_scales
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.evaluation import Candidate
+from nexusquant_cache.evaluation.caches import update
 from nexusquant_cache.evaluation.presets import describe
 
 if TYPE_CHECKING:
@@ -262,13 +263,11 @@ def candidate_of(
     config: PretrainedConfig,
     policy: EvictionPolicy | None = None,
 ) -> Candidate:
-    """Return a cache of this kind as a candidate; a policy that wants queries is shown them."""
-    shows_queries = policy is not None and policy.wants_queries
+    """Return a cache of this kind as a candidate."""
     return Candidate(
         name,
         lambda: kind(settings, config=config, policy=policy),
-        settings={**describe(settings, policy), "kind": kind.__name__, "shows_queries": shows_queries},
-        shows_queries=shows_queries,
+        settings={**describe(settings, policy), "kind": kind.__name__},
     )
 
 
@@ -286,7 +285,7 @@ def held_bytes(kind: type[NexusQuantCache], settings: CacheConfig, config: Pretr
     """Return the bytes that a cache of the whole model would hold, from one layer of random keys and values."""
     cache = kind(settings, config=config)
     keys, values = torch.randn(2, 1, config.num_key_value_heads, tokens, head_dim_of(config))
-    cache.update(keys.clone(), values.clone(), 0)
+    update(cache, keys.clone(), values.clone(), 0)
     cache.compress()
     report = cache.memory_report()
     return float(report.shared_bytes + report.layers[0].held_bytes * config.num_hidden_layers)

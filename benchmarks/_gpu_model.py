@@ -15,6 +15,7 @@ from _gpu_clock import free_memory
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, QuantizedCache, StaticCache
 
 from nexusquant_cache import PRESETS, NexusQuantCache, attention
+from nexusquant_cache.evaluation.caches import update
 from nexusquant_cache.evaluation.clock import now
 from nexusquant_cache.releases import CACHE
 
@@ -165,7 +166,7 @@ def fill(cache: Cache, batch: int, tokens: int, sizes: Sizes, device: torch.devi
     size = (batch, config["num_key_value_heads"], tokens, config["head_dim"])
     for layer in range(config["num_hidden_layers"]):
         keys, values = (torch.randn(size, dtype=sizes.dtype, device=device) for _ in range(2))
-        cache.update(keys, values, layer)
+        update(cache, keys, values, layer)
         del keys, values
         if isinstance(cache, NexusQuantCache):
             cache.layers[layer].compress()
@@ -497,7 +498,7 @@ def _capacity(preset: str, config: LlamaConfig, left: int, sizes: Sizes, device:
     for tokens in sizes.capacity:
         cache = compressed(preset, config)
         keys, values = (torch.randn(*size[:2], tokens, size[2], dtype=sizes.dtype, device=device) for _ in range(2))
-        cache.update(keys, values, 0)
+        update(cache, keys, values, 0)
         cache.layers[0].compress()
         report = cache.memory_report().layers[0]
         # In 16 bit, whatever the dtype here.

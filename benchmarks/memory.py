@@ -15,6 +15,7 @@ from rich.progress import track
 from transformers import LlamaConfig
 
 from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.evaluation.caches import update
 from nexusquant_cache.evaluation.presets import describe
 from nexusquant_cache.evaluation.results import environment, write_json
 
@@ -36,7 +37,7 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
     random = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random).bfloat16()
-        cache.update(keys.clone(), values.clone(), layer)
+        update(cache, keys.clone(), values.clone(), layer)
     cache.compress()
     report = cache.memory_report()
     return {

@@ -34,7 +34,7 @@ from transformers.cache_utils import DynamicLayer
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.cache.report import content, storage_bytes
 from nexusquant_cache.evaluation import load_model
-from nexusquant_cache.evaluation.caches import prefill
+from nexusquant_cache.evaluation.caches import prefill, update
 from nexusquant_cache.evaluation.presets import describe
 from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
@@ -163,7 +163,7 @@ def make_cache(name: str, place: Place, config: Any, *, offloading: bool = True)
 def feed(cache: Any, place: Place, states: States, start: int, stop: int) -> None:
     """Give a cache the tokens of one forward."""
     for layer_idx, (keys, values) in enumerate(states):
-        cache.update(*(place.put(x[:, :, start:stop].contiguous()) for x in (keys, values)), layer_idx)
+        update(cache, *(place.put(x[:, :, start:stop].contiguous()) for x in (keys, values)), layer_idx)
 
 
 def count_bytes(name: str, place: Place, config: Any, states: States, tokens: int) -> dict[str, Any]:

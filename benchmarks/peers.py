@@ -43,6 +43,7 @@ from nexusquant_cache.evaluation import (
     preset_candidates,
     summaries,
 )
+from nexusquant_cache.evaluation.caches import update
 from nexusquant_cache.evaluation.plots import quality_figure, save_png
 from nexusquant_cache.evaluation.report import measured_on
 from nexusquant_cache.evaluation.results import read_json, write_json
@@ -198,7 +199,7 @@ def fill_with_noise(candidate: Candidate, loaded: LoadedModel, tokens: int) -> A
     cache = candidate.factory()
     for index in range(config.num_hidden_layers):
         keys, values = torch.randn(2, 1, config.num_key_value_heads, tokens, head_dim_of(config))
-        cache.update(keys, values, index)
+        update(cache, keys, values, index)
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, torch.zeros(1, tokens, dtype=torch.long))
     return cache

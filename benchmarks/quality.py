@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 PREDECESSOR = "predecessor@"
 PRINCIPAL = "principal@"
-ATTENTION = "attention@"
 
 
 def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
@@ -42,8 +41,7 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
 
     From some thousand kept tokens on, every preset codes in principal axes; below, ``auto`` may take a Hadamard
     rotation and more bits, which then takes fewer bytes.  ``principal@`` takes the axes at once: the quality at 32k
-    tokens, for which the presets state their factor, without the length.  ``attention@`` is with
-    ``attention.enable(model)``.
+    tokens, for which the presets state their factor, without the length.
 
     The recipe is Hadamard codes of 2 bits on keys with their mean and their rotary phase, and eviction by mean
     key-key scores; with the bytes of ``balanced`` it evicts about the 60 % that the predecessor evicted.
@@ -53,7 +51,6 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
         found.append(nexusquant_candidate(name, name, config))
         if settings.keep_ratio < 1:  # with all tokens kept, the axes pay at once
             found.append(nexusquant_candidate(PRINCIPAL + name, replace(settings, transform="principal"), config))
-            found.append(nexusquant_candidate(ATTENTION + name, name, config, shows_queries=True))
         recipe = replace(
             settings,
             key_bits=2,

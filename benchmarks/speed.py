@@ -25,8 +25,6 @@ from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-_ON_CODES = ", on codes"  # attention reads them (`nexusquant_cache.attention.enable`)
-
 
 def main() -> None:
     """Measure and write ``results/speed_cpu.json`` (or ``speed_cuda.json``)."""
@@ -47,17 +45,15 @@ def main() -> None:
         (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
         plain = prefill(loaded.model, window, progress=_bar(progress, "prefill"))
         factories = {preset.name: preset.factory for preset in preset_candidates(loaded)}
-        read = {f"{key}{_ON_CODES}": factory for key, factory in factories.items()}
         encoding = {
             key: encode_throughput(plain, factories[key]) for key in progress.track(PRESETS, description="encoding")
         }
         times = time_steps(
             loaded.model,
             plain,
-            factories | read,
+            factories,
             rounds=given.rounds,
             steps=given.steps,
-            on_codes=read,
             progress=_bar(progress, "generation steps"),
         )
     content = {
@@ -73,8 +69,7 @@ def main() -> None:
         "presets": {key: describe(settings) for key, settings in PRESETS.items()},
         "rows": [
             {
-                "cache": key.removesuffix(_ON_CODES),
-                "on_codes": key in read,
+                "cache": key,
                 **asdict(taken),
                 "encode_tokens_per_s": encoding.get(key),
             }

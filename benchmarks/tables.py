@@ -145,31 +145,17 @@ def memory_table(content: dict[str, Any]) -> str:
 
 
 def speed_table(content: dict[str, Any]) -> str:
-    """Return time per generated token, decoded and on codes, and speed of encoding."""
-    on_codes = {row["cache"]: row for row in content["rows"] if row.get("on_codes")}
-    head = (
-        "cache",
-        "decoded: ms per token",
-        "times plain",
-        "on codes: ms per token",
-        "times plain",
-        "encoded tokens per s",
-    )
-    table = []
-    for row in content["rows"]:
-        if row.get("on_codes"):
-            continue
-        read = on_codes.get(row["cache"])
-        table.append(
-            (
-                "plain" if row["cache"] == "plain" else f"`{row['cache']}`",
-                f"{row['milliseconds']:.0f}",
-                f"{row['relative']:.2f}x",
-                f"{read['milliseconds']:.0f}" if read else "",
-                f"{read['relative']:.2f}x" if read else "",
-                f"{row['encode_tokens_per_s']:,.0f}" if row["encode_tokens_per_s"] else "",
-            )
+    """Return time per generated token, and speed of encoding."""
+    head = ("cache", "ms per token", "times plain", "encoded tokens per s")
+    table = [
+        (
+            "plain" if row["cache"] == "plain" else f"`{row['cache']}`",
+            f"{row['milliseconds']:.0f}",
+            f"{row['relative']:.2f}x",
+            f"{row['encode_tokens_per_s']:,.0f}" if row["encode_tokens_per_s"] else "",
         )
+        for row in content["rows"]
+    ]
     return markdown(head, table)
 
 

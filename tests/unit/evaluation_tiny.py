@@ -66,14 +66,3 @@ class Forgetful(DynamicCache):
     def update(self, key_states, value_states, layer_idx, *args, **kwargs):
         keys, values = super().update(key_states, value_states, layer_idx, *args, **kwargs)
         return keys, 1.5 * values
-
-
-class Curious(DynamicCache):
-    """Remembers the queries it is given, and how many tokens its layer held then."""
-
-    def __init__(self):
-        super().__init__()
-        self.observed = []
-
-    def observe_queries(self, queries, layer_idx):
-        self.observed.append((layer_idx, self.layers[layer_idx].get_seq_length(), queries))

@@ -13,7 +13,7 @@ from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy
 from nexusquant_cache.errors import OptionError, ShapeError
-from nexusquant_cache.evaluation.caches import footprint
+from nexusquant_cache.evaluation.caches import footprint, update
 from nexusquant_cache.releases import CACHE
 
 CONFIG = LlamaConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, hidden_size=64)
@@ -42,7 +42,7 @@ def packages(load):
 
 def filled(cache, tokens, layers=2):
     for index in range(layers):
-        cache.update(*torch.randn(2, 1, 2, tokens, 16), index)
+        update(cache, *torch.randn(2, 1, 2, tokens, 16), index)
     return cache
 
 

@@ -1,6 +1,7 @@
 """The parts of the benchmark scripts that would spoil their numbers without a sound (`benchmarks/`)."""
 
 import importlib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.evaluation import Candidate, EvaluationError, nexusquant_candidate
 from nexusquant_cache.evaluation.caches import fill_and_compress
 from nexusquant_cache.evaluation.quality import Continuation, measure_quality, run_plain
-from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy, ScoreInputs
 
 UNCHECKED = 1e9
 
@@ -165,6 +166,13 @@ class TestSharpening:
             assert type(cache.make_codec("values", 16, 0)) is E8Codec
 
 
+class Blind(EvictionPolicy):
+    """The default policy, without queries, which simulated tiers do not see."""
+
+    def score(self, inputs):
+        return DEFAULT_POLICY.checked_scores(replace(inputs, queries=None))
+
+
 class TestTiers:
     @pytest.mark.parametrize("preset", ["high", "balanced", "max"])
     @pytest.mark.parametrize("head_dim", [64, 128])
@@ -192,7 +200,7 @@ class TestTiers:
         settings = CacheConfig(2, 3, keep_ratio=0.4, transform="principal", most_code_error=UNCHECKED)
         candidates = (
             tiers.candidate("simulated", tiers.Plan(((0.4, tiers.Rate(2, 3)),)), config),
-            Candidate("real", lambda: NexusQuantCache(settings, config=config)),
+            Candidate("real", lambda: NexusQuantCache(settings, config=config, policy=Blind())),
         )
         simulated, real = (fill_and_compress(tiny(), each, plain.prefilled).cache for each in candidates)
         for ours, theirs in zip(real.layers, simulated.layers, strict=True):

@@ -6,10 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import DynamicCache, MistralConfig
-from unit.evaluation_tiny import PROSE, Curious, Forgetful, KeepAll, build_model, tiny
+from unit.evaluation_tiny import PROSE, Forgetful, KeepAll, build_model, tiny
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
-from nexusquant_cache.codec import impl
 from nexusquant_cache.evaluation import Candidate, EvaluationError, load_model, python_topics, read_text
 from nexusquant_cache.evaluation import models as models_module
 from nexusquant_cache.evaluation.caches import (
@@ -40,7 +39,6 @@ SPEED = {
     "rows": [
         {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "encode_tokens_per_s": None},
         {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "encode_tokens_per_s": 12345.6},
-        {"cache": "max", "on_codes": True, "milliseconds": 90.0, "relative": 1.12, "encode_tokens_per_s": None},
     ]
 }
 
@@ -172,12 +170,11 @@ class TestCaches:
         with pytest.raises(CacheStateError, match="new cache each time"):
             fill(lambda: plain.cache, plain)
 
-    def test_queries_are_handed_to_caches_that_want_them(self, plain):
-        cache = fill(Curious, plain, show_queries=True)
-        assert [(index, tokens) for index, tokens, _ in cache.observed] == [(0, 800), (1, 800)]
-        for (_, _, queries), expected in zip(cache.observed, plain.queries, strict=True):
-            assert torch.equal(queries, expected)
-            assert queries.data_ptr() != expected.data_ptr()
+    def test_caches_see_the_queries_of_the_prompt(self, loaded, plain):
+        cache = fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)
+        for layer, expected in zip(cache.layers, plain.queries, strict=True):
+            assert torch.equal(layer.state.observed.queries, expected)
+            assert layer.state.may_evict
 
     def test_a_candidate_is_prepared_before_it_is_compressed(self, loaded, window, plain):
         seen = []
@@ -308,22 +305,6 @@ class TestTiming:
         assert calls[-1] == (6, 6)
         assert plain.cache.get_seq_length() == 800
 
-    def test_attention_reads_the_codes_of_the_caches_named(self, loaded, plain, monkeypatch):
-        """The plain cache and the other one are decoded; afterwards the model is as before."""
-        seen = []
-
-        def spy(*given, **options):
-            seen.append(given)
-            return attend(*given, **options)
-
-        attend = impl.attend
-        monkeypatch.setattr(impl, "attend", spy)
-        factories = {key: lambda: NexusQuantCache("max", config=loaded.model.config) for key in ("decoded", "read")}
-        time_steps(loaded.model, plain, factories, rounds=1, steps=2, on_codes={"read"})
-        # The first step tells the cache that its codes can be read.
-        assert len(seen) == 2 * loaded.model.config.num_hidden_layers
-        assert not loaded.model.config._attn_implementation.startswith("nexusquant")
-
     def test_throughput_is_positive(self, loaded, plain):
         assert encode_throughput(plain, lambda: NexusQuantCache("quant", config=loaded.model.config), rounds=1) > 0
 
@@ -415,7 +396,7 @@ class TestTables:
         document.write_text("before\n<!-- table:speed -->\nold\n<!-- /table -->\nafter\n")
         assert tables.stale([document], tmp_path) == [document]
         written = tables.render(document.read_text(), tmp_path)
-        assert "| `max` | 100 | 1.25x | 90 | 1.12x | 12,346 |\n" in written
+        assert "| `max` | 100 | 1.25x | 12,346 |\n" in written
         assert written.startswith("before\n<!-- table:speed -->\n\n| cache |")
         assert written.endswith("|\n\n<!-- /table -->\nafter\n")
         document.write_text(written)

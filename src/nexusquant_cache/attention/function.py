@@ -31,7 +31,17 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
 
 _UNDERSTOOD = frozenset(  # options
-    {"dropout", "is_causal", "output_attentions", "output_router_logits", "position_ids", "s_aux", "scaling", "softcap", "use_cache"}
+    {
+        "dropout",
+        "is_causal",
+        "output_attentions",
+        "output_router_logits",
+        "position_ids",
+        "s_aux",
+        "scaling",
+        "softcap",
+        "use_cache",
+    }
 )
 _AXES = 4  # batch, heads, queries, tokens
 

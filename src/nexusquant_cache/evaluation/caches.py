@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
@@ -37,14 +38,6 @@ class Compressible(Protocol):
         """Compress what is held."""
 
 
-@runtime_checkable
-class QueryObserver(Protocol):
-    """A cache that wants to know the last queries of a prompt."""
-
-    def observe_queries(self, queries: Tensor, layer_idx: int) -> object:
-        """Take the queries of a layer, ``[batch, query_heads, window, head_dim]``, after its `update`."""
-
-
 @dataclass(frozen=True)
 class Candidate:
     """A cache to measure.
@@ -56,15 +49,12 @@ class Candidate:
             model and the tokens; a recipe that no `Cache.update` can follow changes the cache in place here.
         settings: What decides its results, as plain containers for JSON.  A result file keeps the rows of a
             candidate as long as they stay the same.
-        shows_queries: Whether a cache that has `observe_queries` is shown the prompt's last queries, as after
-            `nexusquant_cache.attention.enable`; without, it is measured as ``generate`` alone would use it.
     """
 
     name: str
     factory: CacheFactory
     prepare: Prepare | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
-    shows_queries: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,11 +144,11 @@ def prefill(
 
 
 @torch.no_grad()
-def fill(factory: CacheFactory, plain: Prefilled, *, show_queries: bool = False) -> Cache:
+def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
     """Return a new cache that has seen what ``plain`` has, as if it had been there during the prefill.
 
-    Keys, values and, with ``show_queries`` for a cache that has `observe_queries`, queries are copied, so nothing done
-    to the new cache reaches ``plain``.
+    Keys and values are copied, so nothing done to the new cache reaches ``plain``.  What `update` returns is attended
+    to with the last queries, as the model would: a cache of ours sees them so.
 
     Raises:
         UnsupportedError: If ``plain`` holds anything but keys and values of all its tokens.
@@ -172,16 +162,35 @@ def fill(factory: CacheFactory, plain: Prefilled, *, show_queries: bool = False)
         msg = f"the factory must return a new cache each time, got one that has seen {cache.get_seq_length()} tokens"
         raise CacheStateError(msg)
     for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
-        cache.update(keys.clone(), values.clone(), index)
-        if show_queries and isinstance(cache, QueryObserver):
-            cache.observe_queries(plain.queries[index].clone(), index)
+        update(cache, keys.clone(), values.clone(), index, plain.queries[index])
     return cache
+
+
+@torch.no_grad()
+def update(
+    cache: Cache,
+    keys: Float[Tensor, "b h n d"],
+    values: Float[Tensor, "b h n dv"],
+    layer_idx: int,
+    queries: Float[Tensor, "b q w d"] | None = None,
+) -> None:
+    """Update a cache without a model, and attend to what it returns, as a model would: a cache of ours sees that.
+
+    Args:
+        cache: The cache.
+        keys: New keys.
+        values: New values.
+        layer_idx: The layer.
+        queries: Those of the last tokens; the last keys by default.
+    """
+    states = cache.update(keys, values, layer_idx)
+    F.scaled_dot_product_attention(keys[:, :, -QUERY_WINDOW:] if queries is None else queries, *states, enable_gqa=True)
 
 
 @torch.no_grad()
 def fill_and_compress(loaded: LoadedModel, candidate: Candidate, plain: Prefilled) -> Compressed:
     """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed."""
-    cache = fill(candidate.factory, plain, show_queries=candidate.shows_queries)
+    cache = fill(candidate.factory, plain)
     start = now()
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, plain.ids)

@@ -21,8 +21,6 @@ def nexusquant_candidate(
     settings: str | CacheConfig,
     config: PretrainedConfig,
     policy: EvictionPolicy | None = None,
-    *,
-    shows_queries: bool = False,
 ) -> Candidate:
     """Return a `NexusQuantCache` as a candidate.
 
@@ -31,7 +29,6 @@ def nexusquant_candidate(
         settings: A preset's name, or settings.
         config: The model's config.
         policy: Which tokens to keep; the cache's default if None.
-        shows_queries: Whether the policy sees queries, as after `nexusquant_cache.attention.enable`.
 
     Raises:
         OptionError: If there is no such preset.
@@ -40,8 +37,7 @@ def nexusquant_candidate(
     return Candidate(
         name,
         lambda: NexusQuantCache(resolved, config=config, policy=policy),
-        settings={**describe(resolved, policy), "shows_queries": shows_queries},
-        shows_queries=shows_queries,
+        settings=describe(resolved, policy),
     )
 
 

@@ -1,13 +1,12 @@
 """Time per generated token against the plain cache, and the speed of compression, in one run."""
 
 import statistics
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-from nexusquant_cache import attention
 from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
 from nexusquant_cache.evaluation.clock import now
 from nexusquant_cache.releases import CACHE
@@ -37,7 +36,6 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     *,
     rounds: int = 3,
     steps: int = 16,
-    on_codes: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, StepTime]:
     """Time generation steps of several caches in turn, the plain one always among them.
@@ -52,7 +50,6 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
         factories: The caches to time, by name.
         rounds: Rounds.
         steps: Steps per round.
-        on_codes: Names of caches for which attention reads the codes (`attention.enable`).
         progress: Called after every step of all caches with the steps done and the total.
 
     Returns:
@@ -66,14 +63,12 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     spent: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds * steps + 1):
         for name in caches if turn % 2 == 0 else reversed(caches):
-            (attention.enable if name in on_codes else attention.disable)(model)
             start = now()
             logits = model(input_ids=tokens[name], **{CACHE: caches[name]}, use_cache=True).logits
             tokens[name] = logits[:, -1].argmax(-1, keepdim=True)
             spent[name].append(1000 * (now() - start))
         if progress is not None:
             progress(turn, rounds * steps)
-    attention.disable(model)
     times = {name: _round_means(taken[1:], steps) for name, taken in spent.items()}
     return {
         name: StepTime(

@@ -18,7 +18,9 @@ def is_due_early(state: LayerState, shared: Shared) -> bool:
     if candidates(state, shared) < shared.settings.min_tokens:
         return False
     # The first compression fits the transforms of a row, which it cannot do to padding.
-    return state.body is not None or state.pads is None or bool((~state.pads).sum(1).amin() > shared.settings.sink_tokens)
+    if state.body is not None or state.pads is None:
+        return True
+    return int((~state.pads).sum(1).amin()) > shared.settings.sink_tokens
 
 
 def candidates(state: LayerState, shared: Shared) -> int:

@@ -414,7 +414,7 @@ class LayerState:
         self.seen += fresh
 
     def snapshot(self) -> dict[str, Any]:
-        """Return all that the layer holds and counts, by reference, so that `restore` can undo what is done meanwhile."""
+        """Return all that the layer holds and counts, by reference, for `restore` to undo what is done meanwhile."""
         saved = vars(self) | self.snapshot_of_update()
         if self.body is not None:
             saved["body"] = self.body.shallow()
