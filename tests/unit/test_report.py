@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from feeding import feed
+from feeding import GROUP, feed
 from integration.tiny import SMALL, random_states, reachable_bytes, tiny_config
 from torch import Tensor
 from transformers import Gemma3TextConfig
@@ -52,7 +52,7 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     """100 float32 tokens of 2 heads x 16 channels: 2 sinks, 8 recent, 90 between them of which half are kept."""
     cache = NexusQuantCache("quant", keep_ratio=0.5, key_bits=3, value_bits=2, transform="hadamard", **SMALL)
     feed(cache, *random_states((1, 2, 100, 16), 0), 0)
-    plain, queries = cache.memory_report().layers[0], 64 * 2 * 16 * 4  # the last of them, until the compression
+    plain, queries = cache.memory_report().layers[0], 64 * GROUP * 2 * 16 * 4  # the last of them wait too
     assert (plain.exact_bytes, plain.code_bytes, plain.other_bytes) == (100 * 2 * 32 * 4 + queries, 0, 0)
     assert cache.memory_report().compression_factor == 12800 / (25600 + queries)  # float32 against 16 bit
 
@@ -98,11 +98,63 @@ def test_the_peak_is_the_exact_prompt() -> None:
     cache = NexusQuantCache("max", **SMALL)
     for length in (300, 1):
         feed(cache, *random_states((1, 2, length, 16), 0, torch.bfloat16), 0)
-    queries = 64 * 2 * 16 * 2
+    queries = 64 * GROUP * 2 * 16 * 2
     assert cache.memory_report().peak_bytes == 300 * 2 * 32 * 2 + queries
     assert cache.memory_report().held_bytes < 300 * 2 * 32 * 2 / 4
     cache.reset()
     assert cache.memory_report().peak_bytes == 0
+
+
+def test_what_the_prompt_waits_for() -> None:
+    cache = NexusQuantCache("balanced", **SMALL)
+    said = []
+    for tokens in (None, 20, 60, 1, 30, 1, 1):
+        if tokens is not None:
+            feed(cache, *random_states((1, 2, tokens, 16), 1), 0)
+        said.append(cache.memory_report().state)
+    short = "is too short, with 10 tokens between sinks and residual (min_tokens is 16)"
+    waits = "waits for the {} generation step"
+    assert said == [
+        "empty",
+        f"not compressed yet: {short}",
+        f"not compressed yet: {waits.format('first')}",
+        "compressed",
+        f"compressed; a later turn {waits.format('next')}",
+        "compressed",
+        "compressed",
+    ]
+    cache.reset()
+    cache.layers[0].activate_past_recording()
+    feed(cache, *random_states((1, 2, 60, 16), 1), 0)
+    assert cache.memory_report().state == "not compressed yet: waits for the next crop"
+    cache.crop(-1)
+    assert cache.memory_report().state == "compressed"
+
+
+def test_a_short_prompt_is_never_compressed_and_the_report_says_so_all_the_time() -> None:
+    cache = NexusQuantCache("balanced", **SMALL)
+    for tokens in (12, 1, 1, 1):
+        feed(cache, *random_states((1, 2, tokens, 16), 1), 0)
+    layer = cache.memory_report().layers[0]
+    assert layer.waits_for == "is too short, with 5 tokens between sinks and residual (min_tokens is 16)"
+    assert not layer.is_compressed
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "said"),
+    [
+        (torch.float32, torch.float32, "float32"),
+        (torch.bfloat16, torch.bfloat16, "bfloat16"),
+        (torch.float16, torch.float32, "float16/float32"),
+    ],
+)
+def test_the_dtype_of_exact_tokens(keys: torch.dtype, values: torch.dtype, said: str) -> None:
+    cache = NexusQuantCache("quant", **SMALL)
+    given = random_states((1, 2, 60, 16), 1)
+    cache.update(given[0].to(keys), given[1].to(values), 0)
+    cache.compress()
+    assert cache.memory_report().layers[0].exact_dtype == said
+    assert str(cache.memory_report()).splitlines()[-1] == f"compressed; exact tokens in {said}"
 
 
 def test_an_empty_cache() -> None:

@@ -289,7 +289,7 @@ def _waits_for(state: LayerState, shared: Shared) -> str:
         return ""
     if count < settings.min_tokens:
         return f"is too short, with {count} tokens between sinks and residual (min_tokens is {settings.min_tokens})"
-    if state.turn.is_recording:
+    if state.turn.record_past:
         return "waits for the next crop"
     return f"waits for the {'next' if state.body is not None else 'first'} generation step"
 
