@@ -191,6 +191,8 @@ def _followed(
     """Return the states in the form that a function gives them; None if it does something else."""
     if name == "contiguous" or (name in _CASTS and isinstance(states, ExactStates)):
         form: Form | None = states.form
+    elif name == "to" and _is_there(states, args, kwargs):
+        return states
     elif name in _CASTS:
         dtype = _CASTS[name](args, kwargs)
         return None if dtype is None else HeldStates.of(states.source, states.side, states.form, dtype)
@@ -199,6 +201,15 @@ def _followed(
     else:
         form = states.form.after(name, states.source.shapes[states.side], args, kwargs)
     return None if form is None else states.formed(form, func, args, kwargs)
+
+
+def _is_there(states: States, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Tell whether `Tensor.to` is asked for nothing but the device that the states are on."""
+    given = (*args, *kwargs.values())
+    if len(given) != 1 or not isinstance(given[0], torch.device | str):
+        return False
+    device, own = torch.device(given[0]), states.device
+    return device.type == own.type and device.index in {None, own.index}
 
 
 def _dtype_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
