@@ -5,7 +5,6 @@ from typing import Any
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
 
-
 GROUP = 2
 """Query heads for each KV head, as in the tiny models."""
 

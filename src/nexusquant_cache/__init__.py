@@ -8,9 +8,9 @@
 
 from nexusquant_cache import attention as attention
 from nexusquant_cache.cache.cache import NexusQuantCache
-from nexusquant_cache.dropin import compressed_generation
 from nexusquant_cache.cache.report import LayerReport, MemoryReport
 from nexusquant_cache.codec.registry import register_codec
+from nexusquant_cache.dropin import compressed_generation
 from nexusquant_cache.errors import (
     CacheStateError,
     DtypeError,

@@ -4,7 +4,6 @@ The law: logits equal those of the plain cache under the mask, restricted to the
 """
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,7 +26,9 @@ def model(request: pytest.FixtureRequest) -> LlamaForCausalLM:
 
 def with_pad_embedding(model: LlamaForCausalLM) -> LlamaForCausalLM:
     """Give pads an embedding: nn.Embedding starts them at zero, which would hide mistakes."""
-    model.model.embed_tokens.weight[:3] = torch.randn(3, TINY["hidden_size"], generator=torch.Generator().manual_seed(5))
+    model.model.embed_tokens.weight[:3] = torch.randn(
+        3, TINY["hidden_size"], generator=torch.Generator().manual_seed(5)
+    )
     return model
 
 
@@ -48,8 +49,10 @@ class Both:
         self.ours = WatchedCache("balanced", config=model.config, **(SMALL | options))
         self.columns = torch.ones(batch, 0, dtype=torch.bool)  # which tokens the text may see, of those so far
 
-    def read(self, ids: Tensor, real: Tensor, *, dense: Tensor | None = None, positions: bool = True) -> tuple[Any, Any]:
-        """Let both read tokens of which these are real; return the logits of real ones, of ours and of the plain cache.
+    def read(
+        self, ids: Tensor, real: Tensor, *, dense: Tensor | None = None, positions: bool = True
+    ) -> tuple[Any, Any]:
+        """Let both read tokens of which these are real; return the logits of those, of ours and of the plain cache.
 
         Args:
             ids: The tokens.
@@ -91,7 +94,7 @@ def kept_now(cache: LosslessCache, layer_idx: int) -> Tensor:
 
 
 def rows_of_padding(draw: Any, batch: int, tokens: int) -> Tensor:
-    """Draw which tokens are real: padding on the left, on the right, anywhere, or none; never a row of padding alone."""
+    """Draw which tokens are real: padding on the left, the right, anywhere, or none; never a row of padding alone."""
     real = torch.ones(batch, tokens, dtype=torch.bool)
     for row in range(batch):
         kind = draw(st.sampled_from(["none", "left", "right", "inner", "any"]))

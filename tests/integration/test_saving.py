@@ -208,17 +208,19 @@ def test_padding(sdpa, where, tmp_path):
 def test_what_was_said_once_is_not_said_again(sdpa, tmp_path):
     cache = balanced(sdpa)
     states = random_states((1, 2, 60, 16), 0)
-    with pytest.warns(UserWarning, match="the attention of layer 0 was not seen"):
+
+    def unseen(cache):
         for tokens in (slice(None), slice(1)):
             for layer in range(2):
                 cache.update(*(x[:, :, tokens] for x in states), layer)
+
+    with pytest.warns(UserWarning, match="the attention of layer 0 was not seen"):
+        unseen(cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for each in (cache, loaded):
-            for tokens in (slice(None), slice(1)):
-                for layer in range(2):
-                    each.update(*(x[:, :, tokens] for x in states), layer)
+            unseen(each)
     assert fingerprint(loaded) == fingerprint(cache)
 
 

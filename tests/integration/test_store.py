@@ -26,6 +26,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from feeding import feed
 from integration import store_worker
 from integration.store_worker import LENGTHS, build, same, token_ids
 from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, logits, prompt, random_states, tiny_config
@@ -142,7 +143,7 @@ class TestPrefixes:
         }
         entries = {}
         for name, cache in caches.items():
-            cache.update(*random_states((1, 2, 40, 16), 0), 0)
+            feed(cache, *random_states((1, 2, 40, 16), 0), 0)
             entries[name] = kept.put(cache, token_ids(40))
         ids = token_ids(41)
         assert kept.longest_prefix(ids).entry == entries["quant"]  # the one used last
@@ -339,7 +340,7 @@ class TestDamage:
         (mine,) = fill(kept, 40)
         tuned = PrefixStore(kept.folder, namespace="tuned")  # other weights, other keys
         cache = NexusQuantCache("balanced", **SMALL)
-        cache.update(*random_states((1, 2, 40, 16), 1), 0)
+        feed(cache, *random_states((1, 2, 40, 16), 1), 0)
         theirs = tuned.put(cache, token_ids(40))
         shutil.copy(kept.folder / theirs.file, kept.folder / mine.file)
         assert kept.verify() == {mine.file: "it is not the file that was stored"}
@@ -521,11 +522,11 @@ class TestErrors:
 
     def test_several_rows(self, kept):
         cache = NexusQuantCache("balanced", **SMALL)
-        cache.update(*random_states((2, 2, 40, 16), 0), 0)
+        feed(cache, *random_states((2, 2, 40, 16), 0), 0)
         with pytest.raises(OptionError, match="must have one row, this one has 2"):
             kept.put(cache, token_ids(40))
         sliding = NexusQuantCache(config=MistralConfig(**TINY | {"sliding_window": 12}))
-        sliding.update(*random_states((2, 2, 40, 16), 0), 0)
+        feed(sliding, *random_states((2, 2, 40, 16), 0), 0)
         with pytest.raises(OptionError, match="must have one row, this one has 2"):
             kept.put(sliding, token_ids(40))
 

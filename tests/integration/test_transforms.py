@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from feeding import feed
 from integration.tiny import ROUNDING, SMALL, fingerprint, generate, kept_positions, logits, prompt, tiny_llama
 from torch import Tensor
 from transformers import LlamaForCausalLM
@@ -35,7 +36,7 @@ def states(tokens: int, batch: int = 1, seed: int = 0, head_dim: int = HEAD_DIM)
 
 def filled(cache: NexusQuantCache, keys: Tensor, values: Tensor, layers: int = 1) -> NexusQuantCache:
     for layer_idx in range(layers):
-        cache.update(keys, values, layer_idx)
+        feed(cache, keys, values, layer_idx)
     cache.compress()
     return cache
 
@@ -165,7 +166,7 @@ class TestHandedOn:
         first = filled(principal(), *states(100, batch=2))
         cache = principal(transforms=first.transforms)
         with pytest.raises(OptionError):
-            cache.update(*states(100, batch=3), 0)
+            feed(cache, *states(100, batch=3), 0)
         assert cache.get_seq_length() == 0
         filled(cache, *states(100, batch=2))
         assert fingerprint(cache) == fingerprint(first)
@@ -184,7 +185,7 @@ class TestBits:
         keys, values = states(200)
         for layer_idx, size in enumerate((1.0, 4.0, 0.0)):
             for each in (cache, free):
-                each.update(size * keys, values + 3 * (size == 0), layer_idx)
+                feed(each, size * keys, values + 3 * (size == 0), layer_idx)
         for each in (cache, free):
             each.compress()
         errors = [[row.code_error for row in each.memory_report().layers] for each in (cache, free)]
@@ -205,7 +206,7 @@ class TestBits:
         assert width > NexusQuantCache("quant", key_bits=1).make_codec("keys", HEAD_DIM, 0).bytes_per_vector
         keys, values = states(20, seed=1)
         for step in range(20):
-            cache.update(keys[:, :, step : step + 1], values[:, :, step : step + 1], 0)
+            feed(cache, keys[:, :, step : step + 1], values[:, :, step : step + 1], 0)
         assert cache.layers[0].state.body.keys.words.view().shape[-1] == width
         assert cache.layers[0].state.body.positions.tokens > 200 - 10
 
@@ -227,8 +228,8 @@ class TestBits:
     def test_a_warning_where_four_do_not_suffice(self) -> None:
         keys, values = states(200)
         cache = NexusQuantCache("balanced", **(SMALL | {"most_code_error": 1e-3}))
-        cache.update(keys, values, 0)
-        cache.update(loud(keys), values, 1)
+        feed(cache, keys, values, 0)
+        feed(cache, loud(keys), values, 1)
         with pytest.warns(
             UserWarning, match=r"layer \d by \d+ % .* most bits its codec has; 0 % are allowed"
         ) as caught:
@@ -263,7 +264,7 @@ class TestBits:
 class TestReport:
     def test_says_how_far_outputs_moved(self) -> None:
         cache = NexusQuantCache("quant", **FREE)
-        cache.update(*states(200), 0)
+        feed(cache, *states(200), 0)
         assert cache.memory_report().layers[0].code_error is None
         cache.compress()
         (row,) = cache.memory_report().layers

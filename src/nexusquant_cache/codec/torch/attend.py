@@ -51,14 +51,16 @@ def logits_of(
     heads, count = held.tail[0].shape[1], queries.shape[2]
     with torch.autocast(queries.device.type, enabled=False):
         q = (queries.float() * scaling).unflatten(1, (heads, -1)).flatten(2, 3)
-        return _logits(q, held).unflatten(2, (-1, count))
+        logits: Tensor = _logits(q, held).unflatten(2, (-1, count))
+    return logits
 
 
 def values_of(weights: Float[Tensor, "b heads group m n"], held: HeldTokens) -> Float[Tensor, "b q m dv"]:
     """Return the weighted sums of all values in float32, by query head; tokens as they are stored."""
     with torch.autocast(weights.device.type, enabled=False):
         out = _values(weights.float().flatten(2, 3), held)
-    return out.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+    by_head: Tensor = out.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+    return by_head
 
 
 def _softmax(
