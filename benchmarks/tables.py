@@ -307,6 +307,73 @@ def _families(content: dict[str, Any], cache: str, verdict: str) -> str:
     return ", ".join(dict.fromkeys(f"`{row['family']}`" for row in rows)) or "none"
 
 
+SERVED = {
+    "codes": "answered from the codes",
+    "whole": "coded, and all tokens kept: attention cannot be seen in some layer",
+    "nothing to compress": "nothing to compress: all layers are transformers' own",
+    "differs": "**logits differ**",
+    "raises": "**raises**",
+    "no cache": "the model takes no cache",
+    "plain raises": "not tried: the model fails with the plain cache",
+    "not built": "not tried: not built small from its config alone, or without such attention",
+}
+EVICTING = {
+    "agrees": "agrees with the plain cache under a mask that hides what was evicted",
+    "runs": "runs; no such mask could be laid over the model",
+    "evicts nothing": "evicts nothing",
+    "refuses": "refused when the cache is made",
+    "differs": "**logits differ**",
+    "raises": "**raises**",
+}
+
+
+def sweep_table(content: dict[str, Any]) -> str:
+    """Return how many model types are served in which way."""
+    return _counted("keeping all, codes without loss", SERVED, "verdict", content)
+
+
+def sweep_evicting_table(content: dict[str, Any]) -> str:
+    """Return the same of eviction, for the model types that could be tried."""
+    return _counted("evicting", EVICTING, "evicting", content)
+
+
+def _counted(title: str, words: dict[str, str], key: str, content: dict[str, Any]) -> str:
+    attentions = list(dict.fromkeys(row["attention"] for row in content["rows"]))
+    found = [
+        (row["attention"], row[key].partition(" by ")[0].partition(":")[0]) for row in content["rows"] if key in row
+    ]
+    lines = ((text, *(str(found.count((name, word))) for name in attentions)) for word, text in words.items())
+    return markdown((title, *(f"`{name}`" for name in attentions)), lines)
+
+
+def sweep_types_table(content: dict[str, Any]) -> str:
+    """Return the model types that are not simply answered from the codes, each with its reason."""
+    kinds: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in content["rows"]:
+        kinds.setdefault(row["type"], {})[row["attention"]] = row
+    attentions = list(dict.fromkeys(row["attention"] for row in content["rows"]))
+    lines = (
+        (f"`{name}`", *(_verdict(rows[attention]) for attention in attentions))
+        for name, rows in kinds.items()
+        if any(_is_notable(row) for row in rows.values())
+    )
+    return markdown(("model type", *(f"`{name}`" for name in attentions)), lines)
+
+
+def _is_notable(row: dict[str, Any]) -> bool:
+    is_served = row["verdict"] in {"codes", "nothing to compress", "not built", "plain raises", "no cache"}
+    return not is_served or row.get("evicting", "").startswith(("refuses", "differs", "raises"))
+
+
+def _verdict(row: dict[str, Any]) -> str:
+    parts = [
+        row["verdict"],
+        row.get("why", "") if row["verdict"] in {"differs", "raises"} else "",
+        row.get("evicting", ""),
+    ]
+    return "; ".join(part.partition(": Unsupp")[0].replace("|", "/") for part in parts if part)
+
+
 def hard_cases_table(content: dict[str, Any]) -> str:
     """Return how every cache stands what is hard for it; biased keys in the plain cache show what rounding does."""
     head = ("case", "cache", "factor", "dPPL, %", "KL, nats", "top-1, %", *_CODE_COLUMNS)
@@ -554,6 +621,9 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
     "ablations": (ablations_table, "ablations"),
+    "sweep": (sweep_table, "sweep"),
+    "sweep_evicting": (sweep_evicting_table, "sweep"),
+    "sweep_types": (sweep_types_table, "sweep"),
     "hard_cases": (hard_cases_table, "hard_cases"),
     "short_prompts": (short_prompts_table, "hard_cases"),
     "tiers": (tiers_table, "tiers"),
