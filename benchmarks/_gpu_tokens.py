@@ -121,6 +121,7 @@ def random_held(shape: Shape, keys: Keys, preset: str, dtype: torch.dtype, devic
 
     return HeldTokens(
         tail=exact(TAIL),
+        seen=where.end + TAIL,
         sinks=exact(SINKS),
         keys=random_side(preset, "keys", shape, packed, device),
         values=random_side(preset, "values", shape, packed, device),

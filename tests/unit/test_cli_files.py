@@ -36,12 +36,15 @@ class TestInspect:
         outcome = run("inspect", path)
         assert outcome.exit_code == 0, outcome.output
         shown = ["key words", "exact", "header", "preset", inspect_file(path).sha256, "compressed"]
-        shown += {"mixed": ["DynamicSlidingWindowLayer", "qwen2"], "padded": ["llama", "e8, hadamard"]}.get(
-            name, ["71 seen", "e8, principal", "1.75 / 2.25 bits", "41.1 % kept"]
-        )
+        shown += {
+            "mixed": ["DynamicSlidingWindowLayer", "qwen2"],
+            "padded": ["llama", "e8, hadamard"],
+            "short": ["llama", "positions"],
+            "waiting": ["llama"],
+        }.get(name, ["71 seen", "e8, principal", "1.75 / 2.25 bits", "41.1 % kept"])
         for text in shown:
-            if name == "mixed" and text == "key words":
-                continue  # its prompt waits
+            if name in {"mixed", "waiting"} and text == "key words":
+                continue  # their prompts wait
             assert text in outcome.stdout
         assert max(map(len, outcome.stdout.splitlines())) <= 100
 

@@ -62,6 +62,8 @@ class Logits(torch.Tensor):
 @uncompiled
 def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     name = getattr(func, "__name__", "")
+    if name == "matmul":  # these are weights already, of a softmax that was not seen
+        return func(*(x.as_subclass(Tensor) if isinstance(x, Logits) else x for x in args), **kwargs)
     among = args[0] if args and isinstance(args[0], list | tuple) else args  # as `torch.cat` takes them
     given = next((x for x in among if isinstance(x, Logits)), None)
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
