@@ -38,7 +38,7 @@ CASES = [(name, mode, attention) for name, attention in BUILDS for mode in MODES
 ALSO_SDPA = {"llama", "gemma3", "qwen3_next"}
 # Latent attention makes other keys of what is cached, so nobody sees it and nothing is evicted.
 UNSEEN = {"deepseek_v2", "deepseek_v3"}
-# Of Gemma 4 the slow model evicts other tokens in eager attention: which of the layers that share keys shows its queries?
+# Of Gemma 4 the slow model evicts other tokens in eager attention: whose queries count where layers share keys?
 UNLIKE = {"gemma4"}
 EVICTED = [
     case for case in CASES if case[0] not in ALIBI | UNSEEN | UNLIKE and (case[2] == "eager" or case[0] in ALSO_SDPA)
