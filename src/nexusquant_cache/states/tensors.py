@@ -278,7 +278,7 @@ def _product(x: Any, states: States) -> Tensor | None:  # noqa: ANN401 - any ten
     """Show and answer the products around a softmax; None if this is none that is understood."""
     form, source = states.form, states.source
     heads = source.held.tail[0].shape[1] * form.repeats
-    if type(x) is not Tensor or x.ndim != _AXES or form.is_split or x.shape[1] != heads:
+    if type(x) is not Tensor or x.ndim != _AXES or form.is_split or heads not in {1, x.shape[1]}:
         return None
     if states.side == "keys":
         return _logits(x, states) if form.is_transposed else None
