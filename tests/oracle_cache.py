@@ -111,12 +111,18 @@ class MarkedKeys(Tensor):
         name = func.__name__
         if name == "scaled_dot_product_attention":
             return marked.update.attention(func, plain_args[:3], *plain_args[3:], **plain_kwargs)
-        if name == "softmax":
+        if name == "softmax" and marked.update.queries is not None:
             marked.update.note_logits(plain_args[0])
         if name in {"softmax", "max", "amax", "logsumexp"}:
             return func(without_marks(plain_args[0]), *plain_args[1:], **plain_kwargs)
-        if name in {"matmul", "__matmul__"} and not isinstance(args[0], cls):
+        if (
+            name in {"matmul", "__matmul__"}
+            and not isinstance(args[0], cls)
+            and marked.update.returned(plain_args[1].mT)
+        ):
             marked.update.queries = plain_args[0]
+        if name in {"mul", "__mul__", "div", "__truediv__"}:
+            marked.update.note_factor(args[1] if "mul" in name else 1 / args[1])
         result = func(*plain_args, **plain_kwargs)
         floating = lambda x: cls.of(x, marked.update) if x.is_floating_point() else x  # noqa: E731 - short, used once
         return tree_map_only(Tensor, floating, result)
@@ -131,7 +137,18 @@ class Update:
 
     def __init__(self, layer: "OracleLayer", fresh: int) -> None:
         self.layer, self.fresh, self.is_seen = layer, fresh, False
-        self.queries: Tensor | None = None
+        self.queries: Tensor | None = None  # of attention that is computed in steps
+        self.scale: float | None = None
+
+    def returned(self, keys: Tensor) -> bool:
+        """Tell whether these may be the keys that the update has returned, and not what a model has made of them."""
+        width = self.layer.rows[0].exact[0].shape[-1]
+        return keys.ndim >= 4 and keys.shape[-2:] == (self.layer.seen, width)
+
+    def note_factor(self, factor: float) -> None:
+        """Take note of the first number that logits are multiplied with."""
+        if self.queries is not None and self.scale is None:
+            self.scale = float(factor)
 
     def see(self, queries: Tensor | None, visible: Tensor | None, scale: float | None) -> None:
         """Let the layer see the attention to the new tokens, once.
@@ -157,7 +174,7 @@ class Update:
         """See what the softmax of a model gets, perhaps with logits of no token behind the others."""
         seen = self.layer.seen
         newest = logits[..., seen - self.fresh : seen]
-        self.see(self.queries, newest > torch.finfo(newest.dtype).min / 2, None)
+        self.see(self.queries, newest > torch.finfo(newest.dtype).min / 2, self.scale or 1.0)
 
     def attention(
         self, func: Any, states: tuple[Tensor, ...], mask: Tensor | None = None, dropout: float = 0.0, **how: Any
@@ -165,6 +182,8 @@ class Update:
         """Stand for `scaled_dot_product_attention`: it is left to torch as long as nothing has been evicted."""
         assert dropout == how.pop("dropout_p", 0.0) == 0.0
         (q, k, v), mask, scale = states, how.pop("attn_mask", mask), how.get("scale")
+        if not self.returned(k):
+            return func(q, k, v, mask, 0.0, **how)
         visible = mask if mask is None or mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         self.see(q, None if visible is None else visible[..., -self.fresh :], scale)
         if not bool(k.isnan().any()):

@@ -1,14 +1,14 @@
 """The ways to generate: each takes a model and a way to make caches, and returns the tokens that came out.
 
-A mode is a function of `(model, make_cache)`.  It makes one cache, ``make_cache()`` or, for a padded batch,
-``make_cache(attention_mask)``, so that the same mode runs with any kind of cache.
+A mode is a function of `(model, make_cache)`.  It makes one cache, ``make_cache()``, so that the same mode runs with
+any kind of cache.
 """
 
 import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import transformers
@@ -22,12 +22,7 @@ PROMPT = 48
 NEW = 6  # enough for tokens to leave the exact tail a second time
 
 
-class MakeCache(Protocol):
-    """Makes the cache under test; the mask is that of a padded prompt."""
-
-    def __call__(self, attention_mask: Tensor | None = None) -> Any: ...
-
-
+MakeCache = Callable[[], Any]
 Mode = Callable[[PreTrainedModel, MakeCache], Tensor]
 
 
@@ -144,8 +139,7 @@ def padded(**options: Any) -> Mode:
     """Return the mode that answers prompts of different lengths at once."""
 
     def mode(model: PreTrainedModel, make_cache: MakeCache) -> Tensor:
-        given = pad_left(model, (0, 1, 11))
-        return ask(model, given, make_cache(given["attention_mask"]), **options)
+        return ask(model, pad_left(model, (0, 1, 11)), make_cache(), **options)
 
     return mode
 

@@ -5,15 +5,17 @@ The quick suite draws some of these cases, `nox -s grid` runs all.
 """
 
 import json
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from integration.families import FAMILIES, build, inputs
-from integration.modes import DRAFTED, MODES, MOVED, PROMPT, REFUSED_BY_TRANSFORMERS
+from integration.modes import DRAFTED, MODES, MOVED, NEW, PROMPT, REFUSED_BY_TRANSFORMERS
 from integration.tiny import SMALL, LosslessCache, LosslessCodec, lossless_cache
 from oracle_cache import OracleCache
 from torch import Tensor
@@ -21,6 +23,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from nexusquant_cache import EvictionPolicy, NexusQuantCache, UnsupportedError
 from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.policy import ScoreInputs
@@ -30,20 +33,19 @@ from nexusquant_cache.releases import CACHE
 ALIBI = {"falcon_alibi", "bloom"}
 # No layer of full attention alone, so nothing to compress.
 DELEGATED = {"mistral", "falcon_h1"}
+# What attends is made of what the cache holds, so that the cache cannot see the attention: all tokens are kept.
+LATENT = {"deepseek_v2", "deepseek_v3"}
+# `baddbmm`, over rows and heads as one axis: all tokens are kept, and decoded at each step.
+OWN_PRODUCTS = {"bloom"}
+# The cache must be told of these layers, which hold no tokens.
+NEEDS_CONFIG = {"qwen3_next", "lfm2", "falcon_h1"}
 EVICTING = SMALL | {"keep_ratio": 0.5}
 
 BUILDS = [(name, attention) for name, family in FAMILIES.items() for attention in family.attentions]
 CASES = [(name, mode, attention) for name, attention in BUILDS for mode in MODES]
 # With sdpa one family of each kind is enough: eager is the stricter one, it needs the mask at every step.
-ALSO_SDPA = {"llama", "gemma3", "qwen3_next"}
-# Latent attention makes other keys of what is cached, so nobody sees it and nothing is evicted.
-UNSEEN = {"deepseek_v2", "deepseek_v3"}
-# Of Gemma 4 the slow model evicts other tokens in eager attention: whose queries count where layers share keys?
-UNLIKE = {"gemma4"}
-EVICTED = [
-    case for case in CASES if case[0] not in ALIBI | UNSEEN | UNLIKE and (case[2] == "eager" or case[0] in ALSO_SDPA)
-]
-pytestmark = pytest.mark.filterwarnings("ignore:the attention of layer 0 was not seen")
+ALSO_SDPA = {"llama", "gemma3", "qwen3_next", "deepseek_v3"}
+EVICTED = [case for case in CASES if case[0] not in ALIBI and (case[2] == "eager" or case[0] in ALSO_SDPA)]
 
 
 @pytest.fixture(autouse=True)
@@ -84,15 +86,13 @@ class Maker:
     """Makes caches of one kind for one model, and keeps them to be looked at."""
 
     make: Callable[..., Any]
-    config: PreTrainedConfig
-    takes_mask: bool = True
+    config: PreTrainedConfig | None
 
     def __post_init__(self) -> None:
         self.made: list[Any] = []
 
-    def __call__(self, attention_mask: Tensor | None = None) -> Any:
-        known = {"attention_mask": attention_mask} if self.takes_mask else {}
-        self.made.append(self.make(config=self.config, **known))
+    def __call__(self) -> Any:
+        self.made.append(self.make(config=self.config))
         return self.made[-1]
 
     @property
@@ -103,12 +103,12 @@ class Maker:
 
 def same_tokens(name: str, mode: str, attention: str, expected: Callable[..., Any], given: Maker) -> None:
     """Assert that both caches give the same tokens, or the same error where transformers cannot do it at all."""
-    model, plain = build(name, attention), Maker(expected, given.config, takes_mask=expected is not DynamicCache)
+    model, plain = build(name, attention), Maker(expected, given.config)
     error = REFUSED_BY_TRANSFORMERS.get((name, mode))
     if error is None:
         assert torch.equal(MODES[mode](model, plain), MODES[mode](model, given))
         return
-    for each in (Maker(DynamicCache, given.config, takes_mask=False), given):
+    for each in (Maker(DynamicCache, given.config), given):
         with pytest.raises(error) as raised:
             MODES[mode](model, each)
         assert raised.type is error
@@ -125,14 +125,112 @@ def test_keeping_all_without_loss_is_the_plain_cache(name: str, mode: str, atten
 
 
 @pytest.mark.filterwarnings("ignore:the prompt was cut where tokens had been evicted")
+@pytest.mark.filterwarnings("ignore:the attention of layer . was not seen")
 @grid(EVICTED, turn=1)
 def test_codes_and_eviction_are_those_of_the_slow_model(name: str, mode: str, attention: str) -> None:
-    """The same tokens as a cache that keeps everything, and hides or replaces what ours evicts or encodes."""
+    """The same tokens as a cache that keeps everything, and hides or replaces what ours evicts or encodes.
+
+    Both go by the queries of the model's attention, which each sees in its own way.
+    """
     balanced = lambda kind: lambda **known: kind("balanced", **known, **EVICTING)  # noqa: E731 - reads best in one line
     ours = Maker(balanced(NexusQuantCache), build(name, attention).config)
     same_tokens(name, mode, attention, balanced(OracleCache), ours)
     if (name, mode) not in REFUSED_BY_TRANSFORMERS:
-        assert all(layer.state.body is not None and layer.state.kept < layer.state.seen for layer in ours.layers)
+        assert all(layer.state.body is not None for layer in ours.layers)
+        assert all((layer.state.kept < layer.state.seen) == (name not in LATENT) for layer in ours.layers)
+
+
+class Witness(EvictionPolicy):
+    """Writes down what it is shown of each layer, row by row: keys and queries."""
+
+    wants_queries = requires_queries = True  # in place of the properties
+
+    def __init__(self) -> None:
+        self.shown: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+    def __reduce__(self) -> Any:
+        return (Witness, ())
+
+    def score(self, inputs: ScoreInputs) -> Tensor:
+        self.shown.setdefault(inputs.layer_idx, []).extend(zip(inputs.keys, inputs.queries, strict=True))
+        return inputs.keys[..., 0]
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Write down what is decoded."""
+    names: list[str] = []
+
+    def noted(name: str, stock: Callable[[HeldTokens], Tensor]) -> Callable[[HeldTokens], Tensor]:
+        def decode(held: HeldTokens) -> Tensor:
+            if held.keys is not None:
+                names.append(name)
+            return stock(held)
+
+        return decode
+
+    for name in ("dense_keys", "dense_values", "decoded_keys", "decoded_values"):
+        monkeypatch.setattr(HeldTokens, name, noted(name, getattr(HeldTokens, name)))
+    return names
+
+
+ONE_LINE = [
+    (*case, told)
+    for case in BUILDS
+    for told in ("config", "no_config")
+    if case[0] not in LATENT | OWN_PRODUCTS and (told == "config" or case[0] not in NEEDS_CONFIG)
+]
+
+
+@every(ONE_LINE, "name", "attention", "told")
+def test_one_line_is_all(name: str, attention: str, told: str, decoded: list[str]) -> None:
+    """Nothing is enabled: the policy sees the queries of the prompt, and each step is answered from the codes."""
+    model, witness = build(name, attention), Witness()
+    evicting = EVICTING if name not in ALIBI else SMALL | {"keep_ratio": 1.0}
+    make = partial(NexusQuantCache, "balanced", policy=witness, **evicting)
+    ours = Maker(make, model.config if told == "config" else None)
+    assert MODES["greedy"](model, ours).shape == (2, PROMPT + NEW)
+    assert bool(ours.layers) == (name not in DELEGATED or told == "no_config")
+    for layer in ours.layers:
+        assert layer.state.is_shown
+        assert layer.state.body is not None
+        assert (layer.state.kept < layer.state.seen) == (name not in ALIBI)
+    assert not decoded
+    assert set(witness.shown) == (set() if name in ALIBI else {layer.state.layer_idx for layer in ours.layers})
+
+
+@every([case for case in BUILDS if case[0] not in LATENT | ALIBI | DELEGATED], "name", "attention")
+def test_the_queries_are_those_of_the_model(name: str, attention: str) -> None:
+    """Bit for bit what the slow model sees of the same prompt, in its own way; keys tell that these are its tokens."""
+    model, shown = build(name, attention), []
+    for kind in (NexusQuantCache, OracleCache):
+        witness = Witness()
+        MODES["greedy"](model, Maker(partial(kind, "balanced", policy=witness, **EVICTING), model.config))
+        shown.append(witness.shown)
+    ours, expected = shown
+    assert set(ours) == set(expected)
+    for layer_idx, rows in ours.items():
+        for (keys, queries), (right_keys, right_queries) in zip(rows, expected[layer_idx], strict=True):
+            assert queries.shape[1] == PROMPT
+            assert torch.equal(keys, right_keys)
+            assert torch.equal(queries, right_queries)
+
+
+@every([case for case in BUILDS if case[0] in LATENT | OWN_PRODUCTS], "name", "attention")
+def test_attention_that_cannot_be_seen(name: str, attention: str, decoded: list[str]) -> None:
+    """All tokens are kept and decoded at each step, and a warning says so where some would have been evicted."""
+    model, preset = build(name, attention), "quant" if name in ALIBI else "balanced"
+    ours = Maker(partial(NexusQuantCache, preset, **(SMALL if name in ALIBI else EVICTING)), model.config)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        MODES["greedy"](model, ours)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (name not in ALIBI)
+    assert all("attention of layer 0 was not seen, so all tokens are kept" in what for what in said)
+    for layer in ours.layers:
+        assert not layer.state.is_shown
+        assert layer.state.kept == layer.state.seen == PROMPT + NEW - 1
+    assert decoded
 
 
 class ByPosition(EvictionPolicy):
@@ -151,7 +249,7 @@ def positions_of(model: PreTrainedModel, first: int, count: int) -> dict[str, Te
     return {"position_ids": order}
 
 
-@every([case for case in BUILDS if case[0] not in ALIBI | UNSEEN], "name", "attention")
+@every([case for case in BUILDS if case[0] not in ALIBI | LATENT], "name", "attention")
 @torch.no_grad()
 def test_evicted_tokens_are_out_of_sight_and_nothing_else_moves(name: str, attention: str) -> None:
     """Logits are those of the plain cache with a mask that hides the evicted tokens, in steps and in turns.
@@ -232,8 +330,8 @@ class WatchedCache(LosslessCache):
 def test_a_mode_does_to_the_cache_what_its_name_says(mode: str) -> None:
     model, caches = build("llama"), []
 
-    def make(attention_mask: Tensor | None = None) -> WatchedCache:
-        caches.append(WatchedCache("quant", config=model.config, attention_mask=attention_mask, **SMALL))
+    def make() -> WatchedCache:
+        caches.append(WatchedCache("quant", config=model.config, **SMALL))
         return caches[-1]
 
     MODES[mode](model, make)
@@ -253,7 +351,7 @@ def test_a_mode_does_to_the_cache_what_its_name_says(mode: str) -> None:
     expected = {"several": 6, "beams": 6, "sampled_beams": 6, "padded": 3, "padded_beams": 6}
     expected |= dict.fromkeys((*DRAFTED, "streamed", "shared_prefix"), 1)
     assert batches == {expected.get(mode, 2)}
-    assert (cache.shared.padding.pads is not None) == (mode in {"padded", "padded_beams"})
+    assert (cache.layers[0].state.sink_positions is not None) == (mode in {"padded", "padded_beams"})
 
 
 @pytest.mark.parametrize("mode", MOVED)
