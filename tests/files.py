@@ -36,7 +36,7 @@ def compressed() -> NexusQuantCache:
 
 
 def padded() -> NexusQuantCache:
-    """Return a cache of two rows, one of them padded, so that it hides some of what it stores."""
+    """Return a cache of two rows, one of them padded, so that it keeps fewer tokens than the other."""
     model = tiny_llama()
     made = balanced(model)
     generate(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))

@@ -43,7 +43,7 @@ def _layer(layer: Any, *, is_first: bool) -> dict[str, Any]:
         found |= {"sinks": [_hash(x) for x in layer.state.sinks], "positions": _hash(positions)}
         for name, side in (("keys", layer.state.body.keys), ("values", layer.state.body.values)):
             transform = side.transform
-            tensors = [side.words.view(), side.scales.view(), transform.mean, transform.reference, transform.plans]
+            tensors = [side.words.stored(), side.scales.stored(), transform.mean, transform.reference, transform.plans]
             tensors += [getattr(transform.rotation, part, None) for part in ("basis", "step")]
             found[name] = [None if x is None else _hash(x) for x in tensors]
     if not is_first:

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 from nexusquant_cache import DEFAULT_POLICY, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
@@ -81,6 +82,18 @@ class CountingCache(NexusQuantCache):
 
     def make_codec(self, side: str, head_dim: int, layer_idx: int) -> VectorCodec:
         return CountingCodec(super().make_codec(side, head_dim, layer_idx), self.counter)
+
+
+def spread(held: HeldTokens) -> list[Tensor]:
+    """Return keys and values of all tokens seen, 0 where there are none, in order of position."""
+    found = []
+    for decoded in (held.decoded_keys(), held.decoded_values()):
+        places = held.columns.expand(decoded.shape[:3])
+        if held.visible is not None:
+            places = places.masked_fill(~held.visible[:, :, 0, 0], held.seen)
+        out = decoded.new_zeros(*decoded.shape[:2], held.seen + 1, decoded.shape[3])
+        found.append(out.scatter_(2, places[..., None].expand(decoded.shape), decoded)[:, :, : held.seen])
+    return found
 
 
 # What attention gets
@@ -208,7 +221,6 @@ class Row:
         self.exact = [keys, values]  # as they came
         self.shown = [keys, values]  # as attention sees them
         self.alive = torch.ones(keys.shape[:2], dtype=torch.bool)  # what each head still attends to
-        self.filling = torch.zeros(keys.shape[:2], dtype=torch.bool)  # what it stores so that all store equally many
         self.pads = [False] * keys.shape[1]  # as the mask has said, of each token
         self.codes = torch.zeros(*keys.shape[:2], code_bytes, dtype=torch.uint8)  # of coded tokens: words and scale
         self.sinks: list[int] = []  # their positions
@@ -218,29 +230,20 @@ class Row:
         new = Row(keys, values, self.codes.shape[-1])
         self.exact = [torch.cat(pair, 1) for pair in zip(self.exact, new.exact, strict=True)]
         self.shown = [torch.cat(pair, 1) for pair in zip(self.shown, new.shown, strict=True)]
-        for name in ("alive", "filling", "codes"):
+        for name in ("alive", "codes"):
             setattr(self, name, torch.cat([getattr(self, name), getattr(new, name)], 1))
         self.pads = self.pads + new.pads
 
     def crop(self, stop: int) -> None:
         self.exact, self.shown = ([x[:, :stop] for x in each] for each in (self.exact, self.shown))
-        for name in ("alive", "filling", "codes"):
+        for name in ("alive", "codes"):
             setattr(self, name, getattr(self, name)[:, :stop])
         self.pads = self.pads[:stop]
-
-    @property
-    def stored(self) -> Tensor:
-        """What each head stores, ``[kv_heads, seen]``."""
-        return self.alive | self.filling
 
     @property
     def origin(self) -> int:
         """The position from which the row's rotary positions count."""
         return self.sinks[0] if self.sinks else 0
-
-    def of_stored(self, x: Tensor) -> Tensor:
-        """Return the part of ``x`` that the heads store, ``[kv_heads, stored, ...]``."""
-        return torch.stack([x[head, stored] for head, stored in enumerate(self.stored)])
 
 
 class OracleLayer(CacheLayerMixin):
@@ -294,9 +297,8 @@ class OracleLayer(CacheLayerMixin):
 
     @property
     def kept(self) -> int:
-        counts = {int(head.sum()) for row in self.rows for head in row.stored}
-        assert len(counts) <= 1, f"all rows and heads of a layer store equally many, not {counts}"
-        return counts.pop() if counts else 0
+        """Tokens kept, on average over rows and heads."""
+        return round(float(self.alive().double().sum(-1).mean())) if self.rows else 0
 
     @property
     def is_whole(self) -> bool:
@@ -308,13 +310,14 @@ class OracleLayer(CacheLayerMixin):
         return not any(isinstance(each.rotation, PrincipalRotation) for row in self.rows for each in row.transforms)
 
     def visible(self) -> list[Tensor]:
-        """Return what is stored of keys and values as attention sees them, in order of position."""
-        return [torch.stack([row.of_stored(row.shown[side]) for row in self.rows]) for side in (0, 1)]
+        """Return keys and values of all tokens as attention sees them, 0 for those that are gone."""
+        shown = [torch.stack([row.shown[side] for row in self.rows]) for side in (0, 1)]
+        return [x.masked_fill(~self.alive()[..., None], 0) for x in shown]
 
     def positions(self) -> Tensor:
-        """Return the positions of all stored tokens, ``[batch, kv_heads, stored]``."""
-        order = torch.arange(self.seen)
-        return torch.stack([row.of_stored(order.expand(row.alive.shape)) for row in self.rows])
+        """Return the positions of all kept tokens, as `tiny.kept_positions` does."""
+        order = torch.arange(self.seen).expand(self.alive().shape).masked_fill(~self.alive(), -1)
+        return order.sort(-1).values[..., -int(self.alive().sum(-1).max()) :]
 
     def alive(self) -> Tensor:
         """Return what each head attends to, ``[batch, kv_heads, seen]``."""
@@ -323,19 +326,17 @@ class OracleLayer(CacheLayerMixin):
     def body_positions(self) -> list[list[list[int]]]:
         """Return the positions of the coded tokens of each row and head."""
         return [
-            [
-                [at for at in range(self.tail_from) if stored[at] and at not in row.sinks]
-                for stored in row.stored.tolist()
-            ]
+            [[at for at in range(self.tail_from) if kept[at] and at not in row.sinks] for kept in row.alive.tolist()]
             for row in self.rows
         ]
 
     def body_codes(self) -> Tensor:
-        """Return the codes that the cache must hold, as first written, ``[batch, kv_heads, coded, bytes]``."""
-        return torch.stack(
+        """Return the codes that the cache must hold, as first written, head after head: ``[coded, bytes]``."""
+        return torch.cat(
             [
-                torch.stack([codes[positions] for codes, positions in zip(row.codes, heads, strict=True)])
+                codes[positions]
                 for row, heads in zip(self.rows, self.body_positions(), strict=True)
+                for codes, positions in zip(row.codes, heads, strict=True)
             ]
         )
 
@@ -391,10 +392,18 @@ class OracleLayer(CacheLayerMixin):
     def prepare(self, tokens: int) -> None:
         """Compress what an update of so many tokens begins with, which stays if the update fails."""
         self.known_before = self.known
-        if self.recording or self.seen == 0:
-            return
-        if self.is_step(tokens) or self.should_compress_early():
+        if self.is_due(tokens) and self.pending_from is not None:
+            self.owner.compress_together(
+                [each for each in self.owner.used if each.pending_from is not None and each.is_due(tokens)]
+            )
+        elif self.is_due(tokens):
             self.make_room()
+
+    def is_due(self, tokens: int) -> bool:
+        """Tell whether an update of so many tokens begins with a compression."""
+        if self.recording or self.seen == 0:
+            return False
+        return self.is_step(tokens) or self.should_compress_early()
 
     def note_update(self, tokens: int) -> None:
         self.turn_before = {name: getattr(self, name) for name in TURN}
@@ -434,10 +443,6 @@ class OracleLayer(CacheLayerMixin):
         self.pending_from = None
         self.known = self.known_before = (0, 0)
 
-    def compress(self) -> None:
-        if self.pending_from is not None:
-            self.make_room()
-
     # Compression
 
     def candidates(self) -> int:
@@ -445,15 +450,23 @@ class OracleLayer(CacheLayerMixin):
         sinks = settings.sink_tokens if self.first else 0
         return self.seen - self.tail_from - settings.residual_length - sinks
 
-    def make_room(self) -> None:
+    def evicts(self) -> bool:
+        """Tell whether a compression now would evict."""
+        settings = self.owner.cache_config
+        is_long = self.pending_from is not None and self.candidates() >= settings.min_tokens
+        return is_long and settings.keep_ratio < 1 and self.may_evict
+
+    def make_room(self, chosen: "list[list[list[int]]] | None" = None) -> None:
+        """Compress; of a prompt what is chosen of each row and head, by default what the layer chooses alone."""
         settings, candidates = self.owner.cache_config, self.candidates()
         if self.pending_from is not None and candidates >= settings.min_tokens:
-            evicts = settings.keep_ratio < 1
             if not self.may_evict and ceil(settings.keep_ratio * candidates) < candidates:
                 self.owner.note_refused_eviction()
-            self.encode(evicts=evicts and self.may_evict)
+            if self.evicts() and chosen is None:
+                chosen = self.owner.choose_together([self])[0]
+            self.encode(chosen)
         elif self.pending_from is None and candidates >= (settings.min_tokens if self.first else settings.flush_length):
-            self.encode(evicts=False)
+            self.encode(None)
         self.stop_waiting()
 
     def should_compress_early(self) -> bool:
@@ -470,8 +483,8 @@ class OracleLayer(CacheLayerMixin):
         if not candidates_wait and self.should_compress_early():
             self.make_room()
 
-    def encode(self, *, evicts: bool) -> None:
-        """Take tokens out of the tail: encode the best of them, evict the others."""
+    def begin(self) -> int:
+        """Fix what a compression fixes, before it chooses; return where the tokens end that it takes."""
         settings = self.owner.cache_config
         stop = self.seen - settings.residual_length
         if self.first:
@@ -479,33 +492,60 @@ class OracleLayer(CacheLayerMixin):
             self.is_padded = settings.sink_tokens > 0 and any(any(row.pads[:stop]) for row in self.rows)
             for row in self.rows:
                 row.sinks = sinks_of(row.pads[:stop], settings.sink_tokens)
-        free = [[at for at in range(self.tail_from, stop) if at not in row.sinks] for row in self.rows]
-        chosen = [
-            self.choose(row, of_row) if evicts else [of_row] * len(row.alive)
-            for row, of_row in zip(self.rows, free, strict=True)
-        ]
-        most = max(1, *(len(heads[0]) for heads in chosen))
+        return stop
+
+    def free(self, row: Row) -> list[int]:
+        """Return the positions that a compression may take of a row."""
+        stop = self.seen - self.owner.cache_config.residual_length
+        return [at for at in range(self.tail_from, stop) if at not in row.sinks]
+
+    def encode(self, chosen: "list[list[list[int]]] | None") -> None:
+        """Take tokens out of the tail: encode what is chosen of each row and head, evict the others.
+
+        As many of each head are encoded, but not all of them kept.  A row's transforms are fitted to as many of its
+        tokens as its head that keeps most has: of the other heads, to their next best ones too.
+        """
+        stop = self.begin()
+        free = [self.free(row) for row in self.rows]
+        kept = chosen or [[of_row] * len(row.alive) for row, of_row in zip(self.rows, free, strict=True)]
+        if chosen is None:
+            samples = [[self.real(row)] * len(row.alive) for row in self.rows]
+        else:
+            samples = [
+                [ranked[: max(map(len, heads))] for ranked in self.ranked(row)]
+                for row, heads in zip(self.rows, chosen, strict=True)
+            ]
+        most = max(1, *(len(positions) for heads in kept for positions in heads))
         if self.first:
             self.codecs = [codec.for_tokens(most) for codec in self.asked]
             code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
             for row in self.rows:
                 row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
-        for row, of_row, heads in zip(self.rows, free, chosen, strict=True):
+        self.owner.encoded_vectors += 2 * most * sum(len(row.alive) for row in self.rows)
+        for row, of_row, heads, sample in zip(self.rows, free, kept, samples, strict=True):
             for head, positions in enumerate(heads):
-                left = sorted(set(of_row) - set(positions), key=lambda at: (not row.pads[at], at))
                 row.alive[head, of_row] = False
                 row.alive[head, positions] = True
-                row.filling[head, left[: most - len(positions)]] = True
-            self.show_decoded(row, heads)
+            fitted = [sorted(positions) for positions in sample]
+            if not row.pads.count(False):  # a row of pads alone: anything will do
+                fitted = [of_row if chosen is None else [*range(most)]] * len(heads)
+            self.show_decoded(row, fitted)
         self.first, self.tail_from = False, stop
 
-    def choose(self, row: Row, free: list[int]) -> list[list[int]]:
-        """Return the positions that each head keeps of the free ones: no pads, and of the others what scores best."""
-        settings, heads = self.owner.cache_config, row.alive.shape[0]
-        real = [at for at in free if not row.pads[at]]
-        count = len(real) if len(real) < settings.min_tokens else ceil(settings.keep_ratio * len(real))
-        if count == len(real):
-            return [real] * heads
+    def real(self, row: Row) -> list[int]:
+        """Return the positions that a policy chooses from: the free ones without pads."""
+        return [at for at in self.free(row) if not row.pads[at]]
+
+    def budget(self, row: Row) -> int:
+        """Return how many tokens a head of a row keeps, on average."""
+        settings, count = self.owner.cache_config, len(self.real(row))
+        return count if count < settings.min_tokens else ceil(settings.keep_ratio * count)
+
+    def scores(self, row: Row) -> list[list[float]]:
+        """Return the scores of what a policy chooses from, by head; all alike if there is nothing to choose."""
+        real = self.real(row)
+        if self.budget(row) == len(real):
+            return [[0.0] * len(real)] * len(row.alive)
         text = [at for at in range(self.tail_from, self.seen) if not row.pads[at]]
         inputs = ScoreInputs(
             keys=row.exact[0][None, :, text],
@@ -516,8 +556,16 @@ class OracleLayer(CacheLayerMixin):
             queries=self.known_queries(row, text),
             phase=self.phase,
         )
-        scores = self.policy.score(inputs)[0]
-        return [sorted(sorted(real, key=lambda at: (-each[text.index(at)], at))[:count]) for each in scores.tolist()]
+        scores = self.policy.score(inputs)[0].double().tolist()
+        return [[each[text.index(at)] for at in real] for each in scores]
+
+    def ranked(self, row: Row) -> list[list[int]]:
+        """Return what a policy chooses from, the best first, by head."""
+        real = self.real(row)
+        return [
+            [real[place] for place in sorted(range(len(real)), key=lambda place: (-each[place], place))]
+            for each in self.scores(row)
+        ]
 
     def known_queries(self, row: Row, text: list[int]) -> Tensor | None:
         """Return those of the last tokens that are text, if they are known."""
@@ -527,35 +575,36 @@ class OracleLayer(CacheLayerMixin):
         assert self.queries is not None
         return self.queries[self.rows.index(row)][None, :, known]
 
-    def show_decoded(self, row: Row, chosen: list[list[int]]) -> None:
-        """Encode what each head stores of the tokens that leave the tail, and let attention see what the codes say."""
+    def show_decoded(self, row: Row, sample: list[list[int]]) -> None:
+        """Encode what each head keeps of the tokens that leave the tail, and let attention see what the codes say."""
         stop = self.seen - self.owner.cache_config.residual_length
         coded = [
-            [at for at in range(self.tail_from, stop) if stored[at] and at not in row.sinks]
-            for stored in row.stored.tolist()
+            [at for at in range(self.tail_from, stop) if kept[at] and at not in row.sinks]
+            for kept in row.alive.tolist()
         ]
         if self.first:
-            sample = [[at for at in positions if not row.pads[at]] for positions in chosen]
             if not any(sample):
-                sample = [[at for at in range(self.seen) if not row.pads[at]]] * len(chosen)
-            if not any(sample):
-                sample = coded  # a row of pads alone
+                sample = [[at for at in range(self.seen) if not row.pads[at]]] * len(sample)
             pairs = zip(self.codecs, self.pick(row, sample), strict=True)
             row.transforms = [codec.fit(vectors) for codec, vectors in pairs]
             self.owner.fitted_rows += len(row.transforms)
+        # Heads keep different numbers: all are encoded, and of each those that it keeps are looked at.
+        every = [sorted({at for positions in coded for at in positions})] * len(coded)
+        if not every[0]:
+            return
         codes, decoded = [], []
-        for codec, transform, vectors in zip(self.codecs, row.transforms, self.pick(row, coded), strict=True):
+        for codec, transform, vectors in zip(self.codecs, row.transforms, self.pick(row, every), strict=True):
             packed = codec.encode(vectors, transform)
             codes += [packed.words[0], packed.scales[0, :, :, None]]
             decoded.append(codec.decode(packed, transform))
-            self.owner.encoded_vectors += packed.scales.numel()
         if self.phase is not None:
-            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, coded))
+            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, every))
         for head, positions in enumerate(coded):
+            places = [every[head].index(at) for at in positions]
             for side in (0, 1):
                 row.shown[side] = row.shown[side].clone()
-                row.shown[side][head, positions] = decoded[side][0, head].to(row.shown[side].dtype)
-            row.codes[head, positions] = torch.cat(codes, -1)[head]
+                row.shown[side][head, positions] = decoded[side][0, head, places].to(row.shown[side].dtype)
+            row.codes[head, positions] = torch.cat(codes, -1)[head, places]
 
     def pick(self, row: Row, positions: list[list[int]]) -> list[Tensor]:
         """Return exact keys (without their rotary phase) and values at these positions, ``[1, kv_heads, n, ...]``."""
@@ -578,21 +627,12 @@ class OracleLayer(CacheLayerMixin):
             msg = f"{stop} tokens end before the sinks of each row do"
             raise UnsupportedError(msg)
 
-    def crop_to(self, stop: int) -> bool:
-        """Forget the tokens from ``stop`` on, and tell whether some heads lose others too: all store equally many."""
-        lost = False
-        if stop < self.tail_from:
-            below = [[[at for at in head if at < stop] for head in heads] for heads in self.body_positions()]
-            least = min(len(head) for heads in below for head in heads)
-            for row, heads in zip(self.rows, below, strict=True):
-                for head, positions in enumerate(heads):
-                    gone = positions[: len(positions) - least]
-                    row.alive[head, gone] = row.filling[head, gone] = False
-                    lost = lost or bool(gone)
+    def crop_to(self, stop: int) -> None:
+        """Forget the tokens from ``stop`` on."""
         for row in self.rows:
             row.crop(stop)
         if stop < self.tail_from and stop <= (0 if self.is_padded else self.owner.cache_config.sink_tokens):
-            self.tail_from, self.first, self.phase, self.is_padded, lost = 0, True, None, False, False
+            self.tail_from, self.first, self.phase, self.is_padded = 0, True, None, False
             for row in self.rows:
                 row.transforms, row.sinks = [], []
                 assert row.alive.all(), "sinks are never evicted"
@@ -604,7 +644,6 @@ class OracleLayer(CacheLayerMixin):
             self.known_before = self.known
         if self.pending_from is not None and stop <= self.pending_from:
             self.stop_waiting()
-        return lost
 
     def take_back(self, stop: int) -> None:
         """Undo the last update, after which so many tokens are left; what it has compressed stays."""
@@ -612,7 +651,7 @@ class OracleLayer(CacheLayerMixin):
         for name, value in self.turn_before.items():
             setattr(self, name, value)
 
-    def after_crop(self) -> None:
+    def after_crop(self, chosen: "list[list[list[int]]] | None") -> None:
         """Do what waited for the crop, if a past is recorded."""
         if not self.is_initialized:
             return  # the prompt is still to come
@@ -621,7 +660,7 @@ class OracleLayer(CacheLayerMixin):
             if not self.expects_prompt:
                 self.stop_waiting()  # no prompt: candidates were verified
             self.expects_prompt = False
-            self.make_room()
+            self.make_room(chosen)
 
     def take_rows(self, rows: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows] if self.rows else []
@@ -718,8 +757,44 @@ class OracleCache(DynamicCache):
                     other.early_compress()
 
     def compress(self) -> None:
-        for layer in self.used:
-            layer.compress()
+        self.compress_together([layer for layer in self.used if layer.pending_from is not None])
+
+    def compress_together(self, layers: list[OracleLayer]) -> None:
+        """Compress layers that wait, which share what they keep."""
+        for layer, chosen in zip(layers, self.choose_for(layers), strict=True):
+            layer.make_room(chosen)
+
+    def choose_for(self, layers: list[OracleLayer]) -> "list[list[list[list[int]]] | None]":
+        """Return what layers keep of each row and head; None for those that evict nothing, or choose alone."""
+        sharing = [layer for layer in layers if layer.evicts() and layer.policy.scores_are_comparable]
+        chosen = dict(zip(map(id, sharing), self.choose_together(sharing), strict=True))
+        return [chosen.get(id(layer)) for layer in layers]
+
+    @staticmethod
+    def choose_together(layers: list[OracleLayer]) -> "list[list[list[list[int]]]]":
+        """Return the positions that layers keep of each row and head.
+
+        Where scores can be compared, a fifth of an equal share is certain to each head, and the rest goes to the best
+        of all that are left, in any head and layer.
+        """
+        for layer in layers:
+            layer.begin()
+        chosen: list[list[list[list[int]]]] = [[] for _ in layers]
+        for index in range(len(layers[0].rows) if layers else 0):
+            heads, left, rest = [], [], 0
+            for place, layer in enumerate(layers):
+                row = layer.rows[index]
+                budget, ranked, real = layer.budget(row), layer.ranked(row), layer.real(row)
+                is_shared = layer.policy.scores_are_comparable
+                certain = ceil(budget / 5) if is_shared else budget
+                chosen[place].append([positions[:certain] for positions in ranked])
+                for head, (positions, scores) in enumerate(zip(ranked, layer.scores(row), strict=True)):
+                    rest += budget - certain
+                    heads.append(chosen[place][-1][head])
+                    left += [(-scores[real.index(at)], len(heads) - 1, at) for at in positions[certain:]]
+            for _, head, at in sorted(left)[:rest]:
+                heads[head].append(at)
+        return chosen
 
     def activate_past_recording(self) -> None:
         for layer in self.used:
@@ -752,12 +827,13 @@ class OracleCache(DynamicCache):
         if len({layer.pending_from is None for layer in self.used}) > 1:  # the last layer waits, the others did not
             for layer in self.used:
                 layer.early_compress()
-        lost = [layer.crop_to(stop) for layer in self.used]
-        if any(lost):
-            self.warned.append("crop")
+        for layer in self.used:
+            layer.crop_to(stop)
+        waiting = [layer for layer in self.used if layer.record_past and layer.expects_prompt]
+        chosen = dict(zip(map(id, waiting), self.choose_for(waiting), strict=True))
         for layer in self.layers:
             if isinstance(layer, OracleLayer):
-                layer.after_crop()
+                layer.after_crop(chosen.get(id(layer)))
             else:
                 layer.crop(tokens_to_remove)
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, note
 from hypothesis import strategies as st
-from integration.tiny import ROUNDING, SMALL, TINY, LosslessCache, kept_positions, masks, prompt, tiny_llama
+from integration.tiny import ROUNDING, SMALL, TINY, LosslessCache, kept_mask, masks, prompt, tiny_llama
 from torch import Tensor
 from transformers import DynamicCache, LlamaForCausalLM
 
@@ -83,14 +83,7 @@ def additive(visible: Tensor) -> Tensor:
 
 def kept_now(cache: LosslessCache, layer_idx: int) -> Tensor:
     """Return which tokens a layer keeps and shows, ``[batch, query_heads, 1, seen]``."""
-    state = cache.layers[layer_idx].state
-    found = torch.zeros(*state.tail[0].shape[:2], state.seen, dtype=torch.bool)
-    found.scatter_(2, kept_positions(cache, layer_idx), value=True)
-    if state.body is not None and state.body.positions.hidden is not None:
-        positions, visible = state.body.positions.positions(torch.device("cpu")), state.body.positions.visible()
-        hidden = torch.zeros_like(found).scatter_(2, positions, ~visible)
-        found &= ~hidden
-    return found.repeat_interleave(GROUP, 1)[:, :, None]
+    return kept_mask(cache, layer_idx).repeat_interleave(GROUP, 1)[:, :, None]
 
 
 def rows_of_padding(draw: Any, batch: int, tokens: int) -> Tensor:

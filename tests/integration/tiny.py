@@ -137,7 +137,7 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
 
     def side(packed: Any) -> object:
         transform = packed.transform
-        return frozen((packed.words.view(), packed.scales.view(), transform.mean, transform.reference))
+        return frozen((packed.words.stored(), packed.scales.stored(), transform.mean, transform.reference))
 
     rows: list[object] = [cache.shared.has_warned, cache.shared.mask_shape]
     for layer in cache.layers:
@@ -164,18 +164,30 @@ def fingerprint(cache: NexusQuantCache) -> list[object]:
     return rows
 
 
+def kept_mask(cache: NexusQuantCache, layer_idx: int) -> Tensor:
+    """Return which of the tokens seen are kept, ``[batch, kv_heads, seen]``."""
+    state = cache.layers[layer_idx].state
+    kept = torch.zeros(*state.tail[0].shape[:2], state.seen, dtype=torch.bool)
+    kept[..., state.seen - state.tail_tokens :] = True
+    if state.body is None:
+        return kept
+    if state.sink_positions is None:
+        kept[..., : state.sink_tokens] = True
+    else:  # each row's sinks are its first real tokens
+        kept.scatter_(2, state.sink_positions[:, None].expand(-1, kept.shape[1], -1), value=True)
+    positions = state.body.positions
+    covered = kept[..., positions.start : positions.end]
+    covered[..., positions.covered :] = True
+    if positions.bitmap is not None:
+        covered[..., : positions.covered] |= positions.bits_of(positions.bitmap)
+    return kept
+
+
 def kept_positions(cache: NexusQuantCache, layer_idx: int) -> Tensor:
-    """Return the original positions of all kept tokens, ``[batch, kv_heads, kept]``, pads included in the count."""
-    layer = cache.layers[layer_idx]
-    shape = layer.state.tail[0].shape[:2]
-    tail = torch.arange(layer.state.seen - layer.state.tail_tokens, layer.state.seen).expand(*shape, -1)
-    if layer.state.body is None:
-        return tail
-    body = layer.state.body.positions.positions(torch.device("cpu")).expand(*shape, -1)
-    sinks = torch.arange(layer.state.sinks[0].shape[2]).expand(*shape, -1)
-    if layer.state.sink_positions is not None:  # each row's sinks are its first real tokens
-        sinks = layer.state.sink_positions[:, None].expand(*shape, -1)
-    return torch.cat([sinks, body, tail], -1).sort(-1).values
+    """Return the positions of all kept tokens, ``[batch, kv_heads, most]``, -1 before those of heads with fewer."""
+    kept = kept_mask(cache, layer_idx)
+    order = torch.arange(kept.shape[2]).expand_as(kept).masked_fill(~kept, -1)
+    return order.sort(-1).values[..., -int(kept.sum(-1).max()) :]
 
 
 def generate(model: LlamaForCausalLM, ids: Tensor, cache: object, tokens: int = 12, **options: Any) -> Tensor:
@@ -211,8 +223,7 @@ def masks(model: LlamaForCausalLM, per_layer: list[Tensor]) -> Iterator[None]:
 
 def visible_mask(cache: NexusQuantCache, layer_idx: int, queries: int, heads_per_kv_head: int) -> Tensor:
     """Return the mask that hides what the cache has evicted, and the future."""
-    seen, kept = cache.get_seq_length(), kept_positions(cache, layer_idx)
-    visible = torch.zeros(*kept.shape[:2], seen, dtype=torch.bool).scatter_(2, kept, value=True)
+    visible, seen = kept_mask(cache, layer_idx), cache.get_seq_length()
     visible = visible.repeat_interleave(heads_per_kv_head, 1)[:, :, None]
     causal = torch.arange(seen)[None] <= torch.arange(seen - queries, seen)[:, None]
     return torch.zeros(()).masked_fill(~(visible & causal), torch.finfo(torch.float32).min)

@@ -28,8 +28,18 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from integration.tiny import SMALL, TINY, fingerprint, generate, kept_positions, prompt, tiny_config, tiny_llama
-from oracle_cache import Counter, CountingCache, CountingCodec, MarkedKeys, OracleCache, OracleLayer
+from integration.tiny import (
+    SMALL,
+    TINY,
+    fingerprint,
+    generate,
+    kept_mask,
+    kept_positions,
+    prompt,
+    tiny_config,
+    tiny_llama,
+)
+from oracle_cache import Counter, CountingCache, CountingCodec, MarkedKeys, OracleCache, OracleLayer, spread
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
@@ -38,6 +48,7 @@ from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_code
 from nexusquant_cache.errors import ShapeError, UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
+from nexusquant_cache.policy import EvictionPolicy
 
 register_codec(
     "tests.counting",
@@ -198,6 +209,14 @@ def tolerance(q: Tensor, k: Tensor, v: Tensor) -> float:
     return min(2 * logit + rounding, 2.0) * lengths[2]
 
 
+class ComparableNorms(KeyNormPolicy):
+    """Key norms of all heads and layers are compared: they share one budget."""
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        return True
+
+
 class CacheMachine(RuleBasedStateMachine):
     """The cache and its slow model, moved along together."""
 
@@ -207,7 +226,7 @@ class CacheMachine(RuleBasedStateMachine):
         model=models,
         rows=st.integers(1, 3),
         when=st.sampled_from(["post_prefill", "during_prefill"]),
-        by_norm=st.booleans(),
+        policy=st.sampled_from([None, KeyNormPolicy(), ComparableNorms()]),
         prompt=st.one_of(st.integers(20, 60), st.integers(0, 60)),
         forward=forwards,
     )
@@ -218,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
         model: dict[str, Any],
         rows: int,
         when: str,
-        by_norm: bool,
+        policy: EvictionPolicy | None,
         prompt: int,
         forward: dict[str, Any],
     ) -> None:
@@ -226,7 +245,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.model, self.seed = model, 0
         # Bits are never raised here: random vectors would have the most everywhere.
         options: dict[str, Any] = {"when": when, "most_code_error": 1e9, **lengths}
-        options["policy"] = KeyNormPolicy() if by_norm else None
+        options["policy"] = policy
         if model["with_config"]:
             options["config"] = config_of(model)
         settings = preset if isinstance(preset, str) else CacheConfig(**preset)
@@ -308,8 +327,7 @@ class CacheMachine(RuleBasedStateMachine):
             try:
                 found = [x + 0 for x in given]
             except UnsupportedError:  # there is nothing to look at where tokens are gone
-                state = self.cache.layers[index].state
-                assert not layer.is_whole or state.body.positions.hidden is not None
+                assert not layer.is_whole
                 form = "sdpa"
             else:
                 right = [expected[0].as_subclass(Tensor), expected[1]]
@@ -534,20 +552,16 @@ class CacheMachine(RuleBasedStateMachine):
             assert layer.get_seq_length() == expected.seen
             assert state.tail_tokens == expected.seen - expected.tail_from
             if expected.seen:
-                assert_same(part_of(layer, 0).dense(), expected.visible(), exact=expected.is_exact())
+                assert_same(spread(part_of(layer, 0).held()), expected.visible(), exact=expected.is_exact())
                 self.check_positions(layer, expected)
                 self.check_codes(layer, expected)
 
     def check_positions(self, layer: Any, expected: OracleLayer) -> None:
-        """Each head stores what the model says, and hides what only fills its place."""
-        assert torch.equal(kept_positions(self.cache, expected.layer_idx), expected.positions())
+        """Each head keeps what the model says, and nothing else lies in memory."""
+        assert torch.equal(kept_mask(self.cache, expected.layer_idx), expected.alive())
         body = layer.state.body
-        shown = None if body is None else body.positions.visible()
-        hidden = torch.zeros_like(expected.alive())
-        if shown is not None:
-            places = body.positions.positions(torch.device("cpu")).expand(shown.shape)
-            hidden.scatter_(2, places, ~shown)
-        assert torch.equal(hidden, torch.stack([row.filling for row in expected.rows]))
+        if body is not None:
+            assert len(body.keys.scales.stored().flatten()) == len(expected.body_codes())
 
     def check_codes(self, layer: Any, expected: OracleLayer) -> None:
         """Stored codes are those first written: never decoded and encoded again."""
@@ -555,7 +569,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert expected.first
             return
         sides = [
-            (side.words.view(), side.scales.view()[..., None])
+            (side.words.stored().flatten(0, -2), side.scales.stored().flatten()[:, None])
             for side in (layer.state.body.keys, layer.state.body.values)
         ]
         assert torch.equal(torch.cat([part for side in sides for part in side], -1), expected.body_codes())
@@ -597,13 +611,13 @@ SIMPLE: dict[str, Any] = {
     },
     "rows": 1,
     "when": "post_prefill",
-    "by_norm": True,
+    "policy": KeyNormPolicy(),
     "prompt": 0,
     "forward": PLAIN,
 }
 TWO_LAYERS = {"model": SIMPLE["model"] | {"layers": 2}}
 DURING = {"when": "during_prefill"}
-BY_QUERIES = {"by_norm": False, "prompt": 40, "rows": 2}
+BY_QUERIES = {"policy": None, "prompt": 40, "rows": 2}
 NO_SINKS = {"lengths": SIMPLE["lengths"] | {"sink_tokens": 0}}
 
 
@@ -635,7 +649,7 @@ RECORD = ("activate_past_recording",)
         ({"rows": 2, "prompt": 40, "forward": padded("left")}, [ONE, ("crop", 36), ("crop", 41), ("update", 20), ONE]),
         # A cut to the sinks forgets the pads of a later turn.
         ({"rows": 2, "prompt": 30}, [ONE, ("update", 20, padded("left")), ("crop", 49), ("update", 20), ONE]),
-        # Rows that keep fewer tokens than others fill their places with tokens that stay hidden, also in a crop.
+        # Rows keep different numbers of tokens, also after a crop.
         ({"rows": 3, "prompt": 40, "forward": padded("any")}, [ONE, ("crop", 20), ("update", 20, padded("any")), ONE]),
         # A policy sees the queries of text alone, wherever the padding is, ...
         (BY_QUERIES, [("update", 30, padded("right")), ONE]),

@@ -268,7 +268,9 @@ LIES = [
     (setting(*LAYER, "more", to={"votes": "int64"}), "names a tensor that no layer has"),
     (setting(*LAYER, "more", to={"pads": "bool"}), "lacks the tensor layers.0.pads"),
     (setting(*LAYER, "more", to={"pads": "float32"}), "layers.0.pads must be one of bool"),
-    (setting(*LAYER, "more", to={"hidden": "int8"}), "layers.0.hidden must be one of uint8"),
+    (setting(*LAYER, "more", to={"counts": "int64"}), "must say how many tokens each head keeps"),
+    (setting(*BODY, "total", to=58), "metadata are none of format version 2"),
+    (setting(*LAYER, "more", to={"hidden": "uint8"}), "lacks the tensor layers.0.hidden"),
     (setting(*LAYER, "more", to={"sink_positions": "int32"}), "layers.0.sink_positions must be one of int64"),
     (setting(*LAYER, "more", to={"origins": "float64"}), "layers.0.origins must be one of int64"),
     (setting(*LAYER, "phase", to=1), "rotary phase that the file does not hold"),
@@ -425,7 +427,7 @@ def test_bits_are_counted_in_parts(batch, covered, part, monkeypatch):
     kept = torch.stack([row[torch.randperm(covered)] for row in kept]).view(batch, 2, covered)
     bits = torch.nn.functional.pad(kept, (0, -covered % 8)).view(batch, 2, -1, 8)
     bitmap = (bits * 2 ** torch.arange(8)).sum(-1).to(torch.uint8)
-    facts = {"covered": covered, "kept": covered // 3}
+    facts = {"covered": covered, "kept": covered // 3, "counts": None}
     assert state_module._bitmap(bitmap, facts) is None
     for bit in range(0, 8 * bitmap.shape[-1], 11):  # also those behind the last position
         wrong = bitmap.clone()
@@ -438,7 +440,8 @@ def test_counting_bits_takes_little_memory(monkeypatch):
     monkeypatch.setattr(state_module, "_count_bits", lambda x: sizes.append(x.numel()) or count(x))
     for shape in ((1, 2, 3 << 20), (1 << 10, 1 << 10, 4)):
         start = time.perf_counter()
-        assert state_module._bitmap(torch.zeros(shape, dtype=torch.uint8), {"covered": 8 * shape[2], "kept": 0}) is None
+        facts = {"covered": 8 * shape[2], "kept": 0, "counts": None}
+        assert state_module._bitmap(torch.zeros(shape, dtype=torch.uint8), facts) is None
         assert time.perf_counter() - start < 2
     assert max(sizes) <= 1 << 20
     assert len(sizes) < 20
@@ -623,19 +626,20 @@ def with_bits(named, name, bits):
 
 
 class TestPlaces:
-    """Which tokens are where: sinks, pads, and what is hidden."""
+    """Which tokens are where: sinks, pads, and how many each head has."""
 
     @pytest.mark.parametrize(
         ("name", "change", "reason"),
         [
             ("compressed", setting(*LAYER, "more", to={"sink_positions": "int64"}), "lacks the tensor layers.0.sink"),
             ("compressed", setting(*LAYER, "more", to={"origins": "int64"}), "lacks the tensor layers.0.origins"),
-            ("compressed", setting(*LAYER, "more", to={"hidden": "uint8"}), "lacks the tensor layers.0.hidden"),
-            ("waiting", setting(*LAYER, "more", "hidden", to="uint8"), "lists a tensor that it cannot have: hidden"),
+            ("waiting", setting(*LAYER, "more", "counts", to="int64"), "says where tokens are that it does not have"),
             ("waiting", setting(*LAYER, "more", "sink_positions", to="int64"), "where tokens are that it does not"),
             ("waiting", setting(*LAYER, "more", "origins", to="int64"), "says where tokens are that it does not have"),
             ("padded", setting(*LAYER, "sinks", to=0), "says where tokens are that it does not have"),
-            ("padded", setting(*LAYER, "more", to={"hidden": "uint8"}), "that its metadata does not announce"),
+            ("padded", setting(*LAYER, "more", "counts", to="int32"), "layers.0.counts must be one of int64"),
+            ("padded", setting(*BODY, "total", to=10**6), "has more tokens than its heads keep"),
+            ("padded", setting(*BODY, "total", to=1), "what is stored of layers.0"),
             ("padded", setting(*BODY, "bitmap", to=False), "begins its packed tokens in an impossible place"),
         ],
     )
@@ -645,8 +649,10 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("name", "make", "reason"),
         [
-            ("layers.0.hidden", torch.bitwise_not, "hidden hides tokens that are not kept"),
-            ("layers.1.hidden", lambda x: x | 128, "hidden hides tokens that are not kept"),  # behind the last position
+            ("layers.0.counts", lambda x: x + 1, "counts does not count the tokens that there are"),
+            ("layers.0.counts", lambda x: x - torch.tensor([[0, 30], [0, 0]]), "does not count the tokens that there"),
+            ("layers.0.counts", lambda x: x.flip(0), "counts are not the numbers of tokens that are kept"),
+            ("layers.1.kept", lambda x: x | 128, "tokens in every head"),  # behind the last position
             ("layers.0.sink_positions", lambda x: x + 1000, "behind the packed tokens"),
             ("layers.0.sink_positions", lambda x: x - 1, "behind the packed tokens"),
             ("layers.0.sink_positions", lambda x: x.flip(1), "is not ascending"),

@@ -21,12 +21,13 @@ from integration.tiny import (
     reachable_bytes,
     tiny_config,
 )
-from oracle_cache import CountingCache, OracleCache
+from oracle_cache import CountingCache, OracleCache, spread
 from torch import Tensor
 
 from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.observations import QUERY_WINDOW
+from nexusquant_cache.layer.parts import part_of
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 CONFIG = tiny_config(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
@@ -56,7 +57,7 @@ class Pair:
             outputs = [attended(cache, *(x.clone() for x in states), index) for cache in (self.cache, self.oracle)]
             torch.testing.assert_close(*outputs, atol=ROUNDING, rtol=ROUNDING)
             layer, expected = self.cache.layers[index], self.oracle.layers[index]
-            assert_same([layer.keys, layer.values], expected.visible())
+            assert_same(spread(part_of(layer, index).held()), expected.visible())
 
     def apply(self, name: str, number: int) -> None:
         """Let a prompt, generated tokens or an explicit compression happen to both."""
@@ -131,29 +132,17 @@ def left_padding(pads: Sequence[int], tokens: int) -> Tensor:
     return is_text[:, None, None] & (order <= order[:, None])
 
 
-def feed_heads(cache: Any, *norms: Sequence[int]) -> None:
-    """Give the heads of one row tokens with keys of these norms."""
+def feed_heads(cache: Any, *norms: Sequence[int], index: int = 0) -> None:
+    """Give the heads of one row of a layer tokens with keys of these norms."""
     keys = keys_of(cache, norms)[None]
-    feed(cache, keys, torch.ones_like(keys), 0)
+    feed(cache, keys, torch.ones_like(keys), index)
 
 
 def positions(cache: Any, layer_idx: int = 0) -> list[list[int]]:
-    """Return the positions that are stored, of each head and row."""
+    """Return the positions that are kept, of each head and row."""
     is_model = isinstance(cache, OracleCache)
     kept: Tensor = cache.layers[layer_idx].positions() if is_model else kept_positions(cache, layer_idx)
-    return kept.flatten(0, 1).tolist()
-
-
-def hidden(cache: Any) -> list[list[int]]:
-    """Return the positions that are stored and not attended to, of each head and row."""
-    if isinstance(cache, OracleCache):
-        marks = torch.stack([row.filling for row in cache.layers[0].rows])
-    else:
-        body = cache.layers[0].state.body.positions
-        visible = body.visible()
-        places = body.positions(torch.device("cpu")).expand(visible.shape)
-        marks = torch.zeros(*visible.shape[:2], body.end, dtype=torch.bool).scatter_(2, places, ~visible)
-    return [mark.nonzero()[:, 0].tolist() for mark in marks.flatten(0, 1)]
+    return [[at for at in head if at >= 0] for head in kept.flatten(0, 1).tolist()]
 
 
 def warns_if_real(cache: Any, match: str) -> Any:
@@ -210,8 +199,8 @@ def test_by_hand_a_short_second_turn_is_not_evicted_from(make: Any) -> None:
 def test_by_hand_each_row_keeps_as_many_as_it_would_alone(make: Any) -> None:
     """Rows without pads, with 1, 3, 5 and 8 of 12: they have 7, 6, 4, 2 and 0 candidates, and keep 4, 3, 2, 2 and 0.
 
-    All store 4: pads take the places that are left, and nobody attends to them.  A row's sinks are its first real
-    tokens.  The last row has only one before the recent ones, so that a pad stands beside it.
+    A row's sinks are its first real tokens.  The last row has only one before the recent ones, so that a pad stands
+    beside it.
     """
     cache, pads = make(**BY_HAND), [0, 1, 3, 5, 8]
     feed_rows(cache, *[[1] * count + NORMS[: 12 - count] for count in pads], pads=pads)
@@ -219,12 +208,11 @@ def test_by_hand_each_row_keeps_as_many_as_it_would_alone(make: Any) -> None:
     recent = [9, 10, 11, 12]
     assert positions(cache) == [
         [0, 1, 2, 3, 5, 7, *recent],
-        [0, 1, 2, 4, 6, 8, *recent],  # candidates at 3-8 have norms 5, 1, 8, 2, 7, 3
-        [0, 1, 3, 4, 6, 8, *recent],  # at 5-8: 5, 1, 8, 2
-        [0, 1, 5, 6, 7, 8, *recent],  # fewer than `min_tokens`
-        [0, 1, 2, 3, 7, 8, *recent],
+        [1, 2, 4, 6, 8, *recent],  # candidates at 3-8 have norms 5, 1, 8, 2, 7, 3
+        [3, 4, 6, 8, *recent],  # at 5-8: 5, 1, 8, 2
+        [5, 6, 7, 8, *recent],  # fewer than `min_tokens`
+        [7, 8, *recent],
     ]
-    assert hidden(cache) == [[], [0], [0, 1], [0, 1], [0, 1, 2, 3]]
     assert cache.get_mask_sizes(1, 0) == (14, 0)
 
 
@@ -234,19 +222,18 @@ def test_by_hand_rows_of_different_length_are_evicted_from_in_later_turns(make: 
     cache = make(**BY_HAND)
     feed_rows(cache, [1] * 5 + [9, 9, 5, 1, 9, 2, 9], NORMS, pads=[5, 0])
     feed_rows(cache, [9], [9])
-    assert positions(cache) == [[0, 1, *range(5, 13)], [0, 1, 2, 3, 5, 7, *range(9, 13)]]
+    assert positions(cache) == [[*range(5, 13)], [0, 1, 2, 3, 5, 7, *range(9, 13)]]
     feed_rows(cache, NORMS, NORMS)
     feed_rows(cache, [9], [9])
     # Norms at 9-21: 9, 2, 9, 9, 9, 9, 5, 1, 8, 2, 7, 3, 6, and in the other row 9 in the place of the first 2.
     first, second = [10, 15, 16, 18, 19, 20, 21], [15, 16, 17, 18, 19, 20, 21]
     recent = [22, 23, 24, 25]
-    assert positions(cache) == [[0, 1, 5, 6, 7, 8, *first, *recent], [0, 1, 2, 3, 5, 7, *second, *recent]]
-    assert hidden(cache) == [[0, 1], []]
+    assert positions(cache) == [[5, 6, 7, 8, *first, *recent], [0, 1, 2, 3, 5, 7, *second, *recent]]
 
 
 @both
-def test_by_hand_heads_are_left_with_equally_many_codes(make: Any) -> None:
-    """Heads keep 2, 3, 5, 7 and 2, 6, 7, 8.  Below 6 they have three and one, so the first gives up its older two."""
+def test_by_hand_a_cut_leaves_what_stood_before_it(make: Any) -> None:
+    """Heads keep 2, 3, 5, 7 and 2, 6, 7, 8.  Below 6 they have three and one."""
     cache = make(**BY_HAND)
     feed_heads(cache, NORMS, [9, 9, 1, 8, 7, 6, 1, 1, 1, 9, 9, 9])
     feed_heads(cache, [9], [9])
@@ -254,12 +241,41 @@ def test_by_hand_heads_are_left_with_equally_many_codes(make: Any) -> None:
     assert positions(cache) == [[0, 1, 2, 3, 5, 7, *recent], [0, 1, 2, 6, 7, 8, *recent]]
     cache.crop(-2)
     assert positions(cache) == [[0, 1, 2, 3, 5, 7, 9, 10], [0, 1, 2, 6, 7, 8, 9, 10]]
-    with warns_if_real(cache, "heads keep their newest packed tokens and lose up to 2 others"):
-        cache.crop(-5)
-    assert positions(cache) == [[0, 1, 5], [0, 1, 2]]
+    cache.crop(-5)
+    assert positions(cache) == [[0, 1, 2, 3, 5], [0, 1, 2]]
     assert cache.get_mask_sizes(1, 0) == (7, 0)
     feed_heads(cache, [9], [9])
-    assert positions(cache) == [[0, 1, 5, 6], [0, 1, 2, 6]]
+    assert positions(cache) == [[0, 1, 2, 3, 5, 6], [0, 1, 2, 6]]
+
+
+class ComparableNorms(KeyNormPolicy):
+    """Norms of all heads and layers are compared."""
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        return True
+
+
+@both
+def test_by_hand_heads_and_layers_share_a_budget(make: Any) -> None:
+    """Two layers of two heads have 7 candidates each, at 2-8, and keep 16 of 28 together, the smallest norms.
+
+    Each keeps its best one for certain: a fifth of an equal share of 4.
+    """
+    cache = make(**(BY_HAND | {"policy": ComparableNorms()}))
+    last = [9, 9, 9]
+    heads = [
+        [[9, 9, 1, 1, 1, 1, 1, 1, 1, *last], [9, 9, 3, 3, 3, 9, 9, 9, 9, *last]],
+        [[9, 9, 8, 8, 8, 8, 8, 8, 7, *last], [9, 9, 5, 2, 5, 2, 5, 2, 5, *last]],
+    ]
+    for index, layer in enumerate(heads):
+        feed_heads(cache, *layer, index=index)
+    for index in range(2):
+        feed_heads(cache, [9], [9], index=index)
+    # 7 of norm 1, 3 of norm 3, 3 of norm 2, the best of the third head, and of norm 5 the first two.
+    assert positions(cache, 0) == [[*range(13)], [0, 1, 2, 3, 4, *range(9, 13)]]
+    assert positions(cache, 1) == [[0, 1, 8, *range(9, 13)], [0, 1, 2, 3, 4, 5, 7, *range(9, 13)]]
+    assert [layer.state.kept for layer in cache.layers] == [11, 9]
 
 
 @both

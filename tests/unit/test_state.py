@@ -84,7 +84,7 @@ class TestANewTensor:
 
     def test_is_moved(self, cache):
         moved = []
-        cache.layers[0].state.map(lambda x: (moved.append(x), x)[1], "positions", also_staying=False)
+        cache.layers[0].state.move(lambda x: (moved.append(x), x)[1], "positions")
         assert any(x is cache.layers[0].state.votes for x in moved)
 
     def test_is_saved_and_loaded(self, cache, tmp_path):

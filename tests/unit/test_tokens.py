@@ -2,16 +2,17 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nexusquant_cache.codec.base import PackedVectors
+from nexusquant_cache.codec.base import PackedVectors, is_there
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.layer.state import LayerState
-from nexusquant_cache.layer.tokens import PackedSide, PackedTokens, TokenBuffer
+from nexusquant_cache.layer.tokens import Buffer, PackedSide, PackedTokens, RaggedBuffer, TokenBuffer, chosen
 
 CPU = torch.device("cpu")
 
@@ -78,7 +79,7 @@ class TestTokenBuffer:
         buffer = TokenBuffer.of(torch.rand(shape))
         buffer.append(torch.rand(*shape[:2], 1, 4))
         stored = buffer.view().clone()
-        buffer.map(lambda x: x)
+        buffer.move(lambda x: x)
         assert torch.equal(buffer.view(), stored)
         assert storage_bytes(buffer.data) == 4 * stored.numel()
 
@@ -87,10 +88,77 @@ class TestTokenBuffer:
         buffer = TokenBuffer.of(first)
         buffer.append(first[:, :, :1])
         order = torch.tensor([1, 0, 1])
-        buffer.map(lambda x: x.index_select(0, order))
+        buffer.map_rows(lambda x: x.index_select(0, order))
         buffer.append(second)
         expected = torch.cat([torch.cat([first, first[:, :, :1]], 2)[order], second], 2)
         assert torch.equal(buffer.view(), expected)
+
+
+def ragged(draw: st.DrawFn) -> tuple[RaggedBuffer, list[list[Tensor]]]:
+    """Draw a buffer of which each row and head has its own number of tokens, and what is in it."""
+    batch, heads, width = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from([(), (4,)]))
+    counts = torch.tensor(draw(st.lists(st.integers(0, 6), min_size=batch * heads, max_size=batch * heads)))
+    rows = torch.rand(int(counts.sum()), *width)
+    parts = rows.split(counts.tolist())
+    return RaggedBuffer.of(rows, counts.view(batch, heads)), [
+        list(parts[row * heads : (row + 1) * heads]) for row in range(batch)
+    ]
+
+
+def contents(buffer: Buffer) -> list[Tensor]:
+    """Return what each row and head has, one behind the other."""
+    if isinstance(buffer, TokenBuffer):
+        return list(buffer.stored().flatten(0, 1))
+    return list(buffer.stored().split((buffer.counts.flatten() + buffer.rest.tokens).tolist()))
+
+
+class TestRaggedBuffer:
+    @given(st.data())
+    def test_agrees_with_lists(self, data) -> None:
+        """After any appends, choices, cuts of what was appended and changes of rows, heads have what lists have."""
+        buffer, lists = data.draw(st.composite(ragged)())
+        for _ in range(data.draw(st.integers(1, 4))):
+            batch, heads, tokens = len(lists), len(lists[0]), buffer.tokens
+            step = data.draw(st.sampled_from(["append", "choose", "rows", "crop", "file", "move"]))
+            if step == "append":
+                new = torch.rand(batch, heads, data.draw(st.integers(0, 40)), *lists[0][0].shape[1:])
+                buffer.append(new)
+                lists = [[torch.cat([x, new[b, h]]) for h, x in enumerate(row)] for b, row in enumerate(lists)]
+            elif step == "choose":
+                generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+                stay = (torch.rand(batch, heads, tokens, generator=generator) < 0.6) & places_of(buffer)
+                whole = buffer.rectangle().clone()
+                buffer = chosen(buffer, stay)
+                lists = [[whole[b, h][stay[b, h]] for h in range(heads)] for b in range(batch)]
+            elif step == "rows":
+                rows = torch.tensor(data.draw(st.lists(st.integers(0, batch - 1), min_size=1, max_size=3)))
+                buffer.map_rows(lambda x: x.index_select(0, rows))  # noqa: B023 - called at once
+                lists = [lists[row] for row in rows.tolist()]
+            elif step == "crop" and isinstance(buffer, RaggedBuffer):
+                gone = data.draw(st.integers(0, buffer.rest.tokens))
+                buffer.crop(tokens - gone)
+                lists = [[x[: len(x) - gone] for x in row] for row in lists]
+            elif step == "file" and isinstance(buffer, RaggedBuffer):
+                buffer = RaggedBuffer.of(buffer.stored(), buffer.counts, buffer.rest.tokens)
+            elif step == "move":
+                buffer.move(torch.clone)
+            assert all(
+                torch.equal(*pair) for pair in zip(contents(buffer), [x for row in lists for x in row], strict=True)
+            )
+
+    def test_holds_no_more_than_it_has(self) -> None:
+        """Heads with 5, 1, 0 and 2 tokens of 8 bytes hold 64 bytes, in one piece."""
+        whole = torch.rand(1, 4, 9, 2)
+        buffer = chosen(TokenBuffer.of(whole), torch.arange(9) < torch.tensor([[[5], [1], [0], [2]]]))
+        assert isinstance(buffer, RaggedBuffer)
+        assert sum(storage_bytes(x) for x in buffer.on_the_way) == 64
+
+
+def places_of(buffer: Buffer) -> Tensor:
+    """Return which places of a buffer hold tokens."""
+    if isinstance(buffer, TokenBuffer):
+        return torch.ones((*buffer.data.shape[:2], buffer.tokens), dtype=torch.bool)
+    return F.pad(is_there(buffer.counts, CPU), (0, buffer.rest.tokens), value=True)
 
 
 class NaivePositions:
@@ -107,11 +175,11 @@ class NaivePositions:
         self.next += keep.shape[-1]
 
 
-def keep_mask(batch: int, heads: int, tokens: int, count: int, seed: int) -> Tensor:
-    """Return a mask with ``count`` tokens kept in every head, other ones in each."""
+def keep_mask(batch: int, heads: int, tokens: int, count: int, *, seed: int, spread: int = 0) -> Tensor:
+    """Return a mask with ``count`` tokens kept in every head, other ones in each, or up to ``spread`` fewer."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(batch, heads, tokens, generator=generator).argsort(-1)
-    return order < count
+    return order < count - torch.randint(0, spread + 1, (batch, heads, 1), generator=generator)
 
 
 @st.composite
@@ -123,14 +191,21 @@ def histories(draw: st.DrawFn) -> tuple[int, int, int, list[tuple[int, Tensor | 
         tokens = draw(st.sampled_from([1, 2, 7, 8, 9, 16, 33]))
         mask = None
         if draw(st.booleans()):
-            mask = keep_mask(batch, heads, tokens, draw(st.integers(0, tokens)), draw(st.integers(0, 2**16)))
+            count, seed = draw(st.integers(0, tokens)), draw(st.integers(0, 2**16))
+            mask = keep_mask(batch, heads, tokens, count, seed=seed, spread=draw(st.integers(0, 3)))
         appends.append((tokens, mask))
     return draw(st.sampled_from([0, 4, 100_000])), batch, heads, appends
 
 
 def reorder(positions: PositionMap, rows: Tensor) -> None:
-    if positions.bitmap is not None:
-        positions.bitmap = positions.bitmap.index_select(0, rows)
+    positions.map_rows(lambda x: x.index_select(0, rows))
+
+
+def listed(positions: PositionMap, batch: int, heads: int) -> list[list[list[int]]]:
+    """Return the kept positions of each row and head."""
+    found, visible = positions.positions(CPU).expand(batch, heads, -1), positions.visible()
+    visible = torch.ones_like(found, dtype=torch.bool) if visible is None else visible
+    return [[x[there].tolist() for x, there in zip(*row, strict=True)] for row in zip(found, visible, strict=True)]
 
 
 class TestPositionMap:
@@ -149,8 +224,11 @@ class TestPositionMap:
             naive.append(mask)
             found = positions.positions(CPU)
             assert found.ndim == (3 if evicted else 1)
-            assert found.expand(batch, heads, -1).tolist() == naive.kept
+            assert listed(positions, batch, heads) == naive.kept
             assert positions.tokens == found.shape[-1]
+            assert positions.mean_tokens == pytest.approx(
+                sum(len(head) for row in naive.kept for head in row) / (batch * heads)
+            )
             assert positions.start + positions.covered + positions.dense == naive.next
 
     @given(histories(), st.data())
@@ -173,6 +251,27 @@ class TestPositionMap:
         reorder(after, rows)
         assert torch.equal(before.positions(CPU), after.positions(CPU))
         assert before.tokens == after.tokens
+
+    @given(histories(), st.data())
+    def test_crops(self, history, data) -> None:
+        """What is left is what stood before the end, and the places that stay are its places."""
+        start, batch, heads, appends = history
+        positions = PositionMap(start)
+        for tokens, mask in appends:
+            if mask is None:
+                positions.append_all(tokens)
+            else:
+                positions.append(mask)
+        end = data.draw(st.integers(start + (0 if positions.bitmap is not None else positions.covered), positions.end))
+        before = positions.positions(CPU).expand(batch, heads, -1)
+        expected = [[[at for at in head if at < end] for head in row] for row in listed(positions, batch, heads)]
+        stay = positions.crop(end)
+        assert listed(positions, batch, heads) == expected
+        if isinstance(stay, int):
+            stay = torch.arange(before.shape[-1]).expand_as(before) < stay
+            stay = stay if positions.visible() is None else stay & before.lt(end)
+        places = [[x[there].tolist() for x, there in zip(*row, strict=True)] for row in zip(before, stay, strict=True)]
+        assert [[list(dict.fromkeys(head)) for head in row] for row in places] == expected
 
     def test_a_bit_per_token_and_head(self) -> None:
         positions = PositionMap(4)
@@ -224,7 +323,7 @@ class TestPackedTokens:
         rows = torch.tensor([2, 0, 0, 1])
         before = [codec.decode(side.packed(), side.transform)[rows] for side in (body.keys, body.values)]
         kept = body.positions.positions(CPU)[rows]
-        LayerState(0, body=body).map(lambda x: x.index_select(0, rows))
+        LayerState(0, body=body).map_rows(lambda x: x.index_select(0, rows))
         after = [codec.decode(side.packed(), side.transform) for side in (body.keys, body.values)]
         assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         assert torch.equal(body.positions.positions(CPU), kept)

@@ -33,6 +33,8 @@ from nexusquant_cache.files.reader import check_dtype, read_file
 from nexusquant_cache.files.saving import WholeCache, check_config, check_tokens, export_cache, import_cache
 from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
+from nexusquant_cache.layer.budget import compress_together, crop_together
+from nexusquant_cache.layer.crop import check_sign
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import Part, compressed, part_of
 from nexusquant_cache.layer.shared import Shared, When
@@ -122,6 +124,7 @@ class NexusQuantCache(DynamicCache):
             make_policy=self.make_policy,
             make_codec=self.make_codec,
             make_phase=self.make_phase,
+            compress_waiting=self._compress_waiting,
             given_transforms=_checked_transforms(transforms),
             mask_shape=_shape_of(attention_mask),
         )
@@ -392,15 +395,17 @@ class NexusQuantCache(DynamicCache):
         compression, or with too few, this does nothing.
         """
         self._forward.note_peak(self.parts())
-        for part in compressed(self.parts()):
-            part.compress()
+        compress_together([part.layer for part in compressed(self.parts()) if part.is_pending])
+
+    def _compress_waiting(self, tokens: int) -> None:
+        """Compress all layers that wait and are due before an update of so many tokens."""
+        waiting = [part for part in compressed(self.parts()) if part.is_pending and part.is_due(tokens)]
+        compress_together([part.layer for part in waiting])
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.
 
-        Exact tokens are cut off, and codes of packed tokens dropped.  If the cut goes into text that was evicted from,
-        the heads of a layer may have kept different numbers of the tokens before it.  Each then keeps its newest, as
-        many as the head with the fewest has, and a warning says so.
+        Exact tokens are cut off, and codes of packed tokens dropped.
 
         Args:
             tokens_to_remove: 0 or a negative number.
@@ -414,12 +419,14 @@ class NexusQuantCache(DynamicCache):
         """
         tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts in tensors
         ours = list(compressed(self.parts()))
+        if ours:
+            check_sign(tokens_to_remove)
         if any(part.awaits_crop for part in ours):
             self._forward.note_peak(self.parts())
         end = max((part.seen for part in ours), default=0) + tokens_to_remove
         self._forward.take_back_unfinished(self.parts(), end)
         if ours:
-            tokens_to_remove = min(end - ours[0].seen, 0) if tokens_to_remove <= 0 else tokens_to_remove
+            tokens_to_remove = min(end - ours[0].seen, 0)
         count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
         for part in ours:
             part.check_crop(count)
@@ -430,13 +437,7 @@ class NexusQuantCache(DynamicCache):
         if len({part.is_pending for part in ours}) > 1:
             for part in ours:
                 part.compress_early()  # the last one still waits: all alike, before tokens go
-        lost = max([part.layer.crop(tokens_to_remove) for part in ours], default=0)
-        if lost:
-            warnings.warn(
-                "the prompt was cut where tokens had been evicted: to leave equally many, heads keep their newest "
-                f"packed tokens and lose up to {lost} others.",
-                stacklevel=2,
-            )
+        crop_together([part.layer for part in ours], -tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put the rows of the batch in another order, as beam search does."""

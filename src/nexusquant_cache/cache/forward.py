@@ -202,7 +202,7 @@ class Forward:
             for other in ours:
                 if other is not part:
                     other.compress_early()
-        if part.is_pending and part is ours[0] and part.is_due(tokens):
+        if part.is_pending and part.is_due(tokens):
             self.note_peak(parts)
 
     def note_peak(self, parts: list[Part]) -> None:

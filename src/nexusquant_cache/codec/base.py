@@ -3,9 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, Int, Shaped, UInt8
 from torch import Tensor
 
 from nexusquant_cache.codec.layout import CodeLayout
@@ -30,6 +31,14 @@ class PackedVectors:
         """Number of tokens."""
         return self.words.shape[2]
 
+    def part(self, tokens: slice) -> "PackedVectors":
+        """Return some tokens; shares memory."""
+        return self.map(lambda x: x[:, :, tokens])
+
+    def rectangle(self) -> "PackedVectors":
+        """Return all tokens: these."""
+        return self
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "PackedVectors":
         """Return the result of applying ``function`` to every tensor."""
         return PackedVectors(function(self.words), function(self.scales))
@@ -38,6 +47,81 @@ class PackedVectors:
     def cat(parts: "list[PackedVectors]") -> "PackedVectors":
         """Return the tokens of all parts in a row."""
         return PackedVectors(torch.cat([p.words for p in parts], 2), torch.cat([p.scales for p in parts], 2))
+
+
+@dataclass(frozen=True)
+class RaggedVectors:
+    """Packed vectors of which each row and head has its own number, and behind them as many in all.
+
+    Seen as a rectangle, heads with fewer vectors are filled up with copies of others, which nobody shall look at.
+
+    Attributes:
+        words: Packed codes, one head behind the other.
+        scales: One scale byte per vector.
+        counts: How many vectors each row and head has of these, on the CPU.
+        rest: The vectors behind, as many in each head.
+    """
+
+    words: UInt8[Tensor, "total bytes"]
+    scales: UInt8[Tensor, " total"]
+    counts: Int[Tensor, "b h"]
+    rest: PackedVectors
+
+    @cached_property
+    def front(self) -> int:
+        """The most vectors that a head has before the rest."""
+        return int(self.counts.max()) if self.counts.numel() else 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of vectors of a head of the rectangle."""
+        return self.front + self.rest.tokens
+
+    @cached_property
+    def starts(self) -> Int[Tensor, "b h"]:
+        """Where each head begins, on the CPU."""
+        ends = self.counts.flatten().cumsum(0).view_as(self.counts)
+        return ends - self.counts
+
+    def part(self, tokens: slice) -> PackedVectors:
+        """Return some tokens of the rectangle."""
+        start, stop, _ = tokens.indices(self.tokens)
+        front = slice(min(start, self.front), min(stop, self.front))
+        behind = self.rest.part(slice(max(start - self.front, 0), max(stop - self.front, 0)))
+        if front.start == front.stop:
+            return behind
+        index = places(self.counts, self.words.device)[..., front]
+        before = PackedVectors(self.words[index], self.scales[index])
+        return PackedVectors.cat([before, behind]) if behind.tokens else before
+
+    def rectangle(self) -> PackedVectors:
+        """Return all of it."""
+        return self.part(slice(None))
+
+
+def places(counts: Int[Tensor, "b h"], device: torch.device) -> Int[Tensor, "b h most"]:
+    """Return where the vectors of each head lie, stored one head behind the other; behind the last one it is repeated.
+
+    Args:
+        counts: How many each head has, on the CPU.
+        device: Where the result shall be.
+    """
+    counts = counts.to(device)
+    ends = counts.flatten().cumsum(0).view_as(counts)[..., None]
+    most = int(counts.max()) if counts.numel() else 0
+    index = ends - counts[..., None] + torch.arange(most, device=device)
+    return index.minimum(ends - 1).clamp_min(0)
+
+
+def is_there(counts: Int[Tensor, "b h"], device: torch.device) -> Bool[Tensor, "b h most"]:
+    """Return which vectors of such a rectangle a head has."""
+    most = int(counts.max()) if counts.numel() else 0
+    return torch.arange(most, device=device) < counts.to(device)[..., None]
+
+
+def filled(rows: Shaped[Tensor, "total *rest"], counts: Int[Tensor, "b h"]) -> Shaped[Tensor, "b h most *rest"]:
+    """Return the rectangle."""
+    return rows[places(counts, rows.device)]
 
 
 class VectorCodec(ABC):

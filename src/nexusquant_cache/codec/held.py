@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
-from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.base import PackedVectors, RaggedVectors, VectorCodec
 from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import VectorTransform
@@ -21,12 +21,12 @@ class CodedSide:
     """The packed keys or values of a layer with all that decodes them."""
 
     codec: VectorCodec
-    packed: PackedVectors
+    packed: PackedVectors | RaggedVectors
     transform: VectorTransform
 
     def decode(self) -> Float[Tensor, "b h n d"]:
         """Return the vectors in float32."""
-        return self.codec.decode(self.packed, self.transform)
+        return self.codec.decode(self.packed.rectangle(), self.transform)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,8 @@ class HeldTokens:
     """All tokens of a layer at one moment; shares memory with it, and stays as it is when the layer goes on.
 
     Tokens are *stored* in the order sinks, packed tokens, tail.  That is the order of their positions, except in rows
-    that do not begin with their first token: there, sinks stand behind padding, some of which may be packed.
+    that do not begin with their first token: there, sinks stand behind padding.  Heads that keep fewer packed tokens
+    than others have empty places behind them, as `PositionMap` has.
 
     Attributes:
         tail: Exact keys and values of the newest tokens.
@@ -60,7 +61,7 @@ class HeldTokens:
 
     @property
     def packed_tokens(self) -> int:
-        """Number of packed tokens of each head."""
+        """Number of places for packed tokens in each head."""
         return 0 if self.positions is None else self.positions.tokens
 
     @property
@@ -70,13 +71,13 @@ class HeldTokens:
 
     @property
     def tokens(self) -> int:
-        """Number of all tokens of each head."""
+        """Number of places for tokens in each head."""
         return self.packed_tokens + self.tail[0].shape[2] + self.sink_tokens
 
     @property
     def is_whole(self) -> bool:
-        """Whether every token that was seen is kept, and none of them hidden."""
-        return self.tokens == self.seen and (self.positions is None or self.positions.hidden is None)
+        """Whether every token that was seen is kept."""
+        return self.tokens == self.seen and (self.positions is None or self.positions.counts is None)
 
     @property
     def is_plain(self) -> bool:
@@ -85,7 +86,7 @@ class HeldTokens:
 
     @cached_property
     def columns(self) -> Int[Tensor, "*heads n"]:
-        """The original positions of all tokens as they are stored, ``[n]`` or ``[b, h, n]``."""
+        """The original positions of all tokens as they are stored, ``[n]`` or ``[b, h, n]``; of empty places any."""
         device, tail = self.tail[0].device, self.tail[0].shape[2]
         newest = torch.arange(self.seen - tail, self.seen, device=device)
         if self.positions is None:
@@ -102,7 +103,7 @@ class HeldTokens:
 
     @cached_property
     def visible(self) -> Bool[Tensor, "b h 1 1 n"] | None:
-        """Which tokens may be seen at all, as they are stored; None if all of them may."""
+        """Which places hold tokens; None if all of them do."""
         packed = None if self.positions is None else self.positions.visible()
         if packed is None:
             return None
@@ -129,7 +130,8 @@ class HeldTokens:
             x: For all query heads, or for one that stands for all.
 
         Returns:
-            By KV head and query head of its group; an axis of length 1 stands for all.
+            By KV head and query head of its group; an axis of length 1 stands for all.  In empty places, what belongs
+            to another token.
         """
         heads = self.tail[0].shape[1]
         grouped = x.unflatten(1, (heads, -1)) if x.shape[1] > 1 else x[:, :, None]
@@ -151,11 +153,15 @@ class HeldTokens:
             absent: What evicted tokens get.
         """
         if not self.is_plain:
-            out = x.new_full((*x.shape[:-1], self.seen), absent)
-            if self.columns.ndim == 1:
-                x = out.index_copy_(-1, self.columns, x)
+            out = x.new_full((*x.shape[:-1], self.seen + 1), absent)  # the last one for what stands in empty places
+            columns = self.columns
+            if columns.ndim == 1:
+                out.index_copy_(-1, columns, x)
             else:
-                x = out.scatter_(-1, self.columns[:, :, None, None].expand(x.shape), x)
+                index = columns[:, :, None, None]
+                index = index if self.visible is None else index.masked_fill(~self.visible, self.seen)
+                out.scatter_(-1, index.expand(x.shape), x)
+            x = out[..., : self.seen]
         return x.flatten(1, 2)
 
     def decoded_keys(self) -> Float[Tensor, "b h n d"]:
@@ -177,11 +183,11 @@ class HeldTokens:
         return out
 
     def dense_keys(self) -> Float[Tensor, "b h n d"]:
-        """Return all keys in the dtype they came in, in the order of the positions."""
+        """Return all keys in the dtype they came in, in the order of the positions; zeros in empty places."""
         return self._in_order(self.decoded_keys())
 
     def dense_values(self) -> Float[Tensor, "b h n dv"]:
-        """Return all values in the dtype they came in, in the order of the positions."""
+        """Return all values in the dtype they came in, in the order of the positions; zeros in empty places."""
         return self._in_order(self.decoded_values())
 
     def angles(self) -> Int[Tensor, "*heads n"]:
@@ -204,6 +210,8 @@ class HeldTokens:
         return x[:, :, self.sink_tokens : self.sink_tokens + self.packed_tokens]
 
     def _in_order(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
+        if self.visible is not None:
+            x = x.masked_fill(~self.visible[:, :, 0, 0, :, None], 0)
         if self.sink_positions is None:
             return x
         return x.gather(2, self.columns.argsort(-1)[..., None].expand_as(x))

@@ -10,11 +10,20 @@ from torch import Tensor
 from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.registry import MOST_CANDIDATES, make_codec
 from nexusquant_cache.errors import FormatError, NexusQuantError
-from nexusquant_cache.files.contents import given_facts, layer_facts
+from nexusquant_cache.files.contents import HIDDEN, given_facts, layer_facts
 from nexusquant_cache.files.fingerprint import check_fingerprint
 from nexusquant_cache.files.schema import BodyMeta, CacheMeta, LayerMeta, TransformMeta
 from nexusquant_cache.files.version_1 import sink_positions
-from nexusquant_cache.layer.state import SIDES, Declared, Facts, are_places, expected, finite, transform_tensors
+from nexusquant_cache.layer.state import (
+    SIDES,
+    Declared,
+    Facts,
+    are_places,
+    expected,
+    finite,
+    kept_of,
+    transform_tensors,
+)
 from nexusquant_cache.presets import REMOVED, CacheConfig
 
 _MOST_NUMBER = 1 << 48
@@ -112,7 +121,7 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
             _wrong(f"{name}.sink_place", wrong)
     if layer.body is not None:
         _check_sinks(layer, layer.body, name, tensors)
-        _check_hidden(name, tensors)
+        _check_kept(name, tensors)
         for side, meta in zip(SIDES, (layer.body.keys, layer.body.values), strict=True):
             _check_magnitude(f"{name}.{side}", meta, tensors)
     if layer.given is not None:
@@ -141,14 +150,17 @@ def _check_sinks(layer: LayerMeta, body: BodyMeta, name: str, tensors: Mapping[s
         _wrong(name, "has sinks among its packed tokens")
 
 
-def _check_hidden(name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Check that only what is kept is hidden."""
-    hidden = tensors.get(f"{name}.hidden")
-    if hidden is None:
+def _check_kept(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Check that heads keep as many tokens as is said, and that only what is kept is hidden."""
+    counts, kept = tensors.get(f"{name}.counts"), tensors.get(f"{name}.kept")
+    if counts is not None and (kept is None or not torch.equal(kept_of(kept), counts)):
+        _wrong(f"{name}.counts", "are not the numbers of tokens that are kept")
+    hidden = tensors.get(f"{name}.{HIDDEN}")
+    if hidden is None or kept is None:
         return
-    parts = zip(*(x.flatten().split(_PART) for x in (hidden, tensors[f"{name}.kept"])), strict=True)
-    if any(bool((some & ~kept).any()) for some, kept in parts):
-        _wrong(f"{name}.hidden", "hides tokens that are not kept")
+    parts = zip(*(x.flatten().split(_PART) for x in (hidden, kept)), strict=True)
+    if any(bool((some & ~others).any()) for some, others in parts):
+        _wrong(f"{name}.{HIDDEN}", "hides tokens that are not kept")
 
 
 def _check_declared(layer: str, declared: Iterable[Declared], facts: Facts, tensors: Mapping[str, Tensor]) -> None:

@@ -11,12 +11,12 @@ from math import prod
 from typing import Any, BinaryIO
 
 from nexusquant_cache.errors import FormatError, OptionError
-from nexusquant_cache.files.contents import DTYPES
-from nexusquant_cache.files.schema import CacheMeta, read_json
+from nexusquant_cache.files.contents import DTYPES, HIDDEN
+from nexusquant_cache.files.schema import CacheMeta, LayerMeta, read_json
 
 FORMAT = "nexusquant-cache"
-VERSION = 2
-"""What is written of a cache; all versions from 1 on are read."""
+VERSION = 3
+"""The newest version; all from 1 on are read.  A file is written in the oldest one that can say what it holds."""
 ALIGNMENT = 8
 MOST_HEADER = 8 << 20
 """Bytes of the longest header: far more than a cache needs, and read in a moment."""
@@ -45,9 +45,14 @@ class Entry:
     nbytes: int
 
 
-def version_of(meta: CacheMeta) -> int:
-    """Return the version of the format in which metadata say what these do: files of older ones are converted too."""
-    return VERSION if meta.padding is None else 1
+def versions_of(meta: CacheMeta) -> range:
+    """Return the versions of the format in which metadata may say what these do: files of older ones are converted."""
+    if meta.padding is not None:
+        return range(1, 2)
+    layers = [layer for layer in meta.layers if isinstance(layer, LayerMeta)]
+    least = 3 if any(layer.body is not None and layer.body.total is not None for layer in layers) else 2
+    most = 2 if any(HIDDEN in (layer.more or {}) for layer in layers) else VERSION
+    return range(least, most + 1)
 
 
 def header_bytes(metadata: Mapping[str, str], entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -42,6 +42,8 @@ DTYPES: dict[str, tuple[str, torch.dtype]] = {
 """Every dtype that a file may hold: torch's name of it, that of safetensors, and the dtype."""
 NAMES = {dtype: name for name, (_, dtype) in DTYPES.items()}
 
+HIDDEN = "hidden"
+"""In version 2, a tensor that says which kept tokens nobody shall see: they filled rows that kept fewer than others."""
 _FLOATS = ("float64", "float32", "float16", "bfloat16")
 _MOST_ROWS = 1 << 20
 _MOST_HEADS = 1 << 16
@@ -226,10 +228,11 @@ class _Layer:
         for declared, size in expected(facts):
             listed_only.discard(declared.name)
             yield _file_tensor(self.name, declared, size, facts)
+        for spec in self._of_earlier_versions(shape, facts):
+            listed_only.discard(spec.name.rpartition(".")[2])
+            yield spec
         if listed_only:
             self._wrong(f"lists a tensor that it cannot have: {min(listed_only)}")
-        if meta.sink_place:
-            yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
         if meta.given is not None:
             self._check_given(shape, meta.given)
             facts = given_facts(meta.given, shape, self.codecs)
@@ -238,6 +241,13 @@ class _Layer:
                     given_size = declared.shape(facts)
                     if given_size is not None:
                         yield _file_tensor(self.name, declared, given_size, facts)
+
+    def _of_earlier_versions(self, shape: ShapeMeta, facts: Facts) -> Iterator[FileTensor]:
+        if self.meta.sink_place:
+            yield FileTensor(f"{self.name}.sink_place", "int64", (shape.batch, 2), "positions")
+        if HIDDEN in (self.meta.more or {}) and facts["bitmap_bytes"]:
+            size = (shape.batch, shape.heads, facts["bitmap_bytes"])
+            yield FileTensor(f"{self.name}.{HIDDEN}", "uint8", size, "positions")
 
     def _check_version(self) -> None:
         """Check that version 1 says nothing that was not known then, and others nothing that is not known any more."""
@@ -249,13 +259,14 @@ class _Layer:
     def _check_listed(self) -> None:
         """Check what the layer lists."""
         more, known = self.meta.more or {}, listed()
-        if not set(more) <= set(known):
+        if not set(more) <= {*known, HIDDEN}:
             self._wrong("names a tensor that no layer has")
         for name, dtype in more.items():
-            only = known[name].listed_as
+            only = "uint8" if name == HIDDEN else known[name].listed_as
             _among(f"{self.name}.{name}", dtype, tuple(DTYPES) if only is None else (only,))
         # Of no sinks there are no positions, and where none is packed none has been turned.
-        if ("sink_positions" in more and not self.meta.sinks) or ("origins" in more and self.meta.body is None):
+        is_packed = self.meta.body is not None
+        if ("sink_positions" in more and not self.meta.sinks) or (not is_packed and {"origins", "counts"} & set(more)):
             self._wrong("says where tokens are that it does not have")
 
     def _check_counts(self, shape: ShapeMeta) -> None:
@@ -316,6 +327,11 @@ class _Layer:
         is_elsewhere = body.start not in {0, self.meta.sinks} or (is_placed and body.start)
         if is_elsewhere or (not body.bitmap and body.covered):
             self._wrong("begins its packed tokens in an impossible place")
+        more = self.meta.more or {}
+        if (body.total is not None) != ("counts" in more) or (body.total is not None and not body.bitmap):
+            self._wrong("must say how many tokens each head keeps where these differ, and only there")
+        if body.total is not None and body.total > shape.batch * shape.heads * (body.kept + body.dense):
+            self._wrong("has more tokens than its heads keep")
         for side, transform in zip(SIDES, (body.keys, body.values), strict=True):
             if transform.rows != shape.batch:
                 self._wrong("has transforms for another batch")
@@ -389,7 +405,8 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
         }
     facts |= {
         "reconstruction": observed.reconstruction,
-        "packed": None if body is None else body.kept + body.dense,
+        "packed": None if body is None else _packed(shape, body),
+        "dense": None if body is None else body.dense,
         "packed_end": None if body is None else body.start + body.covered + body.dense,
         "kept": None if body is None else body.kept,
         "covered": None if body is None else body.covered,
@@ -400,6 +417,11 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
         facts |= _transform_facts(side, transform, shape, codecs[index])
     more = meta.more or {}
     return facts | {name: more.get(name) for name in listed()}
+
+
+def _packed(shape: ShapeMeta, body: BodyMeta) -> tuple[int, ...]:
+    """Return the leading axes of packed tokens."""
+    return (shape.batch, shape.heads, body.kept + body.dense) if body.total is None else (body.total,)
 
 
 def _transforms(body: BodyMeta | None) -> tuple[TransformMeta | None, TransformMeta | None]:

@@ -11,7 +11,7 @@ from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
 from nexusquant_cache.codec.transform import Rotation, VectorTransform
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.files.contents import NAMES, given_facts, layer_facts
+from nexusquant_cache.files.contents import HIDDEN, NAMES, given_facts, layer_facts
 from nexusquant_cache.files.schema import (
     BodyMeta,
     GivenMeta,
@@ -24,6 +24,7 @@ from nexusquant_cache.files.schema import (
     TransformMeta,
 )
 from nexusquant_cache.files.state import Lists, Source, Tensors, check_finite
+from nexusquant_cache.files.version_2 import drop_hidden
 from nexusquant_cache.layer.host import HOST
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.observations import Observations
@@ -38,7 +39,7 @@ from nexusquant_cache.layer.state import (
     put,
     transform_tensors,
 )
-from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, TokenBuffer
+from nexusquant_cache.layer.tokens import Buffer, LayerTransforms, PackedSide, PackedTokens, RaggedBuffer, TokenBuffer
 
 _UNFILLED = torch.empty(0, device="cpu")  # in the place of a tensor that is put there next
 
@@ -116,8 +117,21 @@ def restore_layer(layer: NexusQuantLayer, meta: LayerMeta, source: Source) -> No
         name = f"layers.{state.layer_idx}.{declared.name}"
         waits = "tail" in declared.axes and meta.pending_from is not None
         tensor = (large if waits or "packed" in declared.axes else source).take(declared, name)
-        put(state, declared.path, TokenBuffer.of(tensor) if "packed" in declared.axes else tensor)
+        put(
+            state,
+            declared.path,
+            _buffer(tensor, meta, state.layer_idx, source) if "packed" in declared.axes else tensor,
+        )
+    if HIDDEN in (meta.more or {}):
+        drop_hidden(state, source)
     layer.is_initialized = True
+
+
+def _buffer(tensor: Tensor, meta: LayerMeta, layer_idx: int, source: Source) -> Buffer:
+    """Return stored tokens in a buffer as the layer had it."""
+    if meta.body is None or meta.body.total is None:
+        return TokenBuffer.of(tensor)
+    return RaggedBuffer.of(tensor, source.tensors[f"layers.{layer_idx}.counts"], meta.body.dense)
 
 
 def restore_given(meta: LayerMeta | StockMeta, index: int, source: Source) -> LayerTransforms | None:
@@ -156,6 +170,7 @@ def _body_meta(body: PackedTokens) -> BodyMeta:
         kept=positions.kept,
         dense=positions.dense,
         bitmap=positions.bitmap is not None,
+        total=None if positions.counts is None else len(body.keys.scales.stored()),
         keys=_transform_meta(body.keys.transform),
         values=_transform_meta(body.values.transform),
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
-from nexusquant_cache.files.container import FORMAT, VERSION, Entry, read_header, version_of
+from nexusquant_cache.files.container import FORMAT, VERSION, Entry, read_header, versions_of
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import content_hash
 from nexusquant_cache.files.packing import PACKINGS, decompress, may_expand
@@ -121,7 +121,7 @@ def _read_promise(file: BinaryIO) -> Promise:
         msg = "the metadata must be format, version, cache and sha256"
         raise FormatError(msg)
     meta = from_json(metadata["cache"])
-    if version != str(version_of(meta)):
+    if int(version) not in versions_of(meta):
         msg = f"the metadata are none of format version {version}"
         raise FormatError(msg)
     check_numbers(meta)

@@ -98,7 +98,11 @@ class GivenMeta:
 
 @dataclass(frozen=True)
 class BodyMeta:
-    """The packed tokens of a layer: which positions they have, and their transforms."""
+    """The packed tokens of a layer: which positions they have, and their transforms.
+
+    ``kept`` is the most that a head keeps of the covered ones.  ``total`` are the packed tokens of all rows and heads
+    together, where heads keep different numbers.
+    """
 
     start: int
     covered: int
@@ -107,6 +111,7 @@ class BodyMeta:
     bitmap: bool
     keys: TransformMeta
     values: TransformMeta
+    total: int | None = None
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from typing import BinaryIO, TypeAlias
 from torch import Tensor
 
 from nexusquant_cache.errors import OptionError, UnsupportedError
-from nexusquant_cache.files.container import FORMAT, header_bytes, padded_header, version_of
+from nexusquant_cache.files.container import FORMAT, header_bytes, padded_header, versions_of
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import content_hash
 from nexusquant_cache.files.packing import (
@@ -212,7 +212,7 @@ def _write(file: BinaryIO | _Nowhere, meta: CacheMeta, tensors: Mapping[str, Ten
     # Those that keep their dtype come first, wide ones before narrow ones, so that readers find them aligned.
     order = sorted(specs.values(), key=lambda x: (packings[x.name] is not None, -x.itemsize))
     cache = to_json(meta)
-    metadata = {"format": FORMAT, "version": str(version_of(meta)), "cache": cache, "sha256": _NO_HASH}
+    metadata = {"format": FORMAT, "version": str(versions_of(meta)[0]), "cache": cache, "sha256": _NO_HASH}
     # With every tensor as long as it can get, and no name longer than this, the header cannot outgrow its place.
     room = len(header_bytes(metadata, [_entry(Stored(x, _longer(packings[x.name]), x.nbytes)) for x in order]))
     file.seek(room)

@@ -16,29 +16,50 @@ from nexusquant_cache.layer.checks import check_finite
 from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
 from nexusquant_cache.layer.schedule import candidates
+from nexusquant_cache.layer.selection import Scope, Selection, shared_counts
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Codecs, LayerState
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, own
-from nexusquant_cache.policy import ScoreInputs
 
 
-def make_room(state: LayerState, shared: Shared) -> None:
+def evicts_now(state: LayerState, shared: Shared) -> bool:
+    """Tell whether a compression of the layer as it is now drops tokens: a prompt waits whose attention was seen."""
+    is_long = candidates(state, shared) >= shared.settings.min_tokens
+    return state.turn.is_pending and is_long and shared.evicts and state.may_evict
+
+
+def make_room(state: LayerState, shared: Shared, selection: Selection | None = None) -> None:
     """Encode what the tail need not hold, if enough of it waits: of a prompt the best tokens, else all.
 
     Autocast is switched off meanwhile: precision is chosen step by step.
+
+    Args:
+        state: The layer.
+        shared: What the layers share.
+        selection: Which tokens of a prompt to keep; by default what the layer would choose alone.
     """
     settings, count = shared.settings, candidates(state, shared)
     compression = Compression(state, shared)
     with torch.autocast(state.home.type, enabled=False):
         if state.turn.is_pending and count >= settings.min_tokens:
+            scope = Scope.of(state, shared)
             if not state.may_evict and ceil(settings.keep_ratio * count) < count:
                 shared.warn_kept_whole(state.layer_idx)
-            compression.encode_oldest(count, evicts=shared.evicts and state.may_evict)
+            if evicts_now(state, shared):
+                selection = selection or select_alone(scope)
+            compression.encode_oldest(scope, selection)
         elif not state.turn.is_pending and count >= (
             settings.min_tokens if state.body is None else settings.flush_length
         ):
-            compression.encode_oldest(count, evicts=False)
+            compression.encode_oldest(Scope.of(state, shared), None)
     stop_waiting(state)
+
+
+def select_alone(scope: Scope) -> Selection:
+    """Return what a layer keeps that is compressed for itself."""
+    found = scope.scores()
+    (counts,) = shared_counts([found]) if found.is_comparable else (found.equal(),)
+    return Selection.of(found.scores, counts)
 
 
 def stop_waiting(state: LayerState) -> None:
@@ -58,7 +79,7 @@ class _First:
         sinks: Where the sinks of each row are in the tail; None if they come first in all rows.
         phase: What was taken off the keys.
         start: Where the map of positions begins.
-        left_out: Which of them are padding, or hidden; None if none are.
+        left_out: Which of them are padding, or not of the row; None if none are.
     """
 
     keys: Float[Tensor, "b h n d"]
@@ -77,43 +98,31 @@ class _First:
 
 @dataclass(frozen=True)
 class Compression:
-    """A compression of a layer.
-
-    Each row keeps as many tokens as it would alone.  All rows and heads store equally many, so that rows that keep
-    fewer store others beside, which stay hidden: their pads, if they have any.
-    """
+    """A compression of a layer."""
 
     state: LayerState
     shared: Shared
 
-    def encode_oldest(self, count: int, *, evicts: bool) -> None:
-        """Move ``count`` tokens out of the tail, encoding them, or the best of them.
+    def encode_oldest(self, scope: Scope, selection: Selection | None) -> None:
+        """Move the tokens of a scope out of the tail, encoding them, or those selected.
 
         Nothing changes before everything is computed: an error leaves the layer as it was.
         """
-        state = self.state
+        state, stop, phase = self.state, scope.stop, scope.phase
         is_first = state.body is None
         offset = state.seen - state.tail_tokens
-        sinks = self.shared.settings.sink_tokens if is_first else 0
-        stop = sinks + count
-        is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
-        places = self._sink_places(sinks, stop) if sinks and is_padded else None
-        phase = self.shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
-        is_sink = self._is_sink(sinks, places)
-        keep = hidden = None
-        if evicts:
-            keep, hidden = self._select(is_sink, stop, phase)
-        elif places is not None:
-            keep = ~is_sink[:, None, :stop].expand(-1, state.exact[0].shape[1], -1)
-        start = sinks if keep is None else 0
-        keys, values = (_pick(x[:, :, start:stop], keep) for x in state.exact)
+        taken = None if selection is None else selection.taken
+        if taken is None and scope.places is not None:
+            taken = ~scope.is_sink[:, None, :stop].expand(-1, state.exact[0].shape[1], -1)
+        start = scope.sinks if taken is None else 0
+        keys, values = (_pick(x[:, :, start:stop], taken) for x in state.exact)
         check_finite(state.layer_idx, keys, values, "generated tokens")
 
         columns: Int[Tensor, "*heads n"] = torch.arange(start, stop, device=keys.device)
-        if keep is not None:
-            columns = columns.expand(*keep.shape)[keep].view(*keys.shape[:3])
-        left_out = self._left_out(columns, hidden)
-        first = _First(keys, values, columns, places, phase, start, left_out) if is_first else None
+        if taken is not None:
+            columns = columns.expand(*taken.shape)[taken].view(*keys.shape[:3])
+        left_out = self._left_out(columns, None if selection is None else selection.unlike)
+        first = _First(keys, values, columns, scope.places, phase, start, left_out) if is_first else None
         if phase is not None:
             origins = state.origins if first is None else first.origins
             angles = angles_of(columns + offset, origins, *keys.shape[:2])
@@ -122,14 +131,25 @@ class Compression:
             self._start_body(replace(first, keys=keys))
         else:
             self._append(keys, values)
-        assert state.body is not None
-        if keep is None:
-            state.body.positions.append_all(keys.shape[2])
-        else:
-            state.body.positions.append(keep, hidden)
+        self._place(keys.shape[2], taken, taken if selection is None else selection.kept)
         state.cut_tail(stop, state.tail_tokens)
         if state.pads is not None and not bool(state.pads.any()):
             state.pads = None
+
+    def _place(self, tokens: int, taken: Bool[Tensor, "b h n"] | None, kept: Bool[Tensor, "b h n"] | None) -> None:
+        """Say where the newest packed tokens are, and let go of those that are not kept."""
+        body = self.state.body
+        assert body is not None
+        positions = body.positions
+        if taken is None or kept is None:
+            positions.append_all(tokens)
+            return
+        before, fresh = positions.visible(), kept[taken].view(*kept.shape[:2], tokens)
+        if before is not None or not bool(fresh.all()):
+            if before is None:
+                before = fresh.new_ones(*fresh.shape[:2], positions.tokens)
+            body.choose(torch.cat([before, fresh], 2))
+        positions.append(kept)
 
     def _append(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> None:
         body, codecs = self.state.body, self.state.codecs
@@ -199,119 +219,21 @@ class Compression:
         return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), first.left_out)
 
     def _left_out(
-        self, columns: Int[Tensor, "*heads n"], hidden: Bool[Tensor, "b h m"] | None
+        self, columns: Int[Tensor, "*heads n"], unlike: Bool[Tensor, "b h m"] | None
     ) -> Bool[Tensor, "b h n"] | None:
-        """Return which tokens of the tail are padding or hidden; None if none are."""
+        """Return which tokens of the tail say nothing of their row, padding and `Selection.unlike`; None if none do."""
         pads = self.state.pads
-        if pads is None and hidden is None:
+        if pads is None and unlike is None:
             return None
         lead = self.state.exact[0].shape[:2]
         index = columns.expand(*lead, columns.shape[-1])
         marks = [
             x.expand(*lead, -1).gather(2, index)
-            for x in (None if pads is None else pads[:, None], hidden)
+            for x in (None if pads is None else pads[:, None], unlike)
             if x is not None
         ]
         found = torch.stack(marks).any(0)
         return found if bool(found.any()) else None
-
-    # Which tokens stay
-
-    def _sink_places(self, sinks: int, stop: int) -> Int[Tensor, "b s"]:
-        """Return where each row has its first real tokens; where it has too few, the last of its pads."""
-        assert self.state.pads is not None
-        pads = self.state.pads[:, :stop]
-        order = torch.arange(stop, device=pads.device)
-        rank = torch.where(pads, 2 * stop - order, order)
-        return rank.argsort(1)[:, :sinks].sort(1).values
-
-    def _is_sink(self, sinks: int, places: Int[Tensor, "b s"] | None) -> Bool[Tensor, "b tail"]:
-        """Return which tokens of the tail are sinks."""
-        rows, device = len(self.state.exact[0]), self.state.home
-        found = torch.zeros(rows, self.state.tail_tokens, dtype=torch.bool, device=device)
-        if places is not None:
-            return found.scatter_(1, places, value=True)
-        found[:, :sinks] = True
-        return found
-
-    def _select(
-        self, is_sink: Bool[Tensor, "b tail"], stop: int, phase: RotaryPhase | None
-    ) -> tuple[Bool[Tensor, "b h n"], Bool[Tensor, "b h n"] | None]:
-        """Choose which of the first ``stop`` tokens of the tail to encode, and which of these to hide.
-
-        The policy is shown a row without its pads, as if the row had been alone; rows with the same pads together.
-        """
-        state = self.state
-        keys, policy = state.exact[0], state.policy
-        assert policy is not None
-        pads = torch.zeros_like(is_sink) if state.pads is None else state.pads
-        free = ~is_sink[:, :stop] & ~pads[:, :stop]
-        counts = [self._kept_of(candidates) for candidates in free.sum(1).tolist()]
-        keep = free[:, None].expand(-1, keys.shape[1], -1).clone()
-        for members in self._alike():
-            row = members[0]
-            real = (~pads[row] | is_sink[row]).nonzero()[:, 0]
-            inside = int((real < stop).sum())
-            protected = is_sink[row, real] | (real >= stop)
-            if counts[row] < int(free[row].sum()):
-                selected = policy.select(self._score_inputs(members, real, protected, phase), counts[row])
-                keep[members] &= _scattered(selected[..., :inside], real[:inside], stop)
-        most = max(*counts, 1)  # a body without a token could not be fitted to
-        if min(counts) == most:
-            return keep, None
-        # Rows that keep fewer store pads beside, then others, the oldest first.
-        rank = torch.where(pads[:, None, :stop], 0, 1).expand_as(keep) + 2 * keep + 4 * is_sink[:, None, :stop]
-        order = rank.argsort(dim=-1, stable=True)
-        short = most - torch.tensor(counts, device=keys.device)
-        fills = torch.arange(stop, device=keys.device) < short[:, None, None]
-        hidden = torch.zeros_like(keep).scatter_(-1, order, fills.expand_as(keep))
-        return keep | hidden, hidden
-
-    def _kept_of(self, candidates: int) -> int:
-        """Return how many of so many tokens a row keeps that is compressed alone."""
-        settings = self.shared.settings
-        return candidates if candidates < settings.min_tokens else ceil(settings.keep_ratio * candidates)
-
-    def _alike(self) -> list[list[int]]:
-        """Return the rows whose pads are the same, together."""
-        state, rows = self.state, len(self.state.exact[0])
-        marks = [x for x in (state.pads, state.sink_positions, state.origins) if x is not None]
-        if not marks:
-            return [list(range(rows))]
-        found: dict[tuple[int, ...], list[int]] = {}
-        for row in range(rows):
-            key = tuple(number for mark in marks for number in mark[row].reshape(-1).tolist())
-            found.setdefault(key, []).append(row)
-        return list(found.values())
-
-    def _score_inputs(
-        self,
-        members: list[int],
-        real: Int[Tensor, " real"],
-        protected: Bool[Tensor, " real"],
-        phase: RotaryPhase | None,
-    ) -> ScoreInputs:
-        """Return what a policy sees of these rows: the tokens of the tail that are no padding."""
-        state = self.state
-        is_all = len(members) == len(state.exact[0]) and len(real) == state.tail_tokens
-        keys, values = state.exact if is_all else (x[members][:, :, real] for x in state.exact)
-        queries = state.observed.last_queries(min(QUERY_WINDOW, state.tail_tokens), state.seen)
-        if queries is not None:
-            before = state.tail_tokens - queries.shape[2]
-            queries = queries[members][:, :, real[real >= before] - before]
-        attention = state.observed.attention_to(state.tail_tokens)
-        origins = state.origins
-        start = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
-        return ScoreInputs(
-            keys=keys,
-            values=values,
-            positions=torch.arange(len(real), device=keys.device) + max(start, 0),
-            protected=protected,
-            layer_idx=state.layer_idx,
-            queries=queries if queries is not None and queries.shape[2] else None,
-            reconstruction=None if attention is None else attention[members][:, :, real],
-            phase=phase,
-        )
 
     # What the first compression fixes
 
@@ -326,7 +248,7 @@ class Compression:
     def _fit_row(
         self, row: int, first: _First, left_out: Bool[Tensor, "h n"], codecs: Codecs
     ) -> tuple[VectorTransform, VectorTransform]:
-        """Fit to one row that stores pads, or tokens that are hidden; in all its heads these are equally many."""
+        """Fit to one row, without what is left out; in all its heads that is equally many."""
         heads = len(left_out)
         keys, values = (x[row][~left_out].view(1, heads, -1, x.shape[-1]) for x in (first.keys, first.values))
         if not keys.shape[2]:
@@ -375,13 +297,8 @@ def _with_more_bits(codecs: Codecs) -> Codecs | None:
     return None if more == (None, None) else (more[0] or codecs[0], more[1] or codecs[1])
 
 
-def _scattered(x: Bool[Tensor, "b h real"], places: Int[Tensor, " real"], tokens: int) -> Bool[Tensor, "b h n"]:
-    """Return what is given for some of so many tokens for all of them, False for the others."""
-    return x.new_zeros(*x.shape[:2], tokens).index_copy_(2, places, x)
-
-
-def _pick(x: Tensor, keep: Bool[Tensor, "b h n"] | None) -> Tensor:
-    """Return the kept tokens of each head; every head keeps the same number."""
-    if keep is None:
+def _pick(x: Tensor, taken: Bool[Tensor, "b h n"] | None) -> Tensor:
+    """Return the tokens that are taken, of each head the same number."""
+    if taken is None:
         return x
-    return x[keep].view(*keep.shape[:2], -1, x.shape[-1])
+    return x[taken].view(*taken.shape[:2], -1, x.shape[-1])

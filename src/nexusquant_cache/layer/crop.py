@@ -1,9 +1,16 @@
 """Taking the newest tokens of a layer back.  Codes are dropped, never decoded and encoded again."""
 
-from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.errors import ShapeError, UnsupportedError
 from nexusquant_cache.layer.compress import stop_waiting
 from nexusquant_cache.layer.state import LayerState
 from nexusquant_cache.layer.tokens import own
+
+
+def check_sign(tokens_to_remove: int) -> None:
+    """Raise ShapeError if the number is positive: an absolute length, which transformers gave up."""
+    if tokens_to_remove > 0:
+        msg = f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}"
+        raise ShapeError(msg)
 
 
 def check_crop(state: LayerState, count: int) -> None:
@@ -20,37 +27,26 @@ def check_crop(state: LayerState, count: int) -> None:
         raise UnsupportedError(msg)
 
 
-def remove(state: LayerState, count: int) -> int:
-    """Remove the newest ``count`` tokens.
-
-    Where tokens have been evicted, the heads of a layer may have kept different numbers of those before.  Each then
-    keeps its newest, as many as the head with the fewest has.
-
-    Args:
-        state: The layer.
-        count: At most as many as it has seen.
-
-    Returns:
-        How many tokens more than these the head that loses most has lost.
+def remove(state: LayerState, count: int) -> None:
+    """Remove the newest ``count`` tokens, at most as many as it has seen.
 
     Raises:
         UnsupportedError: If the batch is padded and the removal reaches the sinks of a row.
     """
     check_crop(state, count)
-    end, lost = state.seen - count, 0
+    end = state.seen - count
     if state.turn.pending_from is not None and end <= state.turn.pending_from:
         stop_waiting(state)
     state.observed.crop(end)
     if count <= state.tail_tokens or state.body is None:
         state.cut_tail(0, state.tail_tokens - count)
     else:
-        lost = _remove_packed(state, end)
+        _remove_packed(state, end)
     state.seen = end
     state.shown = (min(state.shown[0], end), min(state.shown[1], end))
-    return lost
 
 
-def _remove_packed(state: LayerState, end: int) -> int:
+def _remove_packed(state: LayerState, end: int) -> None:
     assert state.body is not None
     assert state.sinks is not None
     if end <= (0 if state.sink_positions is not None else state.sink_tokens):
@@ -59,10 +55,11 @@ def _remove_packed(state: LayerState, end: int) -> int:
         state.tail = (own(state.sinks[0][:, :, :end]), own(state.sinks[1][:, :, :end]))
         state.pads = None  # that one knows of: these sinks are the first tokens of every row
         state.forget_packed()
-        return 0
-    before = state.body.kept_before(end)
-    least, most = int(before.min()), int(before.max())
-    state.body.positions.crop(end, least)
-    state.cut_packed(least, before - least if most > least else None)
+        return
+    stay = state.body.positions.crop(end)
+    if isinstance(stay, int):
+        for buffer in state.buffers:
+            buffer.crop(stay)
+    else:
+        state.body.choose(stay)
     state.cut_tail(0, 0)
-    return most - least

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from nexusquant_cache.errors import CacheStateError, ShapeError
+from nexusquant_cache.errors import CacheStateError
 from nexusquant_cache.layer.checks import (
     check_finite,
     check_gradients,
@@ -19,12 +19,13 @@ from nexusquant_cache.layer.checks import (
     needs_gradients,
 )
 from nexusquant_cache.layer.compress import make_room, stop_waiting
-from nexusquant_cache.layer.crop import remove
+from nexusquant_cache.layer.crop import check_sign, remove
 from nexusquant_cache.layer.decoded import Decoded
 from nexusquant_cache.layer.observations import scaled
 from nexusquant_cache.layer.reading import dense, states
 from nexusquant_cache.layer.residency import Residency
 from nexusquant_cache.layer.schedule import is_due, wants_queries
+from nexusquant_cache.layer.selection import Selection
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 from nexusquant_cache.layer.tokens import own
@@ -148,7 +149,10 @@ class NexusQuantLayer(CacheLayerMixin):
         if not state.turn.is_step(query_length):
             check_finite(self.layer_idx, key_states, value_states, "the prompt")
         if is_due(state, self.shared, query_length):
-            self.compress()
+            if state.turn.is_pending:
+                self.shared.compress_waiting(query_length)  # this layer among them
+            else:
+                self.compress()
         saved = state.snapshot_of_update()
         try:
             state.observed.start_update()
@@ -187,10 +191,10 @@ class NexusQuantLayer(CacheLayerMixin):
             check_queries(self.state, queries)
             self.state.observed.append(scaled(queries.detach(), scaling), self.state.seen)
 
-    def compress(self) -> None:
-        """Encode now what the tail need not hold."""
+    def compress(self, selection: Selection | None = None) -> None:
+        """Encode now what the tail need not hold; of a prompt what is selected, by default as a layer for itself."""
         with self.residency.at_home(codes=False), self._all_or_nothing():  # codes are appended to where they are
-            make_room(self.state, self.shared)
+            make_room(self.state, self.shared, selection)
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -220,7 +224,7 @@ class NexusQuantLayer(CacheLayerMixin):
 
     # Cache operations
 
-    def crop(self, tokens_to_remove: int) -> int:
+    def crop(self, tokens_to_remove: int) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens; while recording, encode what the tail need not hold.
 
         Args:
@@ -229,30 +233,32 @@ class NexusQuantLayer(CacheLayerMixin):
         Raises:
             ShapeError: If the number is positive (an absolute length, which transformers gave up).
             UnsupportedError: If the batch is padded and the removal reaches the sinks of a row.
-
-        Returns:
-            As `crop.remove`.
         """
-        if tokens_to_remove > 0:
-            msg = f"crop takes 0 or a negative number of tokens to remove, got {tokens_to_remove}"
-            raise ShapeError(msg)
+        check_sign(tokens_to_remove)
         if not self.is_initialized:
-            return 0
-        self.residency.arrive()
-        with self._all_or_nothing():
-            return self._crop(-tokens_to_remove)
+            return
+        self.take_off(-tokens_to_remove)
+        self.settle()
 
-    def _crop(self, count: int) -> int:
-        state = self.state
-        lost = remove(state, min(count, state.seen)) if count else 0
-        state.turn.updated_since_crop = False
-        if state.turn.record_past:
-            if not state.turn.expects_prompt:
-                stop_waiting(state)  # these were candidates
-            state.turn.expects_prompt = False
-            if state.seen:
-                self.compress()
-        return lost
+    def take_off(self, count: int) -> None:
+        """Begin a crop: remove the newest ``count`` tokens."""
+        self.residency.arrive()
+        if count:
+            with self._all_or_nothing():
+                remove(self.state, min(count, self.state.seen))
+
+    def settle(self, selection: Selection | None = None) -> None:
+        """End a crop: encode what the tail need not hold if past is recorded; of a prompt as `compress` does."""
+        turn = self.state.turn
+        with self._all_or_nothing():
+            turn.updated_since_crop = False
+            if not turn.record_past:
+                return
+            if not turn.expects_prompt:
+                stop_waiting(self.state)  # these were candidates
+            turn.expects_prompt = False
+            if self.state.seen:
+                self.compress(selection)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows of the batch in another order, as beam search does."""
@@ -269,7 +275,7 @@ class NexusQuantLayer(CacheLayerMixin):
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.residency.arrive()
         with self._all_or_nothing():
-            self.state.map(function)
+            self.state.map_rows(function)
 
     def offload(self) -> None:
         """Move everything stored to host memory; the next update, or whatever else needs it, brings it back."""

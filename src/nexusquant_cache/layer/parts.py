@@ -229,11 +229,6 @@ class CompressedPart(Part):
         """Tell whether an update of so many tokens begins with a compression."""
         return is_due(self.layer.state, self.layer.shared, query_length)
 
-    def compress(self) -> None:
-        """Compress now what the next generation step would compress."""
-        if self.is_pending:
-            self.layer.compress()
-
     def compress_early(self) -> None:
         """Compress during the prefill, if that is wanted and enough tokens are there; otherwise leave them waiting."""
         turn = self.layer.state.turn

@@ -43,7 +43,7 @@ class Residency:
         """Move everything stored to host memory, in packed form."""
         self.arrive()
         self.is_parked = self.state.tail is not None
-        self.state.map(to_host, also_staying=False)
+        self.state.move(to_host)
 
     def fetch(self, *, codes: bool = True, prompt: bool = True) -> None:
         """Move what attention needs to the device; an offloading cache only copies the codes there.
@@ -97,8 +97,8 @@ class Residency:
         """Wait for what is coming, in the order of the device's current stream."""
         if self.coming is None:
             return
-        came = [tensor for _, tensor in self.state.tensors()]
-        came += [buffer.fetched for buffer in self.state.buffers if buffer.fetched is not None]
+        came = [tensor for _, tensor in self.state.tensors("exact", "positions", "transform")]
+        came += [tensor for buffer in self.state.buffers for tensor in buffer.on_the_way]
         arrive(self.coming, self.state.home, came)
         self.coming = None
 
@@ -107,9 +107,9 @@ class Residency:
         state, home = self.state, self.state.home
         stays = state.exact if state.turn.is_pending and not prompt else ()
         if self.is_parked or state.exact[0].device != home:
-            state.map(_moved_to(home, stays), "exact", "positions", "transform", also_staying=False)
+            state.move(_moved_to(home, stays), "exact", "positions", "transform")
         if codes and not self.shared.offloading:
-            state.map(_moved_to(home, ()), "codes", "scales")
+            state.move(_moved_to(home, ()), "codes", "scales")
         elif codes:
             for buffer in state.buffers:
                 buffer.fetch(home)

@@ -26,6 +26,7 @@ class Shared:
         mask_shape: Shape of the prompt, if the user has given its mask; None once that was checked.
         make_policy: Returns the policy of a layer.
         make_codec: Returns the codec of a side, for vectors of this length, in a layer.
+        compress_waiting: Compresses all layers that wait and are due before an update of so many tokens.
         make_phase: Returns the rotary phase to take off a layer's keys when so many tokens have been seen, or None.
         given_transforms: Of each layer, what it shall use in place of fitting its own; may be empty.
         phases: The rotary phases of the layers, each once.
@@ -38,6 +39,7 @@ class Shared:
     make_policy: Callable[[int], EvictionPolicy]
     make_codec: Callable[[Side, int, int], VectorCodec]
     make_phase: Callable[[int, int], RotaryPhase | None]
+    compress_waiting: Callable[[int], None]
     given_transforms: tuple[LayerTransforms | None, ...] = ()
     phases: list[RotaryPhase] = field(default_factory=list)
     mask_shape: tuple[int, int] | None = None

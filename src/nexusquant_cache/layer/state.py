@@ -5,7 +5,7 @@ tensor is a line there and a field of `LayerState`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import isfinite
 from operator import attrgetter
 from typing import Any, Literal, TypeAlias
@@ -18,7 +18,7 @@ from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.layer.observations import Observations
-from nexusquant_cache.layer.tokens import PackedTokens, TokenBuffer, own
+from nexusquant_cache.layer.tokens import Buffer, PackedTokens, own
 from nexusquant_cache.policy import EvictionPolicy
 
 Kind = Literal["exact", "codes", "scales", "positions", "transform"]
@@ -53,17 +53,31 @@ def _positive(x: Tensor, facts: Facts) -> str | None:
 
 
 def _bitmap(x: Tensor, facts: Facts) -> str | None:
-    """Every head keeps as many tokens as the layer says, all of them covered."""
+    """Every head keeps as many tokens as the layer says, all of them covered; where heads differ, no more than that."""
     if not facts["covered"]:
         return None
-    heads = x.flatten(0, 1)
+    differ = facts["counts"] is not None
     used = (facts["covered"] - 1) % 8 + 1  # bits of the last byte
-    is_right = not bool((heads[:, -1].int() >> used).any())
-    # In parts: a bitmap that says little is small in a file, and what is made of it here must not be large.
-    for some in heads.split(max(_PART // heads.shape[1], 1)):
-        counts = torch.stack([_count_bits(part).sum(1, dtype=torch.int64) for part in some.split(_PART, 1)])
-        is_right = is_right and not bool((counts.sum(0) != facts["kept"]).any())
+    counts = kept_of(x)
+    wrong = counts > facts["kept"] if differ else counts != facts["kept"]
+    is_right = not bool((x[..., -1].int() >> used).any()) and not bool(wrong.any())
     return None if is_right else f"does not keep {facts['kept']} tokens in every head"
+
+
+def kept_of(bitmap: Tensor) -> Int[Tensor, "b h"]:
+    """Return how many tokens each head keeps, by a bitmap."""
+    heads = bitmap.flatten(0, 1)
+    # In parts: a bitmap that says little is small in a file, and what is made of it here must not be large.
+    some_heads = heads.split(max(_PART // max(heads.shape[1], 1), 1))
+    counts = [sum(_count_bits(part).sum(1, dtype=torch.int64) for part in some.split(_PART, 1)) for some in some_heads]
+    return torch.cat([torch.as_tensor(count) for count in counts]).view(bitmap.shape[:2])
+
+
+def _counts(x: Tensor, facts: Facts) -> str | None:
+    """Say whether heads keep other numbers of tokens than there are in all."""
+    is_right = int(x.min()) >= 0 and int(x.max()) == facts["kept"]
+    total = int(x.sum()) + x.numel() * facts["dense"]
+    return None if is_right and (total,) == facts["packed"] else "does not count the tokens that there are"
 
 
 def _count_bits(x: Tensor) -> Tensor:
@@ -107,7 +121,7 @@ class Declared:
     Attributes:
         name: What files call it.
         path: Where a `LayerState` has it: attributes, and places in tuples.
-        axes: Names of its axes in the layer's facts, or lengths.
+        axes: Names of its axes in the layer's facts, or lengths.  The fact may be several lengths in a tuple.
         dtype: Torch's name of its dtype, or the name of a fact that is one.  A layer has no such tensor where a fact
             that it asks for is None.  If this is the tensor's own name, a file says of each layer whether it is there.
         kind: What it is.
@@ -133,8 +147,9 @@ class Declared:
     def shape(self, facts: Facts) -> tuple[int, ...] | None:
         """Return the shape that the tensor has in a layer of these facts; None if there is no such tensor."""
         lengths = [axis if isinstance(axis, int) else facts[axis] for axis in self.axes]
-        is_there = self.dtype_in(facts) is not None and None not in lengths
-        return tuple(lengths) if is_there else None
+        if self.dtype_in(facts) is None or None in lengths:
+            return None
+        return tuple(n for length in lengths for n in (length if isinstance(length, tuple) else (length,)))
 
     def dtype_in(self, facts: Facts) -> str | None:
         """Return the name of its dtype in a layer of these facts."""
@@ -168,8 +183,9 @@ def _tokens(place: int, side: Side) -> tuple[Declared, ...]:
     return (
         Declared(f"{side}.tail", f"tail.{place}", (*lead, "tail", dim), dtype, "exact"),
         Declared(f"{side}.sinks", f"sinks.{place}", (*lead, "sinks", dim), dtype, "exact"),
-        Declared(f"{side}.words", f"{packed}.words", (*lead, "packed", f"{one}_bytes"), "uint8", "codes", None),
-        Declared(f"{side}.scales", f"{packed}.scales", (*lead, "packed"), "uint8", "scales", None),
+        # Batch, heads and tokens; where heads keep different numbers, all tokens, one head behind the other.
+        Declared(f"{side}.words", f"{packed}.words", ("packed", f"{one}_bytes"), "uint8", "codes", None),
+        Declared(f"{side}.scales", f"{packed}.scales", ("packed",), "uint8", "scales", None),
         *transform_tensors(side, f"{packed}.transform"),
     )
 
@@ -183,7 +199,7 @@ TENSORS: tuple[Declared, ...] = (
     *_tokens(0, "keys"),
     *_tokens(1, "values"),
     Declared("kept", "body.positions.bitmap", ("batch", "heads", "bitmap_bytes"), "uint8", "positions", _bitmap),
-    _listed("hidden", "body.positions.hidden", ("batch", "heads", "bitmap_bytes"), "uint8", None),
+    replace(_listed("counts", "body.positions.counts", ("batch", "heads"), "int64", _counts), stays=True),
     _listed("sink_positions", "sink_positions", ("batch", "sinks"), "int64", are_places),
     _listed("origins", "origins", ("batch",), "int64", _origins),
     _listed("pads", "pads", ("batch", "tail"), "bool", None),
@@ -213,6 +229,7 @@ def listed() -> dict[str, Declared]:
     return {declared.name: declared for declared in TENSORS if declared.is_listed}
 
 
+_POSITIONS = "body.positions."
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
 
 
@@ -361,18 +378,20 @@ class LayerState:
 
     @property
     def packed_tokens(self) -> int:
-        """Packed tokens of each head."""
+        """Packed tokens of each head; the most that a head has where they differ."""
         return 0 if self.body is None else self.body.positions.tokens
 
     @property
     def kept(self) -> int:
-        """Tokens stored, exact or packed."""
-        return self.sink_tokens + self.packed_tokens + self.tail_tokens
+        """Tokens stored, exact or packed, on average over rows and heads."""
+        packed = 0.0 if self.body is None else self.body.positions.mean_tokens
+        return round(self.sink_tokens + packed + self.tail_tokens)
 
     @property
     def is_whole(self) -> bool:
         """Whether every token seen is kept."""
-        return self.kept == self.seen and (self.body is None or self.body.positions.hidden is None)
+        stored = self.sink_tokens + self.packed_tokens + self.tail_tokens
+        return stored == self.seen and (self.body is None or self.body.positions.counts is None)
 
     @property
     def is_shown(self) -> bool:
@@ -450,27 +469,34 @@ class LayerState:
         for declared in _of(kinds or _KINDS):
             found = find(self, declared.path)
             if found is not None:
-                yield declared, found.stored() if isinstance(found, TokenBuffer) else found
+                yield declared, found.stored() if isinstance(found, Buffer) else found
 
-    def map(self, function: Callable[[Tensor], Tensor], *kinds: Kind, also_staying: bool = True) -> None:
-        """Replace the tensors of these kinds, all by default, by what ``function`` makes of them.
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every tensor by what ``function`` makes of the rows of the batch; it keeps the other axes."""
+        for declared in _of(_KINDS, but="transform"):
+            found = find(self, declared.path)
+            if isinstance(found, Buffer):
+                found.map_rows(function)
+            elif found is not None and not declared.path.startswith(_POSITIONS):
+                put(self, declared.path, function(found))
+        if self.body is not None:
+            self.body.map_positions(function)
+            self._map_transforms(function)
 
-        Args:
-            function: Must keep all axes but the first, which is the batch, as they are.
-            *kinds: Which tensors.
-            also_staying: Also those that stay on the CPU.
-        """
+    def move(self, function: Callable[[Tensor], Tensor], *kinds: Kind) -> None:
+        """Put the tensors of these kinds, all by default, where ``function`` moves them; some stay on the CPU."""
         for declared in _of(kinds or _KINDS, but="transform"):
             found = find(self, declared.path)
-            if found is None or (declared.stays and not also_staying):
-                continue
-            if isinstance(found, TokenBuffer):
-                found.map(function)
-            else:
+            if isinstance(found, Buffer):
+                found.move(function)
+            elif found is not None and not declared.stays:
                 put(self, declared.path, function(found))
-        if "transform" in (kinds or _KINDS) and self.body is not None:
-            for side in (self.body.keys, self.body.values):  # which puts plans back on the CPU
-                side.transform = side.transform.map_batch(function)
+        if "transform" in (kinds or _KINDS):
+            self._map_transforms(function)
+
+    def _map_transforms(self, function: Callable[[Tensor], Tensor]) -> None:
+        for side in () if self.body is None else (self.body.keys, self.body.values):  # which puts plans back on the CPU
+            side.transform = side.transform.map_batch(function)
 
     def cut_tail(self, start: int, stop: int) -> None:
         """Keep these tokens of the tail, without a view of the others."""
@@ -483,24 +509,19 @@ class LayerState:
         for path, tensor in cut:  # when all are there
             put(self, path, tensor)
 
-    def cut_packed(self, tokens: int, dropped: Int[Tensor, "b h"] | None) -> None:
-        """Keep so many packed tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
-        for buffer in self.buffers:
-            buffer.crop(tokens, dropped)
-
     def forget_packed(self) -> None:
         """Become a layer that has never packed anything; its tail stays."""
         self.sinks = self.body = self.phase = self.sink_positions = self.origins = self.code_error = None
         self.codecs = self.asked
 
     @property
-    def buffers(self) -> tuple[TokenBuffer, ...]:
+    def buffers(self) -> tuple[Buffer, ...]:
         """What grows with the packed tokens."""
         return () if self.body is None else _buffers_of(self)
 
 
 # Asked for at each step.
-_buffers_of: Callable[[LayerState], tuple[TokenBuffer, ...]] = attrgetter(
+_buffers_of: Callable[[LayerState], tuple[Buffer, ...]] = attrgetter(
     *(declared.path for declared in TENSORS if "packed" in declared.axes)
 )
 

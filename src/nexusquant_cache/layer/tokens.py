@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import torch
-from jaxtyping import Int
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor
 
-from nexusquant_cache.codec.base import PackedVectors, VectorCodec
+from nexusquant_cache.codec.base import PackedVectors, RaggedVectors, VectorCodec, filled, is_there
 from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.host import empty_beside, pinned_for, to_device, to_host
@@ -70,18 +72,30 @@ class TokenBuffer:
         data[:, :, self.tokens : total] = new
         return data
 
-    def crop(self, tokens: int, dropped: Int[Tensor, "b h"] | None = None) -> None:
-        """Keep this many tokens: the first ones, or those behind the ``dropped`` first ones of each head."""
-        view = self.stored()
-        if dropped is not None:
-            index = dropped.to(view.device)[..., None] + torch.arange(tokens, device=view.device)
-            index = index.view(*index.shape, *(1,) * (view.ndim - 3)).expand(*index.shape, *view.shape[3:])
-            view = view.gather(2, index)
-        self.data, self.tokens, self.fetched = _exact(view[:, :, :tokens]), tokens, None
+    def crop(self, tokens: int) -> None:
+        """Keep this many tokens, the first ones."""
+        self.data, self.tokens, self.fetched = _exact(self.stored()[:, :, :tokens]), tokens, None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace the stored tokens by the result of ``function``, dropping unused room."""
+    def rectangle(self) -> Tensor:
+        """Return the tokens where they are stored; shares memory."""
+        return self.stored()
+
+    def shallow(self) -> "TokenBuffer":
+        """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
+        return replace(self)
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the stored tokens by the result of a function of the rows of a batch, dropping unused room."""
+        self.move(function)
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Store the tokens where ``function`` moves tensors, dropping unused room."""
         self.data, self.fetched = _exact(function(self.stored())), None
+
+    @property
+    def on_the_way(self) -> tuple[Tensor, ...]:
+        """The tensors that a copy may still be made of, or to."""
+        return (self.data,) if self.fetched is None else (self.data, self.fetched)
 
     def is_away(self, device: torch.device) -> bool:
         """Tell whether the tokens would have to be fetched to be used on a device."""
@@ -96,6 +110,130 @@ class TokenBuffer:
     def release(self) -> None:
         """Store the tokens in host memory, and only there."""
         self.data, self.fetched = to_host(self.data), None
+
+
+@dataclass
+class RaggedBuffer:
+    """Tokens of which each row and head has its own number, and a `TokenBuffer` of as many in all behind them.
+
+    What a prompt leaves lies one head behind the other, without room: that it never needs.  `rectangle` is the view
+    that other code has of it, see `RaggedVectors`.
+
+    Attributes:
+        front: What the prompt has left.
+        counts: How many of these each row and head has, on the CPU.
+        rest: What came later.
+        fetched: A copy of ``front`` where it is needed.
+    """
+
+    front: Shaped[Tensor, "total *rest"]
+    counts: Int[Tensor, "b h"]
+    rest: TokenBuffer
+    fetched: Tensor | None = None
+
+    @classmethod
+    def of(cls, rows: Shaped[Tensor, "total *rest"], counts: Int[Tensor, "b h"], behind: int = 0) -> "RaggedBuffer":
+        """Return a full buffer of rows as `stored` returns them.
+
+        Args:
+            rows: One head behind the other.
+            counts: How many of these each has, on the CPU, without those behind.
+            behind: How many of the last rows of each head are not counted.
+        """
+        counts = counts.clone()
+        lead = tuple(counts.shape)
+        if not behind:
+            return cls(_exact(rows), counts, TokenBuffer(rows.new_empty(*lead, 0, *rows.shape[1:]), 0))
+        whole = filled(rows, counts + behind)
+        order = torch.arange(whole.shape[2], device=rows.device)
+        start = counts.to(rows.device)[..., None]
+        later = whole[(order >= start) & (order < start + behind)].view(*lead, behind, *rows.shape[1:])
+        return cls(whole[order < start], counts, TokenBuffer.of(later))
+
+    @property
+    def tokens(self) -> int:
+        """Number of places in each head."""
+        return int(self.counts.max()) + self.rest.tokens
+
+    def stored(self) -> Shaped[Tensor, "total *rest"]:
+        """Return all tokens, one head behind the other."""
+        if not self.rest.tokens:
+            return self.front
+        return self.rectangle()[self._is_there()]
+
+    def rectangle(self) -> Shaped[Tensor, "b h n *rest"]:
+        """Return the tokens where they are stored, with something in empty places."""
+        return torch.cat([filled(self.front, self.counts), self.rest.stored()], 2)
+
+    def _is_there(self) -> Bool[Tensor, "b h n"]:
+        return F.pad(is_there(self.counts, self.front.device), (0, self.rest.tokens), value=True)
+
+    def view(self) -> Shaped[Tensor, "total *rest"]:
+        """Return what the prompt has left, where it is needed; shares memory."""
+        return self.front if self.fetched is None else self.fetched
+
+    def append(self, new: Tensor) -> None:
+        """Store further tokens behind the others, as many in each head."""
+        self.rest.append(new)
+
+    def crop(self, tokens: int) -> None:
+        """Keep the first places, as many, which must be all that the prompt has left, and perhaps more."""
+        self.rest.crop(tokens - int(self.counts.max()))
+
+    def shallow(self) -> "RaggedBuffer":
+        """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
+        return replace(self, rest=self.rest.shallow())
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace the stored tokens by the result of a function of the rows of a batch, dropping unused room."""
+        rows = function(filled(self.front, self.counts))
+        counts = function(self.counts)
+        self.rest.map_rows(function)
+        rows = rows[:, :, : int(counts.max())][is_there(counts, rows.device)]
+        self.front, self.fetched, self.counts = rows, None, counts
+
+    def move(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Store the tokens where ``function`` moves tensors, dropping unused room."""
+        self.rest.move(function)
+        self.front, self.fetched = function(self.front), None
+
+    @property
+    def on_the_way(self) -> tuple[Tensor, ...]:
+        """The tensors that a copy may still be made of, or to."""
+        return (self.front, *(() if self.fetched is None else (self.fetched,)), *self.rest.on_the_way)
+
+    def is_away(self, device: torch.device) -> bool:
+        """Tell whether the tokens would have to be fetched to be used on a device."""
+        return self.view().device != device or self.rest.is_away(device)
+
+    def fetch(self, device: torch.device) -> None:
+        """Have a copy on a device, until `release`."""
+        self.rest.fetch(device)
+        if self.view().device != device:
+            self.front = pinned_for(self.front, device)
+            self.fetched = to_device(self.front, device)
+
+    def release(self) -> None:
+        """Store the tokens in host memory, and only there."""
+        self.rest.release()
+        self.front, self.fetched = to_host(self.front), None
+
+
+Buffer: TypeAlias = TokenBuffer | RaggedBuffer
+
+
+def chosen(buffer: Buffer, stay: Bool[Tensor, "b h n"]) -> Buffer:
+    """Return a new buffer of some of the tokens.
+
+    Args:
+        buffer: The tokens.
+        stay: Which of its places; of empty ones none.
+    """
+    counts = stay.sum(-1).cpu()
+    rows = buffer.rectangle()[stay.to(buffer.rectangle().device)]
+    if int(counts.min()) < int(counts.max()):
+        return RaggedBuffer.of(rows, counts)
+    return TokenBuffer.of(rows.view(*stay.shape[:2], -1, *rows.shape[1:]))
 
 
 def own(x: Tensor) -> Tensor:
@@ -133,8 +271,8 @@ class PackedSide:
     """The compressed keys or the compressed values of one layer."""
 
     transform: VectorTransform
-    words: TokenBuffer
-    scales: TokenBuffer
+    words: Buffer
+    scales: Buffer
 
     @classmethod
     def of(cls, packed: PackedVectors, transform: VectorTransform) -> "PackedSide":
@@ -146,9 +284,17 @@ class PackedSide:
         self.words.append(packed.words)
         self.scales.append(packed.scales)
 
-    def packed(self) -> PackedVectors:
+    def choose(self, stay: Bool[Tensor, "b h n"]) -> None:
+        """Keep some of the tokens."""
+        self.words, self.scales = chosen(self.words, stay), chosen(self.scales, stay)
+
+    def packed(self) -> PackedVectors | RaggedVectors:
         """Return all packed tokens; shares memory."""
-        return PackedVectors(self.words.view(), self.scales.view())
+        words, scales = self.words, self.scales
+        if isinstance(words, RaggedBuffer) and isinstance(scales, RaggedBuffer):
+            rest = PackedVectors(words.rest.view(), scales.rest.view())
+            return RaggedVectors(words.view(), scales.view(), words.counts, rest)
+        return PackedVectors(words.view(), scales.view())
 
 
 @dataclass
@@ -162,11 +308,21 @@ class PackedTokens:
     def shallow(self) -> "PackedTokens":
         """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
         keys, values = (
-            replace(side, words=replace(side.words), scales=replace(side.scales)) for side in (self.keys, self.values)
+            replace(side, words=side.words.shallow(), scales=side.scales.shallow()) for side in (self.keys, self.values)
         )
         return PackedTokens(keys, values, replace(self.positions))
 
-    def kept_before(self, end: int) -> Int[Tensor, "b h"]:
-        """Return how many tokens before position ``end`` each head has."""
-        scales, kept = self.keys.scales.data, self.positions.kept_before(end)
-        return torch.as_tensor(kept, device=scales.device).expand(scales.shape[:2])
+    def map_positions(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Let the positions follow the tokens through a function of the rows of a batch."""
+        positions = self.positions
+        positions.map_rows(function)
+        if positions.counts is not None and int(positions.counts.min()) == positions.kept:  # of the rows that are left
+            stay = positions.visible()
+            assert stay is not None
+            self.choose(stay)
+            positions.counts = None
+
+    def choose(self, stay: Bool[Tensor, "b h n"]) -> None:
+        """Keep some of the tokens; the positions are not changed."""
+        self.keys.choose(stay)
+        self.values.choose(stay)

@@ -103,11 +103,21 @@ class EvictionPolicy(ABC):
         """Whether the policy cannot score without `ScoreInputs.reconstruction`."""
         return False
 
+    @property
+    def scores_are_comparable(self) -> bool:
+        """Whether scores of different heads and layers can be compared, as parts of all attention can.
+
+        All heads of all layers then share one budget, and what scores highest is kept, wherever it is.  If not, the
+        default, every head keeps equally many tokens.
+        """
+        return False
+
     @abstractmethod
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the importance of every token, per head, in any floating dtype.
 
-        Only the order within a head matters.  Scores of protected tokens are ignored.  They must be finite.
+        Only the order within a head matters, unless `scores_are_comparable`.  Scores of protected tokens are ignored.
+        They must be finite.
         """
 
     def select(self, inputs: ScoreInputs, count: int) -> Bool[Tensor, "b h n"]:

@@ -124,6 +124,8 @@ def logits(queries: Float[Tensor, "b q m d"], held: HeldTokens) -> Float[Tensor,
 def weighted_values(weights: Float[Tensor, "b q m seen"], held: HeldTokens) -> Float[Tensor, "b q m dv"]:
     """Return the weighted sums of the values in the dtype of the weights."""
     kept = held.stored(weights)
+    if held.visible is not None:
+        kept = kept.masked_fill(~held.visible, 0.0)
     if weights.shape[2] <= MOST_QUERIES:
         return plain_attend.values_of(kept, held).to(weights.dtype)
     return (kept @ held.decoded_values()[:, :, None]).flatten(1, 2)

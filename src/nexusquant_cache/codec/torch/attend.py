@@ -16,7 +16,6 @@ import torch
 from jaxtyping import Float, Shaped
 from torch import Tensor
 
-from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.tables import covered_stages
@@ -126,23 +125,20 @@ def _values(weights: Float[Tensor, "b h m n"], held: HeldTokens) -> Float[Tensor
 
 def _chunks(side: CodedSide, head_dim: int) -> list[slice]:
     """Return ranges of tokens that are decoded together."""
-    batch, heads, tokens = side.packed.scales.shape
+    batch, heads = side.transform.reference.shape[:2]
+    tokens = side.packed.tokens
     step = max(_CHUNK // (batch * heads * head_dim), 1)
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
 def _read(side: CodedSide, chunk: slice, first_stride: int = 1) -> tuple[Tensor, Tensor]:
     """Return coded channels and scales of some tokens."""
-    return side.codec.coded_channels(_part(side, chunk), side.transform, first_stride)
+    return side.codec.coded_channels(side.packed.part(chunk), side.transform, first_stride)
 
 
 def _decode(side: CodedSide, chunk: slice) -> Tensor:
     """Return the vectors of some tokens: in plain torch, unless the codec decodes in its own way."""
     if not side.codec.has_channels:
-        return side.codec.decode(_part(side, chunk), side.transform)
+        return side.codec.decode(side.packed.part(chunk), side.transform)
     done = covered_stages(side.transform.rotation.first_stride)
     return side.transform.inverse(*_read(side, chunk, done), done)
-
-
-def _part(side: CodedSide, chunk: slice) -> PackedVectors:
-    return side.packed.map(lambda x: x[:, :, chunk])

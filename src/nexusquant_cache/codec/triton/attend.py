@@ -76,7 +76,7 @@ def specialisation(queries: Float[Tensor, "b q m d"], held: HeldTokens) -> Hasha
 
 
 def _operand(side: CodedSide) -> PackedOperand:
-    return operand(side.packed, side.transform, side.codec.layouts)
+    return operand(side.packed.rectangle(), side.transform, side.codec.layouts)
 
 
 def _rope(held: HeldTokens) -> tuple[RopeOperand | None, Places | None]:
@@ -102,6 +102,8 @@ def _is_contiguous(held: HeldTokens) -> bool:
 def _positions(held: HeldTokens) -> Int32[Tensor, "b h n"]:
     assert held.positions is not None
     map_, device = held.positions, held.tail[0].device
+    if map_.counts is not None:
+        return held.angles().to(torch.int32)
     heads = held.tail[0].shape[:2]
     origins = None if held.origins is None else held.origins.to(device, torch.int32).contiguous()
     return kernels_positions.kept_positions(

@@ -1,0 +1,52 @@
+"""How the layers of a cache share what they keep of a prompt."""
+
+from collections.abc import Sequence
+
+import torch
+
+from nexusquant_cache.layer.compress import evicts_now
+from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.selection import Scope, Scores, Selection, shared_counts
+
+
+def compress_together(layers: Sequence[NexusQuantLayer]) -> None:
+    """Compress layers that wait, all now: what they keep together is shared out where their scores can be compared.
+
+    Nothing changes before all scores are there.  After an error half-way, some layers are compressed and others still
+    wait.
+    """
+    selections = _selections(layers)
+    for layer in layers:
+        layer.compress(selections.pop(layer.layer_idx, None))
+
+
+def crop_together(layers: Sequence[NexusQuantLayer], count: int) -> None:
+    """Remove the newest ``count`` tokens of layers; those that have waited for it are then compressed together."""
+    layers = [layer for layer in layers if layer.is_initialized]
+    for layer in layers:
+        layer.take_off(count)
+    turns = [(layer, layer.state.turn) for layer in layers]
+    selections = _selections([layer for layer, turn in turns if turn.record_past and turn.expects_prompt])
+    for layer in layers:
+        layer.settle(selections.pop(layer.layer_idx, None))
+
+
+def _selections(layers: Sequence[NexusQuantLayer]) -> dict[int, Selection]:
+    """Return what each layer keeps, by index; layers that choose for themselves are not among them."""
+    sharing = [layer for layer in layers if evicts_now(layer.state, layer.shared) and _is_comparable(layer)]
+    if len(sharing) <= 1:
+        return {}
+    found: list[Scores] = []
+    for layer in sharing:
+        state = layer.state
+        with layer.residency.at_home(codes=False), torch.autocast(state.home.type, enabled=False):
+            found.append(Scope.of(state, layer.shared).scores())
+    return {
+        layer.layer_idx: Selection.of(scores.scores, counts)
+        for layer, scores, counts in zip(sharing, found, shared_counts(found), strict=True)
+    }
+
+
+def _is_comparable(layer: NexusQuantLayer) -> bool:
+    policy = layer.state.policy
+    return policy is not None and policy.scores_are_comparable
