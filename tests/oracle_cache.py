@@ -30,6 +30,7 @@ from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
+from nexusquant_cache.layer import observations
 from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import resolve_preset
 
@@ -273,6 +274,8 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (0, 0)  # to which tokens attention was seen
         self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
         self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
+        self.far: dict[tuple[int, int, int], float] = {}  # by row, head and position: the greatest attention from afar
+        self.far_before = self.far
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         sides = (("keys", key_states), ("values", value_states))
@@ -391,7 +394,7 @@ class OracleLayer(CacheLayerMixin):
 
     def prepare(self, tokens: int) -> None:
         """Compress what an update of so many tokens begins with, which stays if the update fails."""
-        self.known_before = self.known
+        self.known_before, self.far_before = self.known, self.far
         if self.is_due(tokens) and self.pending_from is not None:
             self.owner.compress_together(
                 [each for each in self.owner.used if each.pending_from is not None and each.is_due(tokens)]
@@ -427,12 +430,38 @@ class OracleLayer(CacheLayerMixin):
         if pads is not None:
             for row, of_row in zip(self.rows, pads.expand(len(self.rows), -1).tolist(), strict=True):
                 row.pads[before:] = of_row
+        waits = self.pending_from is not None and self.owner.cache_config.keep_ratio < 1
+        if queries is not None and waits and fresh > 1 and self.policy.wants_far_attention:
+            self.far = self.farthest(queries)
         wanted = self.pending_from is not None and self.owner.cache_config.keep_ratio < 1 and self.policy.wants_queries
         if queries is not None and wanted:
             old = queries.new_zeros(*queries.shape[:2], 0, queries.shape[3]) if self.queries is None else self.queries
             self.queries = torch.cat([F.pad(old[:, :, :before], (0, 0, 0, max(before - old.shape[2], 0))), queries], 2)
             start = self.known[0] if self.known[1] == before else before
             self.known = (max(start, self.seen - QUERIES), self.seen)
+
+    def farthest(self, queries: Tensor) -> dict[tuple[int, int, int], float]:
+        """Return the greatest attention so far to each token that waits, with that of new queries.
+
+        A query's softmax is over the tokens that wait, up to its own, without pads; of these it looks at those that are
+        some tokens before it.
+        """
+        found = dict(self.far)
+        for index, row in enumerate(self.rows):
+            group = queries.shape[1] // len(row.alive)
+            for place in range(queries.shape[2]):
+                own = self.seen - queries.shape[2] + place
+                visible = [at for at in range(self.tail_from, own + 1) if not row.pads[at]]
+                if row.pads[own]:
+                    continue
+                for head in range(queries.shape[1]):
+                    keys = row.exact[0][head // group, visible].float()
+                    weights = (keys @ queries[index, head, place].float() * keys.shape[-1] ** -0.5).softmax(0)
+                    for at, weight in zip(visible, weights.tolist(), strict=True):
+                        if own - at >= observations.FAR:
+                            key = index, head // group, at
+                            found[key] = max(found.get(key, 0.0), weight)
+        return found
 
     @property
     def may_evict(self) -> bool:
@@ -442,6 +471,7 @@ class OracleLayer(CacheLayerMixin):
     def stop_waiting(self) -> None:
         self.pending_from = None
         self.known = self.known_before = (0, 0)
+        self.far = self.far_before = {}
 
     # Compression
 
@@ -554,6 +584,7 @@ class OracleLayer(CacheLayerMixin):
             protected=torch.tensor([at not in real for at in text]),
             layer_idx=self.layer_idx,
             queries=self.known_queries(row, text),
+            far_attention=self.known_far(row, text),
             phase=self.phase,
         )
         scores = self.policy.score(inputs)[0].double().tolist()
@@ -566,6 +597,13 @@ class OracleLayer(CacheLayerMixin):
             [real[place] for place in sorted(range(len(real)), key=lambda place: (-each[place], place))]
             for each in self.scores(row)
         ]
+
+    def known_far(self, row: Row, text: list[int]) -> Tensor | None:
+        """Return the far attention to these tokens, if the policy wants it."""
+        if not self.policy.wants_far_attention:
+            return None
+        index, heads = self.rows.index(row), range(len(row.alive))
+        return torch.tensor([[[self.far.get((index, head, at), 0.0) for at in text] for head in heads]])
 
     def known_queries(self, row: Row, text: list[int]) -> Tensor | None:
         """Return those of the last tokens that are text, if they are known."""
@@ -640,6 +678,7 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (min(self.seen_attention[0], stop), min(self.seen_attention[1], stop))
         if stop < self.known[1]:
             undone = self.known_before[1] == stop
+            self.far = self.far_before if undone else self.far
             self.known = self.known_before if undone else (min(self.known[0], stop), stop)
             self.known_before = self.known
         if self.pending_from is not None and stop <= self.pending_from:
@@ -665,6 +704,11 @@ class OracleLayer(CacheLayerMixin):
     def take_rows(self, rows: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows] if self.rows else []
         self.queries = None if self.queries is None else self.queries[rows]
+        far, before = (
+            {(new, *key[1:]): x for new, row in enumerate(rows) for key, x in each.items() if key[0] == row}
+            for each in (self.far, self.far_before)
+        )
+        self.far, self.far_before = far, before
 
 
 def sinks_of(pads: list[bool], count: int) -> list[int]:

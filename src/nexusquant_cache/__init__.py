@@ -24,9 +24,11 @@ from nexusquant_cache.errors import (
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import (
     DEFAULT_POLICY,
+    Averaged,
     Combined,
     EvictionPolicy,
     ExpectedAttentionPolicy,
+    FarAttentionPolicy,
     KeyDiffPolicy,
     KeyKeyPolicy,
     KeyNormPolicy,
@@ -49,12 +51,14 @@ __version__ = "0.1.0"
 __all__ = [
     "DEFAULT_POLICY",
     "PRESETS",
+    "Averaged",
     "CacheConfig",
     "CacheStateError",
     "Combined",
     "DtypeError",
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
+    "FarAttentionPolicy",
     "FormatError",
     "KeyDiffPolicy",
     "KeyKeyPolicy",

@@ -43,9 +43,10 @@ from oracle_cache import Counter, CountingCache, CountingCodec, MarkedKeys, Orac
 from torch import Tensor
 from transformers import PreTrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
-from nexusquant_cache import CacheConfig, CacheStateError, KeyNormPolicy, register_codec
+from nexusquant_cache import CacheConfig, CacheStateError, FarAttentionPolicy, KeyNormPolicy, register_codec
 from nexusquant_cache.codec.registry import CodecMeta, describe_codec, make_codec
 from nexusquant_cache.errors import ShapeError, UnsupportedError
+from nexusquant_cache.layer import observations
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.policy import EvictionPolicy
@@ -209,6 +210,14 @@ def tolerance(q: Tensor, k: Tensor, v: Tensor) -> float:
     return min(2 * logit + rounding, 2.0) * lengths[2]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def near_is_far():
+    """Let far attention begin where short prompts have some."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(observations, "FAR", 5)
+        yield
+
+
 class ComparableNorms(KeyNormPolicy):
     """Key norms of all heads and layers are compared: they share one budget."""
 
@@ -226,7 +235,7 @@ class CacheMachine(RuleBasedStateMachine):
         model=models,
         rows=st.integers(1, 3),
         when=st.sampled_from(["post_prefill", "during_prefill"]),
-        policy=st.sampled_from([None, KeyNormPolicy(), ComparableNorms()]),
+        policy=st.sampled_from([None, KeyNormPolicy(), ComparableNorms(), FarAttentionPolicy(pool=3)]),
         prompt=st.one_of(st.integers(20, 60), st.integers(0, 60)),
         forward=forwards,
     )
@@ -618,6 +627,7 @@ SIMPLE: dict[str, Any] = {
 TWO_LAYERS = {"model": SIMPLE["model"] | {"layers": 2}}
 DURING = {"when": "during_prefill"}
 BY_QUERIES = {"policy": None, "prompt": 40, "rows": 2}
+BY_FAR = {"policy": FarAttentionPolicy(pool=3), "prompt": 40, "rows": 2}
 NO_SINKS = {"lengths": SIMPLE["lengths"] | {"sink_tokens": 0}}
 
 
@@ -654,7 +664,10 @@ RECORD = ("activate_past_recording",)
         # A policy sees the queries of text alone, wherever the padding is, ...
         (BY_QUERIES, [("update", 30, padded("right")), ONE]),
         (BY_QUERIES, [("update", 30, padded("inner")), ONE, ("update", 30, padded("left")), ONE]),
-        # ... and of what is left after a crop.
+        # ... as is what they look back at.
+        (BY_FAR, [("update", 30, padded("inner")), ("update", 20), ONE, ("update", 30, padded("any")), ONE]),
+        (BY_FAR | TWO_LAYERS, [("update", 30), ("take", [1, 0, 0]), ONE]),
+        # A policy sees the queries of what is left after a crop.
         (BY_QUERIES, [("update", 60), ("crop", 60), ONE]),
         (BY_QUERIES, [("update", 60), ("crop", 61), ONE]),
         # Without sinks the rows of a padded batch have no first tokens that stay.

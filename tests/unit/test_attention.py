@@ -28,9 +28,9 @@ from transformers.models.llama import modeling_llama
 
 from nexusquant_cache import KeyNormPolicy, NexusQuantCache, WindowAttentionPolicy, attention
 from nexusquant_cache.attention import function as implementation
-from nexusquant_cache.attention.reconstruction import greatest_attention
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.errors import OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.observations import greatest_attention
 from nexusquant_cache.layer.schedule import wants_queries
 from nexusquant_cache.releases import CACHE
 from nexusquant_cache.states.source import Source
@@ -401,20 +401,26 @@ class TestRecordQueries:
         torch.testing.assert_close(tripled[0], 3 * plain[0])
 
 
-@pytest.mark.parametrize("block", [1, 37, 1 << 25])
-def test_greatest_attention_by_hand(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A softmax per query and head over the tokens before it, in a loop; padding neither attends nor is attended to."""
-    monkeypatch.setattr("nexusquant_cache.attention.reconstruction._BLOCK", block)
+@pytest.mark.parametrize("distance", [0, 1, 4])
+@pytest.mark.parametrize("block", [1, 37, 200, 1 << 25])
+def test_greatest_attention_by_hand(block: int, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A softmax per query and head over the tokens before it, in a loop; padding neither attends nor is attended to.
+
+    What is nearer than the least distance takes part in the softmax, and is not looked at.
+    """
+    monkeypatch.setattr("nexusquant_cache.layer.observations._BLOCK", block)
     queries, keys = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 12, 8)
     real = torch.ones(2, 12, dtype=torch.bool)
     real[1, :3] = real[1, 8] = False
-    found = greatest_attention(queries, keys, real)
+    found = greatest_attention(queries, keys, real, least_distance=distance)
     expected = torch.zeros(2, 3, 12)
     for row, head, place in torch.cartesian_prod(torch.arange(2), torch.arange(6), torch.arange(5)).tolist():
         if real[row, 7 + place]:
             visible = [at for at in range(8 + place) if real[row, at]]
             weights = (keys[row, head // 2, visible] @ queries[row, head, place] / 8**0.5).softmax(0)
             for at, weight in zip(visible, weights, strict=True):
+                if 7 + place - at < distance:
+                    continue
                 expected[row, head // 2, at] = max(expected[row, head // 2, at], weight)
     torch.testing.assert_close(found, expected)
 

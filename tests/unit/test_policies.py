@@ -11,9 +11,11 @@ from torch import Tensor
 
 from nexusquant_cache import (
     DEFAULT_POLICY,
+    Averaged,
     Combined,
     EvictionPolicy,
     ExpectedAttentionPolicy,
+    FarAttentionPolicy,
     KeyDiffPolicy,
     KeyKeyPolicy,
     KeyNormPolicy,
@@ -44,6 +46,8 @@ POLICIES: dict[str, EvictionPolicy] = {
     "recent": RecentAttentionPolicy(),
     "expected": ExpectedAttentionPolicy(future_tokens=40),
     "reconstruction": ReconstructionPolicy(),
+    "far": FarAttentionPolicy(),
+    "averaged": Averaged((WindowAttentionPolicy(), FarAttentionPolicy(pool=5))),
     "value_aware": ValueAware(KeyNormPolicy(), pool=3),
     "shared": SharedOverHeads(KeyKeyPolicy()),
     "default": DEFAULT_POLICY,
@@ -55,6 +59,7 @@ BLIND_TO_ORDER = [
     KeyDiffPolicy(pool=1),
     LeveragePolicy(pool=1),
     ReconstructionPolicy(),
+    FarAttentionPolicy(pool=1),
     ExpectedAttentionPolicy(pool=1),
     WindowAttentionPolicy(pool=1),
     WindowAttentionPolicy(aggregate="mean", pool=1),
@@ -92,6 +97,7 @@ def make_inputs(  # noqa: PLR0917 - mostly sizes
         "layer_idx": 3,
         "queries": draw(heads * group, min(window, tokens), head_dim),
         "reconstruction": torch.rand(batch, heads, tokens, generator=generator),
+        "far_attention": torch.rand(batch, heads, tokens, generator=generator),
         "phase": RotaryPhase(1 / 100 ** torch.linspace(0, 1, head_dim // 2)) if rotary else None,
     }
     return ScoreInputs(**(fields | given))
@@ -127,7 +133,7 @@ def test_scores_are_the_same_each_time(policy: EvictionPolicy) -> None:
 def test_changes_nothing_that_it_is_given(policy: EvictionPolicy) -> None:
     inputs, same = make_inputs(), make_inputs()
     policy.score(inputs)
-    for name in ("keys", "values", "queries", "reconstruction", "positions", "protected"):
+    for name in ("keys", "values", "queries", "reconstruction", "far_attention", "positions", "protected"):
         assert torch.equal(getattr(inputs, name), getattr(same, name))
 
 
@@ -169,10 +175,8 @@ def test_rows_do_not_depend_on_each_other(policy: EvictionPolicy) -> None:
     inputs = make_inputs(batch=3)
     scores = policy.score(inputs)
     for row in range(3):
-        part = [None if x is None else x[row : row + 1] for x in (inputs.keys, inputs.values, inputs.queries)]
-        alone = replace(
-            inputs, keys=part[0], values=part[1], queries=part[2], reconstruction=inputs.reconstruction[row : row + 1]
-        )
+        of_rows = ("keys", "values", "queries", "reconstruction", "far_attention")
+        alone = replace(inputs, **{name: getattr(inputs, name)[row : row + 1] for name in of_rows})
         torch.testing.assert_close(policy.score(alone), scores[row : row + 1], rtol=1e-4, atol=1e-6)
 
 
@@ -185,6 +189,7 @@ def test_heads_choose_for_themselves_unless_they_share(policy: EvictionPolicy) -
         keys=torch.cat([inputs.keys[:, :1].flip(2), inputs.keys[:, 1:]], 1),
         values=torch.cat([inputs.values[:, :1].flip(2), inputs.values[:, 1:]], 1),
         reconstruction=torch.cat([inputs.reconstruction[:, :1].flip(2), inputs.reconstruction[:, 1:]], 1),
+        far_attention=torch.cat([inputs.far_attention[:, :1].flip(2), inputs.far_attention[:, 1:]], 1),
     )
     moved = policy.score(other)
     assert not torch.allclose(moved[:, 0], scores[:, 0])
@@ -202,6 +207,7 @@ def test_what_stands_where_does_not_matter(policy: EvictionPolicy) -> None:
         keys=inputs.keys[:, :, order],
         values=inputs.values[:, :, order],
         reconstruction=inputs.reconstruction[:, :, order],
+        far_attention=inputs.far_attention[:, :, order],
     )
     torch.testing.assert_close(policy.score(moved), policy.score(inputs)[:, :, order], rtol=1e-3, atol=1e-6)
 
@@ -551,6 +557,46 @@ class TestCombined:
             Combined([])
         with pytest.raises(OptionError, match="unknown aggregate='min'"):
             Combined([KeyNormPolicy()], aggregate="min")
+
+
+class TestAveraged:
+    @property
+    def parts(self) -> tuple[EvictionPolicy, EvictionPolicy]:
+        scores = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([8.0, 4.0, 0.0, 0.0])
+        first, second = (Given(x.expand(1, 2, 4)) for x in scores)
+        return first, second
+
+    def test_is_the_mean(self) -> None:
+        found = Averaged(self.parts).score(given_inputs(4))
+        assert found[0, 0].tolist() == [4.5, 3.0, 1.5, 2.0]
+
+    def test_weights_count(self) -> None:
+        found = Averaged(self.parts, weights=(3.0, 1.0)).score(given_inputs(4))
+        assert found[0, 0].tolist() == [2.75, 2.5, 2.25, 3.0]
+
+    @pytest.mark.parametrize("weights", [(1.0,), (1.0, 0.0), (1.0, float("inf")), (1.0, float("nan"))])
+    def test_refuses_other_weights(self, weights: tuple[float, ...]) -> None:
+        with pytest.raises(OptionError, match="one positive number for each of 2 policies"):
+            Averaged((KeyNormPolicy(), KeyNormPolicy()), weights=weights)
+
+    def test_refuses_nothing(self) -> None:
+        with pytest.raises(OptionError, match="at least one policy"):
+            Averaged(())
+
+
+def test_parts_of_attention_can_be_compared_and_nothing_else() -> None:
+    window, far = WindowAttentionPolicy(), FarAttentionPolicy()
+    parts = [window, far, RecentAttentionPolicy(), ReconstructionPolicy(), ValueAware(window), Averaged((window, far))]
+    others = [KeyNormPolicy(), LeveragePolicy(), ValueAware(KeyNormPolicy()), SharedOverHeads(window), Combined([far])]
+    assert all(policy.scores_are_comparable for policy in parts)
+    assert not any(policy.scores_are_comparable for policy in [*others, Averaged((window, KeyNormPolicy()))])
+
+
+def test_far_attention_is_what_it_is_given() -> None:
+    inputs = make_inputs()
+    assert torch.equal(FarAttentionPolicy(pool=1).score(inputs), inputs.far_attention)
+    with pytest.raises(CacheStateError, match="layer 3 was shown no queries"):
+        FarAttentionPolicy().score(replace(inputs, far_attention=None))
 
 
 class TestDefaultPolicy:

@@ -6,7 +6,7 @@ import weakref
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
@@ -15,10 +15,9 @@ from nexusquant_cache.attention.function import Observer
 from nexusquant_cache.attention.recording import observing
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.observations import greatest_attention
 from nexusquant_cache.layer.parts import CompressedPart, compressed
 from nexusquant_cache.releases import CACHE, cache_names
-
-_BLOCK = 1 << 25  # logits computed at once, over all heads: 128 MiB in float32
 
 
 @torch.no_grad()
@@ -189,30 +188,3 @@ class _GreatestAttention(Observer):
         for reader in self.readers:
             assert reader.attention is not None
             reader.part.observe_reconstruction(reader.attention)
-
-
-def greatest_attention(
-    queries: Float[Tensor, "b q m d"], keys: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"]
-) -> Float[Tensor, "b h n"]:
-    """Return the greatest attention weight that a token gets from any query, over the query heads of its KV head.
-
-    The queries are those of the last tokens, and attend to what comes before them.
-
-    Args:
-        queries: Scaled as `ScoreInputs.queries`.
-        keys: All keys.
-        real: Which tokens are not padding; others neither attend nor are attended to.
-    """
-    batch, heads, tokens, head_dim = keys.shape
-    count, real = queries.shape[2], real.to(keys.device)
-    order = torch.arange(tokens, device=keys.device)
-    groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
-    greatest = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
-    step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)
-    for part, places in zip(groups.split(step, 3), order[-count:].split(step), strict=True):
-        hidden = ~real[:, None] | (order > places[:, None])  # [b, queries, n]
-        logits = (part.flatten(2, 3) @ keys.mT).float().unflatten(2, part.shape[2:4])
-        logits.masked_fill_(hidden[:, None, None], -torch.inf)
-        weights = logits.softmax(-1).masked_fill(~real[:, None, None, places, None], 0.0)
-        greatest = torch.maximum(greatest, weights.amax((2, 3)))
-    return greatest

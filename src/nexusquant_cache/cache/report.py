@@ -61,7 +61,7 @@ class LayerReport:
         layer_idx: Index of the layer in the model.
         kind: ``"compressed"`` for layers of ours, else the name of transformers' layer class.
         seen_tokens: Tokens seen.
-        kept_tokens: Tokens stored of each row and head.  In rows that keep fewer than others, some of them are hidden.
+        kept_tokens: Tokens kept of each row and head, on average where these differ.
         exact_bytes: Sinks and tail in full precision, and the queries that wait with a prompt for its compression;
             everything, for layers that are not compressed.
         code_bytes: Packed codes and scales, with the room they have to grow.
@@ -161,8 +161,9 @@ class MemoryReport:
 
     @property
     def kept_tokens(self) -> int:
-        """Tokens stored by the compressed layers (by all, if none is compressed)."""
-        return max((layer.kept_tokens for layer in self._main()), default=0)
+        """Tokens kept by the compressed layers (by all, if none is compressed), on average over layers and heads."""
+        kept = [layer.kept_tokens for layer in self._main()]
+        return round(sum(kept) / len(kept)) if kept else 0
 
     @property
     def state(self) -> str:

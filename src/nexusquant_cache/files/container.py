@@ -50,9 +50,16 @@ def versions_of(meta: CacheMeta) -> range:
     if meta.padding is not None:
         return range(1, 2)
     layers = [layer for layer in meta.layers if isinstance(layer, LayerMeta)]
-    least = 3 if any(layer.body is not None and layer.body.total is not None for layer in layers) else 2
+    least = 3 if any(_is_of_version_3(layer) for layer in layers) else 2
     most = 2 if any(HIDDEN in (layer.more or {}) for layer in layers) else VERSION
     return range(least, most + 1)
+
+
+def _is_of_version_3(layer: LayerMeta) -> bool:
+    observed = layer.observed
+    parts = () if observed is None else (observed.now, observed.before)
+    knows_far = any(part is not None and part.far is not None for part in parts)
+    return knows_far or (layer.body is not None and layer.body.total is not None)
 
 
 def header_bytes(metadata: Mapping[str, str], entries: list[tuple[str, str, tuple[int, ...], int]]) -> bytes:

@@ -359,6 +359,8 @@ class _Layer:
     def _check_queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> None:
         if queries.end > self.meta.seen:
             self._wrong("has queries of tokens that it has not seen")
+        if queries.far is not None and queries.far > self.meta.tail:
+            self._wrong("knows of attention to tokens that it does not hold")
         if queries.dtype is None:
             if queries.heads or queries.tokens:
                 self._wrong("has queries without a dtype")
@@ -402,6 +404,7 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
             f"queries{name}": None if queries is None else queries.tokens,
             f"query_heads{name}": None if queries is None else queries.heads,
             f"query_dtype{name}": None if queries is None else queries.dtype,
+            f"far{name}": None if queries is None else queries.far,
         }
     facts |= {
         "reconstruction": observed.reconstruction,

@@ -217,18 +217,19 @@ def _transform(meta: TransformMeta, name: str, side: Side, facts: Facts, source:
 def _observed_meta(observed: Observations) -> ObservedMeta:
     before = None if observed.before is None else _queries_meta(*observed.before)
     attended = None if observed.reconstruction is None else observed.reconstruction.shape[2]
-    return ObservedMeta(_queries_meta(observed.queries, observed.end), before, attended)
+    return ObservedMeta(_queries_meta(observed.queries, observed.end, observed.far), before, attended)
 
 
-def _queries_meta(queries: Tensor | None, end: int) -> QueriesMeta:
+def _queries_meta(queries: Tensor | None, end: int, far: Tensor | None) -> QueriesMeta:
+    known = None if far is None else far.shape[2]
     if queries is None:
-        return QueriesMeta(0, 0, None, end)
-    return QueriesMeta(queries.shape[1], queries.shape[2], NAMES[queries.dtype], end)
+        return QueriesMeta(0, 0, None, end, known)
+    return QueriesMeta(queries.shape[1], queries.shape[2], NAMES[queries.dtype], end, known)
 
 
 def _observed(meta: ObservedMeta) -> Observations:
     """Return observations whose tensors are still to be put there."""
-    return Observations(end=meta.now.end, before=None if meta.before is None else (None, meta.before.end))
+    return Observations(end=meta.now.end, before=None if meta.before is None else (None, meta.before.end, None))
 
 
 def _given_meta(given: LayerTransforms, lists: Lists) -> GivenMeta:

@@ -116,12 +116,16 @@ class BodyMeta:
 
 @dataclass(frozen=True)
 class QueriesMeta:
-    """Queries that attention has shown: shape ``[batch, heads, tokens, key_dim]``, and tokens seen by then."""
+    """Queries that attention has shown: shape ``[batch, heads, tokens, key_dim]``, and tokens seen by then.
+
+    ``far`` is of how many tokens the far attention is known.
+    """
 
     heads: int
     tokens: int
     dtype: str | None
     end: int
+    far: int | None = None
 
 
 @dataclass(frozen=True)

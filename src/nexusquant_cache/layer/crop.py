@@ -37,7 +37,7 @@ def remove(state: LayerState, count: int) -> None:
     end = state.seen - count
     if state.turn.pending_from is not None and end <= state.turn.pending_from:
         stop_waiting(state)
-    state.observed.crop(end)
+    state.observed.crop(end, max(end - (state.seen - state.tail_tokens), 0))
     if count <= state.tail_tokens or state.body is None:
         state.cut_tail(0, state.tail_tokens - count)
     else:

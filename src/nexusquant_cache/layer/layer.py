@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
@@ -24,7 +25,7 @@ from nexusquant_cache.layer.decoded import Decoded
 from nexusquant_cache.layer.observations import scaled
 from nexusquant_cache.layer.reading import dense, states
 from nexusquant_cache.layer.residency import Residency
-from nexusquant_cache.layer.schedule import is_due, wants_queries
+from nexusquant_cache.layer.schedule import is_due, wants_far, wants_queries
 from nexusquant_cache.layer.selection import Selection
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
@@ -174,6 +175,10 @@ class NexusQuantLayer(CacheLayerMixin):
         if pads is not None and bool(pads.any()):
             state.note_pads(pads)
         self.observe(queries, scaling)
+        if fresh > 1 and wants_far(state, self.shared):
+            tail = state.exact[0]
+            real = tail.new_ones(tail.shape[0], tail.shape[2], dtype=torch.bool) if state.pads is None else ~state.pads
+            state.observed.append_far(scaled(queries.detach(), scaling), tail, real)
         state.note_shown(fresh)  # when all is there
 
     def observe(self, queries: Float[Tensor, "b q w d"], scaling: float | None = None) -> None:

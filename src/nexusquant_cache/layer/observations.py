@@ -4,13 +4,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from nexusquant_cache.layer.tokens import own
 
 QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
+FAR = 64
+"""So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
+_BLOCK = 1 << 20  # logits computed at once, over all heads: 4 MiB in float32
 
 
 @dataclass
@@ -20,14 +23,16 @@ class Observations:
     Attributes:
         queries: Those of the newest tokens, at most `QUERY_WINDOW`, as attention sees them.
         end: Tokens seen when the newest of them came.
-        before: The same two as they were before the last update, so that it can be taken back.
+        far: The greatest attention that a query has paid to each of the tokens that wait, `FAR` or more before it.
+        before: The same three as they were before the last update, so that it can be taken back.
         reconstruction: The greatest attention paid to each token in a second reading, see
             `nexusquant_cache.attention.reconstruct`.
     """
 
     queries: Float[Tensor, "b q w d"] | None = None
     end: int = 0
-    before: tuple[Float[Tensor, "b q w2 d"] | None, int] | None = None
+    far: Float[Tensor, "b h m"] | None = None
+    before: tuple[Float[Tensor, "b q w2 d"] | None, int, Float[Tensor, "b h m2"] | None] | None = None
     reconstruction: Float[Tensor, "b h n"] | None = None
 
     def start_update(self) -> None:
@@ -39,16 +44,41 @@ class Observations:
 
         Queries of tokens whose queries were taken already, since the last update, take their place.
         """
-        self.before = self.before or (self.queries, self.end)
-        earlier, end = self.before
+        self._save()
+        assert self.before is not None
+        earlier, end, _ = self.before
         if earlier is not None and end == seen - queries.shape[2]:
             queries = torch.cat([earlier.to(queries.device), queries], 2)
         self.queries, self.end = own(queries[:, :, -QUERY_WINDOW:]), seen
 
-    def crop(self, end: int) -> None:
-        """Forget what is known of the tokens from position ``end`` on."""
+    def append_far(
+        self, queries: Float[Tensor, "b q new d"], keys: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"]
+    ) -> None:
+        """Look at the attention that the queries of the newest tokens pay to those that wait.
+
+        Args:
+            queries: Scaled as `ScoreInputs.queries`.
+            keys: Of all tokens that wait.
+            real: Which of them are not padding.
+        """
+        self._save()
+        found = greatest_attention(queries, keys, real, least_distance=FAR)
+        if self.far is not None:
+            torch.maximum(found[..., : self.far.shape[2]], self.far, out=found[..., : self.far.shape[2]])
+        self.far = found
+
+    def _save(self) -> None:
+        """Let what is known now be what was known before the last update, unless that is saved already."""
+        self.before = self.before or (self.queries, self.end, self.far)
+
+    def crop(self, end: int, waiting: int) -> None:
+        """Forget what is known of the tokens from position ``end`` on, of which ``waiting`` before it still wait."""
         if self.reconstruction is not None:
             self.reconstruction = own(self.reconstruction[:, :, :end])
+        if self.far is not None:
+            is_undone = self.before is not None and self.before[1] == end
+            far = self.before[2] if self.before is not None and is_undone else self.far
+            self.far = None if far is None else own(far[:, :, :waiting])
         if self.end <= end:
             return
         if self.before is not None and self.before[1] == end:
@@ -73,3 +103,49 @@ def scaled(queries: Float[Tensor, "b q w d"], scaling: float | None) -> Float[Te
     """Return queries that give the model's logits at the usual scaling, ``head_dim ** -0.5``."""
     factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
     return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
+
+
+def greatest_attention(
+    queries: Float[Tensor, "b q m d"],
+    keys: Float[Tensor, "b h n d"],
+    real: Bool[Tensor, "b n"],
+    *,
+    least_distance: int = 0,
+) -> Float[Tensor, "b h n"]:
+    """Return the greatest attention weight that a token gets from any query, over the query heads of its KV head.
+
+    The queries are those of the last tokens, and attend to what comes before them.
+
+    Args:
+        queries: Scaled as `ScoreInputs.queries`.
+        keys: All keys.
+        real: Which tokens are not padding; others neither attend nor are attended to.
+        least_distance: Attention of a query to a token counts that is so many tokens before it.  All of it is in the
+            softmax.
+    """
+    batch, heads, tokens, head_dim = keys.shape
+    count, real = queries.shape[2], real.to(keys.device)
+    is_padded = not bool(real.all())
+    groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
+    greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=keys.device)
+    step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)
+    for start in range(tokens - count, tokens, step):
+        stop = min(start + step, tokens)
+        part = groups[:, :, :, start - tokens + count : stop - tokens + count]
+        logits = (part.flatten(2, 3) @ keys[:, :, :stop].mT).float().unflatten(2, part.shape[2:4])
+        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=keys.device).triu(1)
+        logits[..., start:].masked_fill_(future, -torch.inf)
+        if is_padded:
+            logits.masked_fill_(~real[:, None, None, None, :stop], -torch.inf)
+        total = logits.logsumexp(-1, keepdim=True)
+        if is_padded:
+            total.masked_fill_(~real[:, None, None, start:stop, None], torch.inf)
+        # What is far from the first of these queries is far from all, and needs no mask.
+        far = max(start - least_distance + 1, 0)
+        if far:
+            found = (logits[..., :far] - total).amax((2, 3))
+            torch.maximum(greatest[..., :far], found, out=greatest[..., :far])
+        distance = torch.arange(start, stop, device=keys.device)[:, None] - torch.arange(far, stop, device=keys.device)
+        found = (logits[..., far:] - total).masked_fill_(distance < least_distance, -torch.inf).amax((2, 3))
+        torch.maximum(greatest[..., far:stop], found, out=greatest[..., far:stop])
+    return greatest.exp()

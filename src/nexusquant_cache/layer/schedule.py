@@ -32,3 +32,8 @@ def candidates(state: LayerState, shared: Shared) -> int:
 def wants_queries(state: LayerState, shared: Shared) -> bool:
     """Tell whether tokens wait for a compression in which the policy will look at their queries."""
     return state.turn.is_pending and shared.evicts and state.policy is not None and state.policy.wants_queries
+
+
+def wants_far(state: LayerState, shared: Shared) -> bool:
+    """Tell whether tokens wait for a compression in which the policy will look at far attention."""
+    return state.turn.is_pending and shared.evicts and state.policy is not None and state.policy.wants_far_attention

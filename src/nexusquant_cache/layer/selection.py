@@ -111,6 +111,7 @@ class Scope:
             before = state.tail_tokens - queries.shape[2]
             queries = queries[members][:, :, real[real >= before] - before]
         attention = state.observed.attention_to(state.tail_tokens)
+        far = state.observed.far
         origins = state.origins
         start = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
         return ScoreInputs(
@@ -121,6 +122,7 @@ class Scope:
             layer_idx=state.layer_idx,
             queries=queries if queries is not None and queries.shape[2] else None,
             reconstruction=None if attention is None else attention[members][:, :, real],
+            far_attention=None if far is None else far[members][:, :, real],
             phase=self.phase,
         )
 

@@ -211,6 +211,8 @@ TENSORS: tuple[Declared, ...] = (
         "query_dtype_before",
         "exact",
     ),
+    Declared("far", "observed.far", ("batch", "heads", "far"), "float32", "exact"),
+    Declared("far_before", "observed.before.2", ("batch", "heads", "far_before"), "float32", "exact"),
     Declared("reconstruction", "observed.reconstruction", ("batch", "heads", "reconstruction"), "float32", "exact"),
 )
 """Every tensor of a compressed layer."""

@@ -6,11 +6,12 @@ them, is the layer's work.
 """
 
 from nexusquant_cache.policy.base import EvictionPolicy, PooledPolicy, ScoreInputs
-from nexusquant_cache.policy.combined import Combined, SharedOverHeads, ValueAware
+from nexusquant_cache.policy.combined import Averaged, Combined, SharedOverHeads, ValueAware
 from nexusquant_cache.policy.default import DEFAULT_POLICY
 from nexusquant_cache.policy.keys import KeyDiffPolicy, KeyKeyPolicy, KeyNormPolicy, LeveragePolicy, MeanKeyKeyPolicy
 from nexusquant_cache.policy.queries import (
     ExpectedAttentionPolicy,
+    FarAttentionPolicy,
     RecentAttentionPolicy,
     ReconstructionPolicy,
     WindowAttentionPolicy,
@@ -18,9 +19,11 @@ from nexusquant_cache.policy.queries import (
 
 __all__ = [
     "DEFAULT_POLICY",
+    "Averaged",
     "Combined",
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
+    "FarAttentionPolicy",
     "KeyDiffPolicy",
     "KeyKeyPolicy",
     "KeyNormPolicy",

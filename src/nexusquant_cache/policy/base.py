@@ -36,6 +36,8 @@ class ScoreInputs:
             are not known: the end of the prompt was cropped, or the row ends with as much padding.
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
             time; None without `nexusquant_cache.attention.reconstruct`.
+        far_attention: The greatest attention that any query of these tokens paid to a token at least 64 before it; None
+            if the policy does not want it.
         phase: The rotary phase of the keys, if it is known.
     """
 
@@ -46,6 +48,7 @@ class ScoreInputs:
     layer_idx: int
     queries: Float[Tensor, "b q w d"] | None = None
     reconstruction: Float[Tensor, "b h n"] | None = None
+    far_attention: Float[Tensor, "b h n"] | None = None
     phase: RotaryPhase | None = None
 
     @cached_property
@@ -101,6 +104,11 @@ class EvictionPolicy(ABC):
     @property
     def requires_reconstruction(self) -> bool:
         """Whether the policy cannot score without `ScoreInputs.reconstruction`."""
+        return False
+
+    @property
+    def wants_far_attention(self) -> bool:
+        """Whether the policy looks at `ScoreInputs.far_attention`, which costs the logits of the prompt once more."""
         return False
 
     @property

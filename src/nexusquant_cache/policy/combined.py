@@ -42,6 +42,11 @@ class PolicyOfPolicies(EvictionPolicy):
         """Whether any of them does."""
         return any(part.requires_reconstruction for part in self.parts)
 
+    @property
+    def wants_far_attention(self) -> bool:
+        """Whether any of them does."""
+        return any(part.wants_far_attention for part in self.parts)
+
     def check_inputs(self, inputs: ScoreInputs) -> None:
         """Leave that to the parts, which are named in their messages."""
 
@@ -68,6 +73,11 @@ class ValueAware(PolicyOfPolicies, PooledPolicy):
     def parts(self) -> Sequence[EvictionPolicy]:
         """The other policy."""
         return (self.policy,)
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """Whether the other policy's are."""
+        return self.policy.scores_are_comparable
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return score times norm."""
@@ -127,11 +137,7 @@ class Combined(PolicyOfPolicies):
         if not self.policies:
             msg = "Combined needs at least one policy"
             raise OptionError(msg)
-        if self.shares is not None and (
-            len(self.shares) != len(self.policies) or not all(0 < share < float("inf") for share in self.shares)
-        ):
-            msg = f"shares must be one positive number for each of {len(self.policies)} policies, got {self.shares!r}"
-            raise OptionError(msg)
+        _check_numbers("shares", self.shares, self.policies)
 
     @property
     def parts(self) -> Sequence[EvictionPolicy]:
@@ -148,6 +154,50 @@ class Combined(PolicyOfPolicies):
             return (ranks * shares).sum(0) / shares.sum()
         # Above any threshold, a policy with share 3 has three tokens where one with share 1 has one.
         return (1 - (1 - ranks) / (shares / shares.max())).amax(0)
+
+
+@dataclass(frozen=True)
+class Averaged(PolicyOfPolicies):
+    """Uses the mean of the scores of several policies, which must be of one kind, such as parts of attention.
+
+    Args:
+        policies: The policies.
+        weights: How much each counts, relative to each other; positive, equal by default.
+    """
+
+    policies: Sequence[EvictionPolicy]
+    weights: Sequence[float] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        if not self.policies:
+            msg = "Averaged needs at least one policy"
+            raise OptionError(msg)
+        _check_numbers("weights", self.weights, self.policies)
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The policies."""
+        return self.policies
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """Whether those of all of them are."""
+        return all(part.scores_are_comparable for part in self.parts)
+
+    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the mean."""
+        weights = self.weights or [1.0] * len(self.parts)
+        scores = [weight * part.checked_scores(inputs) for weight, part in zip(weights, self.parts, strict=True)]
+        return torch.stack(scores).sum(0) / sum(weights)
+
+
+def _check_numbers(name: str, numbers: Sequence[float] | None, policies: Sequence[EvictionPolicy]) -> None:
+    """Raise OptionError if these are not one positive number for each policy."""
+    is_right = numbers is None or (len(numbers) == len(policies) and all(0 < x < float("inf") for x in numbers))
+    if not is_right:
+        msg = f"{name} must be one positive number for each of {len(policies)} policies, got {numbers!r}"
+        raise OptionError(msg)
 
 
 def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:

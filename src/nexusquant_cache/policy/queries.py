@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nexusquant_cache.errors import OptionError
+from nexusquant_cache.errors import CacheStateError, OptionError
 from nexusquant_cache.policy.base import Aggregate, PooledPolicy, ScoreInputs, aggregated, check_aggregate
 from nexusquant_cache.policy.keys import centred, check_window, covariance_of, key_attention
 
@@ -41,6 +41,11 @@ class WindowAttentionPolicy(PooledPolicy):
     @property
     def requires_queries(self) -> bool:
         """True."""
+        return True
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """True: they are parts of attention."""
         return True
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
@@ -127,6 +132,44 @@ class ExpectedAttentionPolicy(PooledPolicy):
 
 
 @dataclass(frozen=True)
+class FarAttentionPolicy(PooledPolicy):
+    """Keeps what any later part of the prompt looks back at, at least 64 tokens later: facts that are taken up again.
+
+    Nearly every token gets attention from those that follow it; what is looked back at from afar is rare, and likely to
+    be looked at again.  So this serves questions that come later, without a second reading.
+
+    Args:
+        pool: Width of the max-pooling, in tokens; odd.
+    """
+
+    @property
+    def wants_queries(self) -> bool:
+        """True: far attention is computed from them as they come."""
+        return True
+
+    @property
+    def wants_far_attention(self) -> bool:
+        """True."""
+        return True
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """True: they are parts of attention."""
+        return True
+
+    def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the greatest far attention.
+
+        Raises:
+            CacheStateError: If there is none.
+        """
+        if inputs.far_attention is None:
+            msg = f"layer {inputs.layer_idx} was shown no queries: FarAttentionPolicy cannot score"
+            raise CacheStateError(msg)
+        return inputs.far_attention
+
+
+@dataclass(frozen=True)
 class ReconstructionPolicy(PooledPolicy):
     """Keeps what the model attends to when it reads the prompt a second time, as if to repeat it.
 
@@ -146,6 +189,11 @@ class ReconstructionPolicy(PooledPolicy):
     @property
     def requires_reconstruction(self) -> bool:
         """True."""
+        return True
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """True: they are parts of attention."""
         return True
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
