@@ -195,7 +195,7 @@ def test_padding(sdpa, where, tmp_path):
         cache.compress()
         assert cache.layers[0].state.pads is None
         assert cache.layers[0].state.sink_positions.tolist() == [[9, 10], [0, 1]]
-        assert cache.layers[0].state.body.positions.hidden is not None
+        assert cache.layers[0].state.body.positions.counts is not None
     loaded = saved(cache, tmp_path, config=sdpa.config)
     assert fingerprint(loaded) == fingerprint(cache)
     for step in range(9):
@@ -241,6 +241,7 @@ def test_queries_that_were_observed(sdpa, tmp_path):
             each.layers[layer].crop(count)
     for layer in range(2):
         assert torch.equal(cache.layers[layer].state.observed.queries, loaded.layers[layer].state.observed.queries)
+    for layer in range(2):
         for each in (cache, loaded):
             feed(each, *states[2], layer)
     assert cache.layers[0].state.body is not None

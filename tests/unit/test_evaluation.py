@@ -12,7 +12,6 @@ from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, Unsu
 from nexusquant_cache.evaluation import Candidate, EvaluationError, load_model, python_topics, read_text
 from nexusquant_cache.evaluation import models as models_module
 from nexusquant_cache.evaluation.caches import (
-    QUERY_WINDOW,
     Footprint,
     Prefilled,
     fill,
@@ -33,6 +32,7 @@ from nexusquant_cache.evaluation.quality import (
 )
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
+from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.releases import CACHE
 
 SPEED = {
@@ -134,14 +134,14 @@ class TestCaches:
         torch.testing.assert_close(plain.cache.layers[1].keys, expected.layers[1].keys, rtol=1e-4, atol=1e-4)
         assert torch.equal(plain.ids, window)
 
-    def test_prefill_records_the_last_queries(self, window, plain):
+    def test_prefill_records_the_queries(self, window, plain):
         """Queries and keys together give the model's own attention, here of the last token."""
         eager = build_model()
         eager.set_attn_implementation("eager")
         weights = eager(input_ids=window, output_attentions=True).attentions[1][0, :, -1]
         queries, keys = plain.queries[1], plain.cache.layers[1].keys.repeat_interleave(2, 1)
         logits = queries[0, :, -1:] @ keys[0].mT / 16**0.5
-        assert queries.shape == (1, 4, QUERY_WINDOW, 16)
+        assert queries.shape == (1, 4, keys.shape[2], 16)
         torch.testing.assert_close(logits.softmax(-1)[:, 0], weights, rtol=1e-3, atol=1e-5)
 
     def test_prefill_goes_on_from_a_beginning(self, loaded, window, plain):
@@ -173,7 +173,7 @@ class TestCaches:
     def test_caches_see_the_queries_of_the_prompt(self, loaded, plain):
         cache = fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)
         for layer, expected in zip(cache.layers, plain.queries, strict=True):
-            assert torch.equal(layer.state.observed.queries, expected)
+            assert torch.equal(layer.state.observed.queries, expected[:, :, -QUERY_WINDOW:])
             assert layer.state.may_evict
 
     def test_a_candidate_is_prepared_before_it_is_compressed(self, loaded, window, plain):

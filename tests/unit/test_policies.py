@@ -595,8 +595,9 @@ def test_parts_of_attention_can_be_compared_and_nothing_else() -> None:
 def test_far_attention_is_what_it_is_given() -> None:
     inputs = make_inputs()
     assert torch.equal(FarAttentionPolicy(pool=1).score(inputs), inputs.far_attention)
-    with pytest.raises(CacheStateError, match="layer 3 was shown no queries"):
-        FarAttentionPolicy().score(replace(inputs, far_attention=None))
+    without = replace(inputs, far_attention=None)
+    window = RecentAttentionPolicy(observation_window=64, aggregate="max")
+    assert torch.equal(FarAttentionPolicy().score(without), window.score(without))
 
 
 class TestDefaultPolicy:

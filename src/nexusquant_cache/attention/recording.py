@@ -12,7 +12,7 @@ from nexusquant_cache.errors import OptionError
 
 
 @contextmanager
-def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tensor]]:
+def record_queries(model: nn.Module, window: int | None) -> Iterator[Mapping[int, Tensor]]:
     """Record the last queries of each layer, over all forwards of a model in this thread inside a ``with`` block.
 
     For experiments, with any cache or none::
@@ -25,7 +25,7 @@ def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tenso
 
     Args:
         model: The model; `enable` selects the attention for the time of the block.
-        window: How many queries to keep.
+        window: How many queries to keep; None for all.
 
     Yields:
         The queries of each layer by index, ``[batch, query_heads, up to window, head_dim]``: as attention sees them
@@ -35,7 +35,7 @@ def record_queries(model: nn.Module, window: int) -> Iterator[Mapping[int, Tenso
         OptionError: If the window is empty, or this is no model of transformers.
         UnsupportedError: If the model is one that `enable` refuses.
     """
-    if window < 1:
+    if window is not None and window < 1:
         msg = f"window must be at least 1 query, got {window}"
         raise OptionError(msg)
     recorder = _Recorder(attention_modules(model), window)
@@ -60,7 +60,7 @@ def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
 class _Recorder(Observer):
     """Keeps the last queries of each layer."""
 
-    def __init__(self, modules: dict[nn.Module, int], window: int) -> None:
+    def __init__(self, modules: dict[nn.Module, int], window: int | None) -> None:
         super().__init__(modules)
         self.window = window
         self.queries: dict[int, Tensor] = {}
@@ -68,5 +68,5 @@ class _Recorder(Observer):
     def observe(self, layer_idx: int, queries: Tensor, keys: Tensor) -> None:
         """Append queries to those of the layer."""
         del keys
-        known = self.queries.get(layer_idx, queries[:, :, :0])
-        self.queries[layer_idx] = torch.cat([known, queries[:, :, -self.window :]], 2)[:, :, -self.window :].clone()
+        known, last = self.queries.get(layer_idx, queries[:, :, :0]), slice(self.window and -self.window, None)
+        self.queries[layer_idx] = torch.cat([known, queries[:, :, last]], 2)[:, :, last].clone()

@@ -24,8 +24,6 @@ Prepare: TypeAlias = Callable[[Cache, LoadedModel, Tensor], None]
 """Called with a filled cache, the model and the ids ``[1, n]`` of the tokens in the cache."""
 
 PLAIN = "plain"
-QUERY_WINDOW = 64
-"""How many of the last queries of each layer a prefill records."""
 _PREFILL_CHUNK = 512
 _HALF_BYTES = 2  # every ratio is against a plain cache in 16 bit, whatever dtype the model runs in
 
@@ -63,7 +61,7 @@ class Prefilled:
 
     Attributes:
         cache: The plain cache.
-        queries: The last queries of every layer, with their rotary phase, at most `QUERY_WINDOW` of them.
+        queries: The queries of every layer, with their rotary phase.
         ids: The tokens in the cache.
     """
 
@@ -117,7 +115,7 @@ def prefill(
     start: Prefilled | None = None,
     progress: Progress | None = None,
 ) -> Prefilled:
-    """Run the model over a prompt; return its plain cache and its last queries.
+    """Run the model over a prompt; return its plain cache and its queries.
 
     The prompt goes through in chunks, which bounds memory and lets ``progress`` move.
 
@@ -130,7 +128,7 @@ def prefill(
     cache = DynamicCache() if start is None else copy.deepcopy(start.cache)
     total = input_ids.shape[1]
     done = 0
-    with record_queries(model, QUERY_WINDOW) as recorded:
+    with record_queries(model, None) as recorded:
         for chunk in input_ids.to(model.device).split(_PREFILL_CHUNK, dim=1):
             model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
             done += chunk.shape[1]
@@ -139,7 +137,7 @@ def prefill(
     queries = tuple(recorded[index] for index in range(len(cache.layers)))
     if start is None:
         return Prefilled(cache, queries, input_ids)
-    joined = (torch.cat(pair, dim=-2)[..., -QUERY_WINDOW:, :] for pair in zip(start.queries, queries, strict=True))
+    joined = (torch.cat(pair, dim=-2) for pair in zip(start.queries, queries, strict=True))
     return Prefilled(cache, tuple(joined), torch.cat([start.ids, input_ids], dim=1))
 
 
@@ -148,7 +146,7 @@ def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
     """Return a new cache that has seen what ``plain`` has, as if it had been there during the prefill.
 
     Keys and values are copied, so nothing done to the new cache reaches ``plain``.  What `update` returns is attended
-    to with the last queries, as the model would: a cache of ours sees them so.
+    to with its queries, as the model would: a cache of ours sees them so.
 
     Raises:
         UnsupportedError: If ``plain`` holds anything but keys and values of all its tokens.
@@ -181,10 +179,10 @@ def update(
         keys: New keys.
         values: New values.
         layer_idx: The layer.
-        queries: Those of the last tokens; the last keys by default.
+        queries: Those of the new tokens, or of the last of them; the keys by default.
     """
     states = cache.update(keys, values, layer_idx)
-    F.scaled_dot_product_attention(keys[:, :, -QUERY_WINDOW:] if queries is None else queries, *states, enable_gqa=True)
+    F.scaled_dot_product_attention(keys if queries is None else queries, *states, enable_gqa=True)
 
 
 @torch.no_grad()

@@ -176,9 +176,9 @@ class NexusQuantLayer(CacheLayerMixin):
             state.note_pads(pads)
         self.observe(queries, scaling)
         if fresh > 1 and wants_far(state, self.shared):
-            tail = state.exact[0]
-            real = tail.new_ones(tail.shape[0], tail.shape[2], dtype=torch.bool) if state.pads is None else ~state.pads
-            state.observed.append_far(scaled(queries.detach(), scaling), tail, real)
+            keys = state.exact[0].to(queries.device)  # an offloading cache has them in host memory already
+            real = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool) if state.pads is None else ~state.pads
+            state.observed.append_far(scaled(queries.detach(), scaling), keys, real)
         state.note_shown(fresh)  # when all is there
 
     def observe(self, queries: Float[Tensor, "b q w d"], scaling: float | None = None) -> None:

@@ -1,10 +1,12 @@
 """The policy of a cache that is given none."""
 
 from nexusquant_cache.policy.base import EvictionPolicy
-from nexusquant_cache.policy.combined import Combined
-from nexusquant_cache.policy.keys import LeveragePolicy
-from nexusquant_cache.policy.queries import RecentAttentionPolicy
+from nexusquant_cache.policy.combined import Averaged
+from nexusquant_cache.policy.queries import FarAttentionPolicy, RecentAttentionPolicy
 
-DEFAULT_POLICY: EvictionPolicy = Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3))
-"""Seven in ten places for what no other key resembles, which keeps facts whoever asks for them later; three for what
-the newest tokens attend to, which keeps predictions (`benchmarks/ablations.py`)."""
+DEFAULT_POLICY: EvictionPolicy = Averaged(
+    (RecentAttentionPolicy(observation_window=64, aggregate="max"), FarAttentionPolicy()), weights=(1.0, 0.3)
+)
+"""What the prompt's end attends to, which keeps predictions and what a question there asks for; and, with less weight,
+what any part of the prompt looks back at from afar, which keeps facts for questions that come later
+(`benchmarks/ablations.py`)."""

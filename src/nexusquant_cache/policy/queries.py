@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nexusquant_cache.errors import CacheStateError, OptionError
+from nexusquant_cache.errors import OptionError
 from nexusquant_cache.policy.base import Aggregate, PooledPolicy, ScoreInputs, aggregated, check_aggregate
 from nexusquant_cache.policy.keys import centred, check_window, covariance_of, key_attention
 
@@ -138,6 +138,8 @@ class FarAttentionPolicy(PooledPolicy):
     Nearly every token gets attention from those that follow it; what is looked back at from afar is rare, and likely to
     be looked at again.  So this serves questions that come later, without a second reading.
 
+    Where it is not known, as in a prompt that was saved by an earlier release, the last queries decide.
+
     Args:
         pool: Width of the max-pooling, in tokens; odd.
     """
@@ -158,14 +160,9 @@ class FarAttentionPolicy(PooledPolicy):
         return True
 
     def token_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return the greatest far attention.
-
-        Raises:
-            CacheStateError: If there is none.
-        """
+        """Return the greatest far attention; where it is not known, that of the last queries."""
         if inputs.far_attention is None:
-            msg = f"layer {inputs.layer_idx} was shown no queries: FarAttentionPolicy cannot score"
-            raise CacheStateError(msg)
+            return RecentAttentionPolicy(observation_window=64, aggregate="max").token_scores(inputs)
         return inputs.far_attention
 
 
