@@ -1,6 +1,8 @@
+import importlib
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -8,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from unit.evaluation_tiny import PROSE, KeepAll, build_tokenizer, tiny
 
-from nexusquant_cache.evaluation import Candidate, EvaluationError, EvaluationOptions, evaluate
+from nexusquant_cache.evaluation import Candidate, EvaluationError, EvaluationOptions, evaluate, write_report
 from nexusquant_cache.evaluation import fact_summaries as summed
 from nexusquant_cache.evaluation.asking import (
     LATER,
@@ -315,6 +317,29 @@ class TestSummaries:
     def test_answers_that_were_not_generated_are_not_counted(self):
         rows = [{**row, "found": None} for row in MEASURED["facts"]]
         assert summed({**MEASURED, "facts": rows})["x"][HIDDEN, PROMPT].found is None
+
+    def test_the_tables_of_the_documents(self, monkeypatch):
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+        tables = importlib.import_module("tables")
+        where, kinds = (make({**MEASURED, "quality": []}) for make in (tables.facts_table, tables.fact_kinds_table))
+        assert where.startswith(
+            "| cache | factor | dPPL, % | KL, nats | hidden facts, in the prompt | the text's own, "
+        )
+        assert "| plain, facts absent |  |  |  | -8.00 (-8.00 to -8.00); 3 lost, 0 found of 3 |  |\n" in where
+        assert "-1.00 (-3.17 to +1.17); 1 lost, 1 found of 3 | +0.00; 0 lost, 0 found of 1 |\n" in where
+        assert "| `x` | 0 of 1 |\n" in kinds
+
+    def test_the_report(self, tmp_path):
+        held = {"seen_tokens": 10, "kept_tokens": 5, "held_bytes": 10, "dense_bytes": 40}
+        row = {"text": "t", "nll": 1.0, "plain_nll": 0.9, "kl": 0.1, "top1": 1.0, "footprint": held}
+        settings = {"model": "m", "prefix": 10, "lengths": [], "depths": []}
+        quality = [{"task": "t", "cache": cache, **row} for cache in ("plain", "x")]
+        content = {**MEASURED, "settings": settings, "environment": {}, "quality": quality, "needles": []}
+        page = write_report(content, tmp_path).read_text(encoding="utf-8")
+        assert "<th>hidden facts, prompt</th>" in page
+        assert "-1.00<small>-3.17 to +1.17</small><br>of 3: 1 lost, 1 found" in page
+        assert "<dt>facts</dt>" in page
+        assert "<dt>facts</dt>" not in write_report({**content, "facts": []}, tmp_path).read_text(encoding="utf-8")
 
     def test_a_file_of_before_has_none(self):
         assert summed({"caches": {"x": {}}}) == {}
