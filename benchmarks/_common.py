@@ -123,7 +123,6 @@ _NUMBERS = {
     "continuation": "tokens predicted after them",
     "facts": "facts in ordinary words",
     "wordings": "wordings of each question about a fact",
-    "answer_tokens": "longest answer to it in the model's own words; 0: none",
     "repeats": "needles per kind, length and depth; times that a fact is hidden per length",
     "seed": "chooses what is hidden where",
 }
@@ -133,8 +132,7 @@ def add_measuring(parser: argparse.ArgumentParser, output: Path | None, defaults
     """Add the options of every script that measures caches on texts, needles and facts."""
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
     for name, what in _NUMBERS.items():
-        option = f"--{name.replace('_', '-')}"
-        parser.add_argument(option, type=int, default=getattr(defaults, name), help=what)
+        parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=what)
     parser.add_argument("--lengths", type=int, nargs="*", default=defaults.lengths, help="prompts that hide something")
     parser.add_argument("--depths", type=float, nargs="*", default=defaults.depths, help="needle depths")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=defaults.kinds, help="kinds of needles")

@@ -140,8 +140,7 @@ def _brief_cells(row: CacheSummary | None) -> tuple[str, ...]:
 def _fact_cell(fact: FactSummary | None) -> str:
     if fact is None:
         return ""
-    found = "" if fact.found is None else f", {fact.found} found"
-    return f"{_with_interval(fact.against_plain, '+.2f')}; {fact.lost} lost{found} of {fact.asked}"
+    return f"{_with_interval(fact.against_plain, '+.2f')}; {fact.lost} lost, {fact.found} found of {fact.asked}"
 
 
 def peers_table(content: dict[str, Any]) -> str:

@@ -127,9 +127,6 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
         int, typer.Option(help=f"Facts in ordinary words, up to {len(FACTS)}; 0 leaves them out.")
     ] = _MEASURED.facts,
     wordings: Annotated[int, typer.Option(help="Wordings of each question about a fact.")] = _MEASURED.wordings,
-    answer_tokens: Annotated[
-        int, typer.Option(help="Longest answer to it in the model's own words; 0 leaves these out.")
-    ] = _MEASURED.answer_tokens,
     repeats: Annotated[
         int, typer.Option(help="Needles per kind, length and depth; times that a fact is hidden per length.")
     ] = _MEASURED.repeats,
@@ -154,7 +151,6 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             kinds=() if kinds == ["none"] else _parts("--kinds", kinds, str, KINDS),
             facts=facts,
             wordings=wordings,
-            answer_tokens=answer_tokens,
             repeats=repeats,
             seed=seed,
         )

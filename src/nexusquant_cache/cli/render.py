@@ -80,7 +80,7 @@ def _quality_cells(row: CacheSummary) -> Iterator[str]:
 def _fact_cell(fact: FactSummary | None) -> str:
     if fact is None:
         return _NONE
-    return f"{fact.against_plain.mean:+.2f} {fact.lost:>3} {_NONE if fact.found is None else fact.found:>3}"
+    return f"{fact.against_plain.mean:+.2f} {fact.lost:>3} {fact.found:>3}"
 
 
 def _with_interval(value: Interval, spec: str) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
@@ -34,6 +34,7 @@ _REQUEST = "Read the following text. I will ask you about it."
 _TOKENS_PER_FACT = 170
 _STRETCH = 2048  # tokens from the first passage of a text to its last, and some
 _BEFORE = 64  # tokens before its first
+_MORE_TOKENS = 4  # that a model may say besides the answer
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class FactQuestion:
         length: Tokens that the whole prompt was to have; it has as many to within some tens, as questions differ.
         question_ids: What follows the text: the question and the start of the answer's turn, ``[1, question]``.
         lead_ids: How the answer begins, ``[1, lead]``.
-        answer_ids: How it goes on: the tokens that are scored, ``[1, answer]``.
+        answer_ids: How it goes on, ``[1, answer]``.
+        scored: Which of the answer's tokens count, ``[answer]``.
     """
 
     name: str
@@ -57,6 +59,7 @@ class FactQuestion:
     question_ids: Int[Tensor, "1 q"]
     lead_ids: Int[Tensor, "1 l"]
     answer_ids: Int[Tensor, "1 a"]
+    scored: Bool[Tensor, "a"]
 
     @property
     def read_ids(self) -> Int[Tensor, "1 k"]:
@@ -90,9 +93,9 @@ class FactAnswer:
         place: See `PLACES`.
         length: See `FactQuestion`.
         expected: The answer.
-        log_prob: Mean log probability of the answer's tokens, in nats.
-        answer: What the model said in its own words; None if it was not let to.
-        found: Whether that contains the answer.
+        log_prob: Mean log probability of the answer's tokens that count, in nats.
+        answer: What the model said after the lead, greedily.
+        found: Whether that contains all parts of the answer that count.
         footprint: What the cache held when it had been compressed.
         compress_seconds: Time that preparing and compressing took; None if there was nothing to do.
     """
@@ -102,8 +105,8 @@ class FactAnswer:
     length: int
     expected: str
     log_prob: float
-    answer: str | None
-    found: bool | None
+    answer: str
+    found: bool
     footprint: Footprint
     compress_seconds: float | None
 
@@ -189,6 +192,7 @@ def make_fact_text(  # noqa: PLR0913 - all but three have defaults
     for place, fact, wording in product(reversed(PLACES), (*facts, *passages), range(wordings)):
         asked = fact.questions[wording]
         _, question_ids = encode_prompt(tokenizer, _REQUEST, full, asked, comes_later=place == LATER)
+        parts = [tokenize(tokenizer, f" {part}") for part, _ in fact.parts]
         question = FactQuestion(
             name=f"{name}: {fact.answer}, wording {wording + 1}, {place}",
             fact=fact,
@@ -196,7 +200,8 @@ def make_fact_text(  # noqa: PLR0913 - all but three have defaults
             length=length,
             question_ids=question_ids,
             lead_ids=tokenize(tokenizer, fact.lead if tokenizer.chat_template else f" {fact.lead}"),
-            answer_ids=tokenize(tokenizer, f" {fact.answer}"),
+            answer_ids=torch.cat(parts, dim=1),
+            scored=torch.tensor([counts for ids, (_, counts) in zip(parts, fact.parts, strict=True) for _ in ids[0]]),
         )
         questions.append(question)
     context_ids, without_ids = (
@@ -211,8 +216,6 @@ def ask_all(
     context: Prefilled,
     candidate: Candidate,
     questions: Sequence[FactQuestion],
-    *,
-    answer_tokens: int = 24,
 ) -> Iterator[FactAnswer]:
     """Ask questions through new caches of a candidate; for all later ones the text is compressed once.
 
@@ -221,7 +224,6 @@ def ask_all(
         context: The context of a text, read with the plain cache; it is not changed.
         candidate: The cache.
         questions: Questions about the text.
-        answer_tokens: Longest answer that the model gives in its own words; 0 spares the time to generate it.
     """
     compressed: Compressed | None = None
     for question in questions:
@@ -231,37 +233,29 @@ def ask_all(
         else:
             held = fill_and_compress(loaded, candidate, prefill(loaded.model, question.read_ids, start=context))
             cache = held.cache
-        said = None
-        if answer_tokens:
-            said = _own_words(loaded, context, question, copy.deepcopy(cache), answer_tokens)
+        log_prob = answer_log_prob(loaded, question, copy.deepcopy(cache))
+        prompt = torch.cat([context.ids, question.question_ids, question.lead_ids], dim=1)
+        said = answer_to(loaded, cache, prompt, max_new_tokens=question.answer_ids.shape[1] + _MORE_TOKENS)
         yield FactAnswer(
             kind=question.fact.kind,
             place=question.place,
             length=question.length,
             expected=question.fact.answer,
-            log_prob=answer_log_prob(loaded, question, cache),
+            log_prob=log_prob,
             answer=said,
-            found=None if said is None else question.fact.is_found_in(said),
+            found=question.fact.is_found_in(said),
             footprint=held.footprint,
             compress_seconds=held.seconds,
         )
 
 
 def answer_log_prob(loaded: LoadedModel, question: FactQuestion, cache: Cache) -> float:
-    """Return the mean log probability of the answer's tokens after the rest of the question and the lead, in nats."""
+    """Return the mean log probability of the answer's tokens that count, after the rest of the prompt, in nats."""
     rest = question.question_ids[:, question.read_ids.shape[1] :]
     fed = torch.cat([rest, question.lead_ids, question.answer_ids], dim=1)
     answer = question.answer_ids[0, :, None]
     log_probs = predict(loaded.model, fed, cache)[-len(answer) :]
-    return float(log_probs.gather(1, answer.to(log_probs.device)).double().mean())
-
-
-def _own_words(
-    loaded: LoadedModel, context: Prefilled, question: FactQuestion, cache: Cache, answer_tokens: int
-) -> str:
-    prompt = torch.cat([context.ids, question.question_ids], dim=1)
-    ends = _LineEnds(loaded.tokenizer, prompt.shape[1])
-    return answer_to(loaded, cache, prompt, max_new_tokens=answer_tokens, stopping_criteria=[ends])
+    return float(log_probs.gather(1, answer.to(log_probs.device))[question.scored].double().mean())
 
 
 def check_counts(count: int, wordings: int) -> None:
@@ -275,19 +269,6 @@ def check_counts(count: int, wordings: int) -> None:
         if not least <= given <= limit:
             msg = f"{what} must be from {least} to {limit}, got {given}"
             raise EvaluationError(msg)
-
-
-class _LineEnds:
-    """Ends a generation with the answer's line: what a model goes on with is no answer any more."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_tokens: int) -> None:
-        self._tokenizer = tokenizer
-        self._prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: Tensor, scores: object, **_options: object) -> Tensor:
-        del scores
-        said = str(self._tokenizer.decode(input_ids[0, self._prompt_tokens :])).lstrip()
-        return torch.full((len(input_ids),), "\n" in said, device=input_ids.device)
 
 
 def _placed(facts: Sequence[Fact], seed: str) -> list[tuple[str, float]]:

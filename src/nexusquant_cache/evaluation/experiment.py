@@ -40,7 +40,6 @@ class EvaluationOptions:
         facts: Facts in ordinary words, of `FACTS`; each is asked for at the end of the prompt and in a later turn, and
             so are passages of texts that questions are known for.  With none, those are left out, too.
         wordings: Wordings of each question about a fact.
-        answer_tokens: Longest answer to it in the model's own words; 0 leaves these out, which take most of the time.
         repeats: Needles per kind, length and depth; times that a fact is hidden per length.
         seed: Chooses needles, places and texts, and is the seed of torch at the beginning of every row.
 
@@ -56,7 +55,6 @@ class EvaluationOptions:
     kinds: tuple[str, ...] = KINDS
     facts: int = 12
     wordings: int = 1
-    answer_tokens: int = 24
     repeats: int = 1
     seed: int = 0
 
@@ -66,9 +64,6 @@ class EvaluationOptions:
         check_counts(self.facts, self.wordings)
         for what in ("windows", "prefix", "continuation", "repeats"):
             _check_positive(what, getattr(self, what))
-        if self.answer_tokens < 0:
-            msg = f"answer_tokens must be at least 0, got {self.answer_tokens}"
-            raise EvaluationError(msg)
         for length in self.lengths:
             _check_positive("every length", length)
         for depth in self.depths:
@@ -132,7 +127,7 @@ def evaluate(  # noqa: PLR0913 - all but three have defaults
             "needles": {task.name: _fingerprints((model, options.seed, asdict(task)), caches) for task in needles},
             "facts": {
                 question.name: _fingerprints(
-                    (model, options.seed, options.answer_tokens, read, asdict(question)),
+                    (model, options.seed, read, asdict(question)),
                     {PLAIN: caches[PLAIN], ABSENT: _ABSENT_CANDIDATE, **caches},
                 )
                 for text in hiding
@@ -149,7 +144,7 @@ def evaluate(  # noqa: PLR0913 - all but three have defaults
         work.measure("needles", (needle.name,), needle.name, partial(_needle_rows, loaded, needle))
     for text in hiding:
         names = [question.name for question in text.questions]
-        work.measure("facts", names, text.name, partial(_fact_rows, loaded, text, options.answer_tokens))
+        work.measure("facts", names, text.name, partial(_fact_rows, loaded, text))
     results.write()
     return results.content
 
@@ -226,13 +221,13 @@ def _needle_rows(loaded: LoadedModel, task: NeedleTask) -> _Rows:
     return rows
 
 
-def _fact_rows(loaded: LoadedModel, text: FactText, answer_tokens: int) -> _Rows:
+def _fact_rows(loaded: LoadedModel, text: FactText) -> _Rows:
     context = prefill(loaded.model, text.context_ids)
 
     def rows(candidate: Candidate, tasks: Sequence[str]) -> Iterator[_Row]:
         read = prefill(loaded.model, text.without_ids) if candidate.name == ABSENT else context
         questions = [question for question in text.questions if question.name in tasks]
-        return map(asdict, ask_all(loaded, read, candidate, questions, answer_tokens=answer_tokens))
+        return map(asdict, ask_all(loaded, read, candidate, questions))
 
     return rows
 

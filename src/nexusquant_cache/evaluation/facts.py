@@ -16,6 +16,7 @@ import re
 from dataclasses import dataclass
 
 _WORD = re.compile(r"\w+")
+_PART = re.compile(r"\[.*?\]|[^\[\]\s][^\[\]]*(?<!\s)")
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Fact:
         sentences: What is hidden; for ``content`` the passage that says it, as the text has it.
         questions: Several wordings of one question.
         lead: How an answer to any of them may begin; with it, no probability is lost to choices of style.
-        answer: How it goes on: the words whose probability counts.
-        expected: What an answer in the model's own words has to contain; ``answer`` if empty.
+        answer: How it goes on: the words whose probability counts, and in brackets others that are given between them.
     """
 
     kind: str
@@ -36,17 +36,21 @@ class Fact:
     questions: tuple[str, ...]
     lead: str
     answer: str
-    expected: tuple[str, ...] = ()
 
     @property
     def is_hidden(self) -> bool:
         """Whether the sentences are put into the text, and do not stand there already."""
         return self.kind != CONTENT
 
+    @property
+    def parts(self) -> tuple[tuple[str, bool], ...]:
+        """The answer's parts, and whether each counts."""
+        return tuple((part.strip("[]"), part[0] != "[") for part in _PART.findall(self.answer))
+
     def is_found_in(self, said: str) -> bool:
-        """Return whether these words contain all that is expected, whatever their case and punctuation."""
+        """Return whether these words contain all parts that count, whatever their case and punctuation."""
         words = _words(said)
-        return all(_words(part) in words for part in self.expected or (self.answer,))
+        return all(_words(part) in words for part, counts in self.parts if counts)
 
 
 def _words(text: str) -> str:
@@ -75,11 +79,10 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "reason",
-        ("The fair was cancelled because the bridge had collapsed.",),
-        ("Why was the fair cancelled?", "What was the reason that there was no fair?"),
+        ("The regatta was cancelled because the bridge had collapsed.",),
+        ("Why was the regatta cancelled?", "What was the reason that there was no regatta?"),
         "It was cancelled because the",
-        "bridge had collapsed",
-        ("bridge", "collapsed"),
+        "bridge [had] collapsed",
     ),
     Fact(
         "object",
@@ -99,9 +102,8 @@ FACTS: tuple[Fact, ...] = (
         "order",
         ("Before she opened the shop, Marta fed the geese.",),
         ("What did Marta do before she opened the shop?", "With what did Marta begin, before the shop was opened?"),
-        "First Marta",
-        "fed the geese",
-        ("geese",),
+        "First Marta fed the",
+        "geese",
     ),
     Fact(
         "negation",
@@ -117,9 +119,8 @@ FACTS: tuple[Fact, ...] = (
             "Where does Old Tobias keep his gold and his silver?",
             "In which two things would you find the gold and the silver of Old Tobias?",
         ),
-        "He keeps them in a",
-        "teapot and a boot",
-        ("teapot", "boot"),
+        "He keeps the gold in a",
+        "teapot [and the silver in a] boot",
     ),
     Fact(
         "place",
@@ -166,9 +167,8 @@ FACTS: tuple[Fact, ...] = (
         "order",
         ("The widow locked the cellar, then wound the clock, and last of all burned the map.",),
         ("What did the widow do last of all?", "What did the widow do after she had wound the clock?"),
-        "She",
-        "burned the map",
-        ("map",),
+        "Last of all she burned the",
+        "map",
     ),
     Fact(
         "negation",
@@ -187,9 +187,8 @@ FACTS: tuple[Fact, ...] = (
             "Which two things did the sculptor and his sister bring to the auction?",
             "What did the sculptor and the sculptor's sister want to sell at the auction?",
         ),
-        "They brought a",
-        "sleigh and a cello",
-        ("sleigh", "cello"),
+        "The sculptor brought a",
+        "sleigh [and his sister a] cello",
     ),
     Fact(
         "place",
@@ -210,8 +209,7 @@ FACTS: tuple[Fact, ...] = (
         ("The baker closed early because her oven had cracked.",),
         ("Why did the baker close early?", "What made the baker shut her shop before the usual hour?"),
         "She closed because her",
-        "oven had cracked",
-        ("oven",),
+        "oven [had] cracked",
     ),
     Fact(
         "object",
@@ -252,8 +250,7 @@ FACTS: tuple[Fact, ...] = (
             "Which two trades do Anton and his brother Emil dream of?",
         ),
         "Anton wants to become a",
-        "diver and Emil a barber",
-        ("diver", "barber"),
+        "diver [and Emil wants to become a] barber",
     ),
     Fact(
         "place",
@@ -294,9 +291,8 @@ FACTS: tuple[Fact, ...] = (
         "order",
         ("As soon as the bell had rung, the monks released the pigeons.",),
         ("What did the monks do as soon as the bell had rung?", "What followed the ringing of the bell?"),
-        "The monks",
-        "released the pigeons",
-        ("pigeons",),
+        "The monks released the",
+        "pigeons",
     ),
     Fact(
         "negation",
@@ -312,9 +308,8 @@ FACTS: tuple[Fact, ...] = (
             "Who run the inn at the pass and the mill below the pass?",
             "Whom would you meet first in the inn at the pass and then in the mill below it?",
         ),
-        "They are run by",
-        "Leonora and Casimir",
-        ("Leonora", "Casimir"),
+        "The inn is run by",
+        "Leonora [and the mill is run by] Casimir",
     ),
     Fact(
         "place",
@@ -334,9 +329,8 @@ FACTS: tuple[Fact, ...] = (
         "reason",
         ("The night train stopped in the forest because a moose lay on the rails.",),
         ("Why did the night train stop in the forest?", "What kept the night train waiting among the trees?"),
-        "The train stopped because a",
-        "moose lay on the rails",
-        ("moose",),
+        "The train stopped because of a",
+        "moose",
     ),
     Fact(
         "object",
@@ -376,9 +370,8 @@ FACTS: tuple[Fact, ...] = (
             "What are the soup and the bread of the monastery made of?",
             "Of which two things does the monastery make its soup and its bread?",
         ),
-        "They are made of",
-        "nettles and acorns",
-        ("nettles", "acorns"),
+        "The soup is made of",
+        "nettles [and the bread is made of] acorns",
     ),
     Fact(
         "place",
@@ -399,8 +392,7 @@ FACTS: tuple[Fact, ...] = (
         ("Clara left the choir because of her fencing lessons.",),
         ("Why did Clara leave the choir?", "What made Clara give up singing with the others?"),
         "She left because of her",
-        "fencing lessons",
-        ("fencing",),
+        "fencing",
     ),
     Fact(
         "object",
@@ -420,9 +412,8 @@ FACTS: tuple[Fact, ...] = (
         "order",
         ("Nadia learned to fly a glider before she learned to swim.",),
         ("What did Nadia learn before she learned to swim?", "Which skill had Nadia already when she learned to swim?"),
-        "She had learned to",
-        "fly a glider",
-        ("glider",),
+        "She had learned to fly a",
+        "glider",
     ),
     Fact(
         "negation",
@@ -435,9 +426,8 @@ FACTS: tuple[Fact, ...] = (
         "several",
         ("The red balloon came down in a vineyard.", "The yellow balloon came down on a glacier."),
         ("Where did the red and the yellow balloon come down?", "In which two places did the two balloons land?"),
-        "One came down in a",
-        "vineyard and the other on a glacier",
-        ("vineyard", "glacier"),
+        "The red one came down in a",
+        "vineyard [and the yellow one on a] glacier",
     ),
 )
 """Facts to hide, the kinds in turn."""
@@ -549,9 +539,8 @@ PASSAGES: tuple[Fact, ...] = (
         CONTENT,
         ("In 1785 he married Rebecca Amory Payne ,",),
         ("Whom did Gore marry?", "Who became the wife of Christopher Gore?"),
-        "His wife was",
-        "Rebecca Amory Payne",
-        ("Payne",),
+        "His wife was Rebecca",
+        "Amory Payne",
     ),
     Fact(
         CONTENT,
@@ -565,17 +554,15 @@ PASSAGES: tuple[Fact, ...] = (
         CONTENT,
         ("in conformance to Von Neumann’s model of a “stored program computer”,",),  # noqa: RUF001 - as it stands there
         ("To whose model does it conform that code is an object?", "Who had the model of a stored program computer?"),
-        "It is the model of",
-        "Von Neumann",
-        ("Neumann",),
+        "It is the model of Von",
+        "Neumann",
     ),
     Fact(
         CONTENT,
         ("resources such as open files or windows.",),
         ("Which external resources may an object refer to?", "What is an example of an external resource?"),
-        "Such a resource is an open file or a",
-        "window",
-        ("windows",),
+        "Such resources are open files or",
+        "windows",
     ),
 )
 """Passages of public texts, with questions about them."""

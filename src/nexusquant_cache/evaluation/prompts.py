@@ -65,9 +65,7 @@ def draw_window(ids: Int[Tensor, "1 n"], length: int, name: str, seed: str) -> I
     return ids[:, start : start + length]
 
 
-def answer_to(
-    loaded: LoadedModel, cache: Cache, prompt_ids: Int[Tensor, "1 n"], *, max_new_tokens: int, **options: Any
-) -> str:
+def answer_to(loaded: LoadedModel, cache: Cache, prompt_ids: Int[Tensor, "1 n"], *, max_new_tokens: int) -> str:
     """Return the greedy answer to a prompt, through a cache that has read a part of it.
 
     Args:
@@ -75,7 +73,6 @@ def answer_to(
         cache: The cache; it is filled.
         prompt_ids: The whole prompt.
         max_new_tokens: Longest answer.
-        options: Others of transformers' ``generate``.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
     prompt = prompt_ids.to(model.device)
@@ -87,7 +84,6 @@ def answer_to(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-        **options,
     )
     return decode(tokenizer, output[0, prompt.shape[1] :])
 

@@ -42,8 +42,8 @@ _MEANINGS = {
     "facts": (
         "Facts in ordinary words hidden in a text, and passages of the text itself, asked for at the end of the prompt "
         "or in a later turn, when the text has been compressed. Given: the mean log probability of the true answer's "
-        f"tokens against the plain cache's, in nats per token; lost: more than {LOST} below it; found: the model's own "
-        "answer contains it. Absent: the plain cache of the text without them, which shows what can be guessed."
+        f"tokens against the plain cache's, in nats per token; lost: more than {LOST} below it; found: a greedy answer "
+        "with the same beginning contains it. Absent: plain without the facts, which shows what can be guessed."
     ),
     "seconds": "Mean time to prepare and compress the cache, on the machine below, whatever else it was doing.",
     "intervals": (
@@ -190,8 +190,7 @@ def _fact_tables(content: Mapping[str, Any]) -> list[str]:
 def _fact_cell(fact: FactSummary | None) -> str:
     if fact is None:
         return ""
-    found = "" if fact.found is None else f", {fact.found} found"
-    return f"{_with_interval(fact.against_plain, '+.2f')}<br>of {fact.asked}: {fact.lost} lost{found}"
+    return f"{_with_interval(fact.against_plain, '+.2f')}<br>of {fact.asked}: {fact.lost} lost, {fact.found} found"
 
 
 def _meanings(kinds: Sequence[str]) -> str:

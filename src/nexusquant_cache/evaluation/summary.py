@@ -50,14 +50,14 @@ class FactSummary:
         against_plain: How much above the plain cache's that is, with its 95 % interval over facts: wordings and
             repetitions of one fact count as one sample.
         lost: Answers more than `LOST` nats per token below the plain cache's.
-        found: Answers in the model's own words that contain what is expected; None if it gave none.
+        found: Greedy answers that contain what is asked for.
     """
 
     asked: int
     log_prob: float
     against_plain: Interval
     lost: int
-    found: int | None
+    found: int
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _fact_summary(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, float])
         log_prob=fmean(row["log_prob"] for row in rows),
         against_plain=mean_interval([fmean(each) for each in above.values()]),
         lost=sum(difference < -LOST for each in above.values() for difference in each),
-        found=None if rows[0]["found"] is None else sum(row["found"] for row in rows),
+        found=sum(row["found"] for row in rows),
     )
 
 
