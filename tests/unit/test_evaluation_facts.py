@@ -33,8 +33,8 @@ from nexusquant_cache.evaluation.texts import token_windows, tokenize
 WORDS = re.compile(r"\w+")
 HARP = next(fact for fact in PASSAGES if fact.answer == "harp")
 BROKEN = HARP.sentences[0].replace("delighted to", "delighted\n   to")
-OPTIONS = EvaluationOptions(windows=1, prefix=300, continuation=4, lengths=(1400,), kinds=(), facts=3, seed=1)
-ASKED = 3 * 2  # each fact in two places; a window of 1,400 tokens has room for eight
+OPTIONS = EvaluationOptions(windows=1, prefix=300, continuation=4, lengths=(700,), kinds=(), facts=2, seed=1)
+ASKED = 2 * 2  # each fact in two places; a window of 700 tokens has room for four
 
 
 @pytest.fixture(scope="module")
@@ -326,7 +326,8 @@ class TestSummaries:
         assert "-1.00 (-3.17 to +1.17); 1 lost, 1 found of 3 | +0.00; 0 lost, 0 found of 1 |\n" in where
         assert "| `x` | 0 of 1 |\n" in kinds
 
-    def test_the_report(self, tmp_path):
+    def test_the_report(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("nexusquant_cache.evaluation.plots.pictures", lambda *_: [])
         held = {"seen_tokens": 10, "kept_tokens": 5, "held_bytes": 10, "dense_bytes": 40}
         row = {"text": "t", "nll": 1.0, "plain_nll": 0.9, "kl": 0.1, "top1": 1.0, "footprint": held}
         settings = {"model": "m", "prefix": 10, "lengths": [], "depths": []}
@@ -357,17 +358,17 @@ class TestEvaluate:
             evaluate(loaded, [candidate], {"a": PROSE}, OPTIONS, output=output)
         # predictions, the text for all later questions, and the first question at the end of the prompt
         written = read_json(output)["facts"]
-        assert [row["cache"] for row in written] == ["plain"] * ASKED + ["absent"] * ASKED + ["x"] * 4
+        assert [row["cache"] for row in written] == ["plain"] * ASKED + ["absent"] * ASKED + ["x"] * 3
         steps = []
         content = evaluate(loaded, [candidate], {"a": PROSE}, OPTIONS, output=output, report=steps.append)
-        assert len(made) == 4 + 2
-        assert steps[-1].total == 2
+        assert len(made) == 4 + 1
+        assert steps[-1].total == 1
         assert content["facts"][: len(written)] == written
         assert {(row["task"], row["cache"]) for row in content["facts"]} == {
             (row["task"], cache) for row in written for cache in ("plain", "absent", "x")
         }
         groups = summed(content)
-        assert [groups[name][HIDDEN, place].asked for name in groups for place in PLACES] == [3] * 6
+        assert [groups[name][HIDDEN, place].asked for name in groups for place in PLACES] == [2] * 6
         assert groups["x"][HIDDEN, LATER].against_plain.mean == pytest.approx(0, abs=1e-4)
         assert groups["absent"][HIDDEN, LATER].against_plain.mean != pytest.approx(0, abs=1e-4)
 
