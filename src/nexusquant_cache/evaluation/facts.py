@@ -79,10 +79,10 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "reason",
-        ("The regatta was cancelled because the bridge had collapsed.",),
+        ("The regatta was cancelled because of a plague of frogs.",),
         ("Why was the regatta cancelled?", "What was the reason that there was no regatta?"),
-        "It was cancelled because the",
-        "bridge [had] collapsed",
+        "It was cancelled because of a plague of",
+        "frogs",
     ),
     Fact(
         "object",
@@ -93,10 +93,10 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "time",
-        ("The last ferry leaves at twenty past nine.",),
-        ("When does the last ferry leave?", "After what time is it too late to take a ferry?"),
-        "The last ferry leaves at",
-        "twenty past nine",
+        ("The ferry to the island sails only at full moon.",),
+        ("When does the ferry to the island sail?", "What must one wait for to reach the island by ferry?"),
+        "The ferry sails only at",
+        "full moon",
     ),
     Fact(
         "order",
@@ -237,10 +237,10 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "negation",
-        ("The countess eats every kind of fruit but plums.",),
-        ("Which fruit does the countess not eat?", "What kind of fruit would the countess leave on her plate?"),
-        "The countess does not eat",
-        "plums",
+        ("The one fruit that the countess refuses to eat is the quince.",),
+        ("Which fruit does the countess refuse to eat?", "What kind of fruit would the countess leave on her plate?"),
+        "The fruit that she does not eat is the",
+        "quince",
     ),
     Fact(
         "several",
@@ -296,10 +296,10 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "negation",
-        ("The will was not written by the notary but by his cook.",),
+        ("The will was not written by the notary but by a sailor.",),
         ("Who wrote the will?", "If it was not the notary, who wrote the will?"),
-        "The will was written by the notary's",
-        "cook",
+        "The will was written by a",
+        "sailor",
     ),
     Fact(
         "several",
@@ -350,7 +350,7 @@ FACTS: tuple[Fact, ...] = (
         "order",
         ("The parade was led by the fire brigade, followed by the acrobats and then by the mayor.",),
         ("Who followed the fire brigade in the parade?", "Who walked between the fire brigade and the mayor?"),
-        "After the fire brigade came the",
+        "The fire brigade was followed by the",
         "acrobats",
     ),
     Fact(
@@ -384,7 +384,7 @@ FACTS: tuple[Fact, ...] = (
         "name",
         ("The duchess married a tailor by the name of Otto.",),
         ("What was the name of the tailor whom the duchess married?", "Who became the husband of the duchess?"),
-        "The tailor's name was",
+        "She married a tailor by the name of",
         "Otto",
     ),
     Fact(
@@ -410,16 +410,16 @@ FACTS: tuple[Fact, ...] = (
     ),
     Fact(
         "order",
-        ("Nadia learned to fly a glider before she learned to swim.",),
+        ("Nadia learned to play the bagpipes before she learned to swim.",),
         ("What did Nadia learn before she learned to swim?", "Which skill had Nadia already when she learned to swim?"),
-        "She had learned to fly a",
-        "glider",
+        "She had learned to play the",
+        "bagpipes",
     ),
     Fact(
         "negation",
         ("The old tractor runs neither on petrol nor on diesel but on sunflower oil.",),
         ("What does the old tractor run on?", "With what must the old tractor be filled?"),
-        "It runs on",
+        "It runs neither on petrol nor on diesel but on",
         "sunflower oil",
     ),
     Fact(
@@ -444,8 +444,8 @@ PASSAGES: tuple[Fact, ...] = (
     Fact(
         CONTENT,
         ("I stood beside the sources of the Arveiron,",),
-        ("Beside the sources of which river did the narrator stand?", "Which river has its sources in the valley?"),
-        "It is the river",
+        ("Beside the sources of which river did the narrator stand?", "Which river rises where the narrator stood?"),
+        "He stood beside the sources of the",
         "Arveiron",
     ),
     Fact(
@@ -462,13 +462,6 @@ PASSAGES: tuple[Fact, ...] = (
         ("Of which cloth is the narrator's shaggy jacket?", "What is the cloth of the shaggy jacket called?"),
         "It is of the cloth called",
         "bearskin",
-    ),
-    Fact(
-        CONTENT,
-        ("Who in the bows of his boat was killed by a Sperm Whale on the coast of Japan,",),
-        ("On which coast was Captain Ezekiel Hardy killed?", "Near which country did Captain Ezekiel Hardy die?"),
-        "It was on the coast of",
-        "Japan",
     ),
     Fact(
         CONTENT,
@@ -496,28 +489,31 @@ PASSAGES: tuple[Fact, ...] = (
         CONTENT,
         ("Tell your sister I am delighted to hear of her improvement on the harp;",),
         ("On which instrument has the sister improved?", "Which instrument does the sister play?"),
-        "It is the",
+        "She has made an improvement on the",
         "harp",
     ),
     Fact(
         CONTENT,
         ("I think it infinitely superior to Miss Grantley's.",),
         ("To whose design is the sister's design superior?", "Whose design for a table is not as good?"),
-        "It is that of Miss",
+        "It is superior to that of Miss",
         "Grantley",
     ),
     Fact(
         CONTENT,
-        ("I shall see her in January.",),
-        ("In which month will Miss Bingley see the sister?", "When are Miss Bingley and the sister going to meet?"),
-        "It will be in",
-        "January",
+        ("He leaves out half his words, and blots the rest.",),
+        (
+            "What does Charles do with the words that he does not leave out?",
+            "When Charles writes a letter, what happens to half of his words?",
+        ),
+        "Half of his words he leaves out, and the rest he",
+        "blots",
     ),
     Fact(
         CONTENT,
         ("He studies too much for words of four syllables.",),
         ("For which words does Darcy study too much?", "Of what length are the words that Darcy looks for?"),
-        "They are words of",
+        "He studies too much for words of",
         "four syllables",
     ),
     # Wikipedia, Christopher Gore, as in WikiText-2.
@@ -525,15 +521,8 @@ PASSAGES: tuple[Fact, ...] = (
         CONTENT,
         ("Gore temporarily continued his studies in Bradford until Harvard could resume operations in Concord .",),
         ("Where did Gore temporarily continue his studies?", "In which town did Gore study before Concord?"),
-        "It was in",
+        "He continued his studies in",
         "Bradford",
-    ),
-    Fact(
-        CONTENT,
-        ("where he served as a clerk until 1778 .",),
-        ("As what did Gore serve in the artillery regiment?", "What was Gore's post in the artillery regiment?"),
-        "He served as a",
-        "clerk",
     ),
     Fact(
         CONTENT,
@@ -549,20 +538,13 @@ PASSAGES: tuple[Fact, ...] = (
         "His pseudonym was",
         "Manlius",
     ),
-    # The help topics of Python, on objects.
+    # The help topics of Python, on imports.
     Fact(
         CONTENT,
-        ("in conformance to Von Neumann’s model of a “stored program computer”,",),  # noqa: RUF001 - as it stands there
-        ("To whose model does it conform that code is an object?", "Who had the model of a stored program computer?"),
-        "It is the model of Von",
-        "Neumann",
-    ),
-    Fact(
-        CONTENT,
-        ("resources such as open files or windows.",),
-        ("Which external resources may an object refer to?", "What is an example of an external resource?"),
-        "Such resources are open files or",
-        "windows",
+        ("import foo.bar.baz as fbb # foo, foo.bar, and foo.bar.baz imported, foo.bar.baz bound as fbb",),
+        ("Under which name is foo.bar.baz imported?", "As what is the module foo.bar.baz bound in the example?"),
+        "It is imported as",
+        "fbb",
     ),
 )
 """Passages of public texts, with questions about them."""
