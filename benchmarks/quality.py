@@ -70,7 +70,7 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
 def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_measuring(parser, RESULTS / "quality_smollm2.json", EvaluationOptions(windows=8, prefix=3072))
+    add_measuring(parser, RESULTS / "quality_smollm2.json", EvaluationOptions(windows=8, prefix=3072, facts=0))
     parser.add_argument("--caches", nargs="*", help="only these; all by default")
     parser.add_argument("--plot", type=Path, default=IMAGES / "quality_vs_bytes.png", help="image file")
     parser.add_argument("--plot-only", action="store_true", help="draw the plot from the result file and stop")

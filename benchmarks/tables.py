@@ -18,12 +18,13 @@ from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from nexusquant_cache.evaluation import summaries
+from nexusquant_cache.evaluation import fact_summaries, summaries
+from nexusquant_cache.evaluation.summary import fact_kinds
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from nexusquant_cache.evaluation import CacheSummary
+    from nexusquant_cache.evaluation import CacheSummary, FactSummary
     from nexusquant_cache.evaluation.intervals import Interval
     from nexusquant_cache.evaluation.summary import Recall
 
@@ -88,6 +89,58 @@ def _found(parts: Iterable[Recall]) -> str:
 def _with_interval(value: Interval, spec: str) -> str:
     bounds = f"{value.low:{spec}} to {value.high:{spec}}"
     return f"{value.mean:{spec}} ({bounds})" if value.low == value.low else f"{value.mean:{spec}}"
+
+
+def facts_table(content: dict[str, Any]) -> str:
+    """Return what became of facts in every cache, by what is asked for and where, beside bytes and predictions."""
+    predictions = {row.name: row for row in summaries(content)}
+    facts = fact_summaries(content)
+    keys = list(facts["plain"])
+    head = ("cache", "factor", "dPPL, %", "KL, nats")
+    rows = (
+        (
+            _FACTLESS if name == "absent" else _cache_name(name),
+            *_brief_cells(predictions.get(name)),
+            *(_fact_cell(groups.get(key)) for key in keys),
+        )
+        for name, groups in facts.items()
+    )
+    return markdown((*head, *(f"{what}, {_PLACES[place]}" for what, place in keys)), rows)
+
+
+def fact_kinds_table(content: dict[str, Any]) -> str:
+    """Return how many facts of each kind every cache loses, asked for in a later turn."""
+    kinds = fact_kinds(content, "later")
+    head = list(kinds["plain"])
+    rows = (
+        (
+            _FACTLESS if name == "absent" else _cache_name(name),
+            *(f"{groups[kind].lost} of {groups[kind].asked}" if kind in groups else "" for kind in head),
+        )
+        for name, groups in kinds.items()
+    )
+    return markdown(("lost", *head), rows)
+
+
+_FACTLESS = "plain, facts absent"
+_PLACES = {"prompt": "in the prompt", "later": "later"}
+
+
+def _brief_cells(row: CacheSummary | None) -> tuple[str, ...]:
+    if row is None:
+        return ("",) * 3
+    quality = row.quality
+    return (
+        f"{quality.compression_factor:.1f}x",
+        "0" if row.name == "plain" else f"{quality.dppl_percent.mean:+.1f}",
+        "0" if row.name == "plain" else f"{quality.kl.mean:.3f}",
+    )
+
+
+def _fact_cell(fact: FactSummary | None) -> str:
+    if fact is None:
+        return ""
+    return f"{_with_interval(fact.against_plain, '+.2f')}; {fact.lost} lost, {fact.found} found of {fact.asked}"
 
 
 def peers_table(content: dict[str, Any]) -> str:
@@ -619,6 +672,8 @@ def _moved(row: dict[str, Any]) -> float:
 
 TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "quality": (quality_table, "quality_smollm2"),
+    "facts": (facts_table, "facts_smollm2"),
+    "fact_kinds": (fact_kinds_table, "facts_smollm2"),
     "peers": (peers_table, "peers_smollm2"),
     "ablations": (ablations_table, "ablations"),
     "sweep": (sweep_table, "sweep"),

@@ -221,7 +221,7 @@ def candidate(name: str, plan: Plan, config: PretrainedConfig) -> Candidate:
 def arguments() -> argparse.Namespace:
     """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("later",), repeats=2)
+    defaults = EvaluationOptions(continuation=128, lengths=(1024,), kinds=("later",), facts=0, repeats=2)
     add_measuring(parser, RESULTS / "tiers.json", defaults)
     parser.add_argument("--budgets", nargs="+", choices=BUDGETS, default=BUDGETS, help="presets whose bytes are spent")
     return parser.parse_args()

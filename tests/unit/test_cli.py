@@ -32,6 +32,10 @@ def row(name, held, answer):
     return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, (1234.5,)))
 
 
+def said(log_prob):
+    return {"log_prob": log_prob, "found": True}
+
+
 @pytest.fixture
 def result():
     plain = row("plain", 377_487_360, "It is 123456.")
@@ -53,6 +57,7 @@ def result():
         (("evaluate", "--lengths", "1024,2k"), "--lengths takes numbers separated by commas, got '1024,2k'"),
         (("evaluate", "--depths", "0.5", "--depths", "1.5"), "every depth must be from 0"),
         (("evaluate", "--windows", "0"), "windows must be at least 1"),
+        (("evaluate", "--facts", "49"), "facts must be from 0 to 48, got 49"),
         (("evaluate", "--output", __file__), "it is no folder"),
         (("evaluate", "--text", __file__, "--text", __file__), "the same file name"),
         (("evaluate", "no such model"), "cannot load the model no such model"),
@@ -72,7 +77,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, monkeypatch, 
     [
         ("demo", ("--text", "--tokens", "--preset", "--model", "--seed", "--json", "--new-tokens", "--no-needle")),
         ("evaluate", ("--presets", "--text", "--windows", "--prefix", "--continuation", "--lengths", "--depths")),
-        ("evaluate", ("--kinds", "--repeats", "--seed", "--output", "--fresh")),
+        ("evaluate", ("--kinds", "--facts", "--wordings", "--repeats", "--seed", "--output", "--fresh")),
     ],
 )
 def test_help_names_every_option(command, options):
@@ -106,7 +111,7 @@ class TestEvaluate:
     def evaluate(self, folder, output, *more, kinds="single,later"):
         texts = ("--text", str(folder / "a.txt"), "--text", str(folder / "b.txt"))
         sizes = ("--windows", "2", "--prefix", "300", "--continuation", "8")
-        needles = ("--lengths", "400,500", "--depths", "0.5", "--depths", "0.2", "--kinds", kinds)
+        needles = ("--lengths", "400,500", "--depths", "0.5", "--depths", "0.2", "--kinds", kinds, "--facts", "0")
         outcome = run("evaluate", str(folder), *texts, *sizes, *needles, "--output", str(output), *more)
         assert outcome.exit_code == 0, outcome.output
         return outcome, json.loads((output / "results.json").read_text())
@@ -146,13 +151,20 @@ class TestEvaluate:
                 for task, kl in (("a", 0.123), ("b", 1.234))
             ],
             "needles": [],
+            "facts": [
+                {"task": f"{kind} {place}", "cache": cache, "kind": kind, "place": place, "expected": kind, **answer}
+                for cache, answer in (("plain", said(-0.5)), ("balanced", said(-12.75)), ("absent", said(-22.75)))
+                for kind in ("name", "content")
+                for place in ("prompt", "later")
+            ],
         }
         console = Console(width=100, record=True, file=io.StringIO())
         for part in evaluation_renderables(content, tmp_path):
             console.print(part)
         shown = console.export_text()
-        for cell in ("balanced", "360.00", "+171.8 (+171.8, +171.8)", "0.678 (", "91.5", "123.40"):
+        for cell in ("balanced", "360.00", "+171.8 (+171.8, +171.8)", "0.678 (", "91.5", "123.40", "-12.25   1   1"):
             assert cell in shown
+        assert max(map(len, shown.splitlines())) <= 100
         assert "Needles" not in shown
 
 

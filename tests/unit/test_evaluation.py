@@ -339,6 +339,18 @@ class TestModels:
         assert torch.equal(again.model.lm_head.weight.cpu(), loaded.model.lm_head.weight)
         assert again.tokenizer("abc").input_ids == loaded.tokenizer("abc").input_ids
 
+    def test_a_gguf_file_is_read_from_its_folder(self, loaded, monkeypatch, tmp_path):
+        asked = []
+
+        def read(source, **options):
+            asked.append((source, options))
+            return loaded.model if len(asked) == 1 else loaded.tokenizer
+
+        for kind in (models_module.AutoModelForCausalLM, models_module.AutoTokenizer):
+            monkeypatch.setattr(kind, "from_pretrained", read)
+        assert load_model(str(tmp_path / "small.gguf")).model is loaded.model
+        assert asked == [(str(tmp_path), {"gguf_file": "small.gguf"})] * 2
+
     def test_no_model_there(self, tmp_path):
         with pytest.raises(EvaluationError, match="cannot load the model"):
             load_model(str(tmp_path))

@@ -26,7 +26,7 @@ from nexusquant_cache.evaluation.summary import Recall, recall_by_place
 
 TEXTS = {"a": PROSE, "b": PROSE[3:]}
 OPTIONS = EvaluationOptions(
-    windows=2, prefix=300, continuation=8, lengths=(400,), depths=(0.0, 0.5), kinds=("single", "later")
+    windows=2, prefix=300, continuation=8, lengths=(400,), depths=(0.0, 0.5), kinds=("single", "later"), facts=0
 )
 ROWS = 2 + 4  # per cache
 
@@ -256,7 +256,7 @@ class TestGoingOn:
         counted.taken()
         evaluate(loaded, both, TEXTS, OPTIONS, output=output)
         assert counted.taken() == []
-        assert read_json(output)["set_aside"] == {"quality": [], "needles": []}
+        assert read_json(output)["set_aside"] == {"quality": [], "needles": [], "facts": []}
 
 
 class TestFiles:

@@ -18,6 +18,7 @@ from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
+from nexusquant_cache.evaluation.facts import FACTS
 from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_model
 from nexusquant_cache.evaluation.presets import preset_candidates
@@ -115,13 +116,21 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     ),
     prefix: Annotated[int, typer.Option(help="Tokens of a window that are in the cache.")] = _MEASURED.prefix,
     continuation: Annotated[int, typer.Option(help="Tokens predicted after them.")] = _MEASURED.continuation,
-    lengths: Annotated[list[str] | None, _listed(_MEASURED.lengths, "Tokens of the prompts that hide a fact.")] = None,
-    depths: Annotated[
-        list[str] | None, _listed(_MEASURED.depths, "Where facts are hidden, from 0 (beginning) to 1 (end).")
+    lengths: Annotated[
+        list[str] | None, _listed(_MEASURED.lengths, "Tokens of the prompts that hide something.")
     ] = None,
-    kinds: Annotated[list[str] | None, _listed(KINDS, "Kinds of hidden facts; 'none' leaves recall out.")] = None,
-    repeats: Annotated[int, typer.Option(help="Facts per kind, length and depth.")] = _MEASURED.repeats,
-    seed: Annotated[int, typer.Option(help="Chooses the hidden facts.")] = _MEASURED.seed,
+    depths: Annotated[
+        list[str] | None, _listed(_MEASURED.depths, "Where needles are hidden, from 0 (beginning) to 1 (end).")
+    ] = None,
+    kinds: Annotated[list[str] | None, _listed(KINDS, "Kinds of needles; 'none' leaves them out.")] = None,
+    facts: Annotated[
+        int, typer.Option(help=f"Facts in ordinary words, up to {len(FACTS)}; 0 leaves them out.")
+    ] = _MEASURED.facts,
+    wordings: Annotated[int, typer.Option(help="Wordings of each question about a fact.")] = _MEASURED.wordings,
+    repeats: Annotated[
+        int, typer.Option(help="Needles per kind, length and depth; times that a fact is hidden per length.")
+    ] = _MEASURED.repeats,
+    seed: Annotated[int, typer.Option(help="Chooses what is hidden where.")] = _MEASURED.seed,
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where results.json, report.html and pictures go.")
     ] = Path("evaluation"),
@@ -140,6 +149,8 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             lengths=_parts("--lengths", lengths, int, _MEASURED.lengths),
             depths=_parts("--depths", depths, float, _MEASURED.depths),
             kinds=() if kinds == ["none"] else _parts("--kinds", kinds, str, KINDS),
+            facts=facts,
+            wordings=wordings,
             repeats=repeats,
             seed=seed,
         )

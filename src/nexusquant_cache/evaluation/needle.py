@@ -5,12 +5,9 @@ turn, the text alone.  Each cache is filled from that, compressed, and handed to
 whole prompt, so that the generation path of transformers runs as it does for a user.
 """
 
-import random
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -21,11 +18,8 @@ from nexusquant_cache.evaluation.caches import Candidate, Footprint, Prefilled, 
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.kinds import Needle, check_kinds
 from nexusquant_cache.evaluation.models import LoadedModel
+from nexusquant_cache.evaluation.prompts import answer_to, decode, draw_window, encode_prompt, hide
 from nexusquant_cache.evaluation.texts import tokenize
-from nexusquant_cache.releases import CACHE
-
-_SENTENCE_END = re.compile(r"[.!?][\"”)]?\s+")
-_HAVE_READ = "I have read the text."  # the model's turn before a later question
 
 
 @dataclass(frozen=True)
@@ -112,8 +106,9 @@ def make_needle(
     if length <= extra:
         msg = f"{name}: fact and question alone take {extra} tokens, the prompt has room for {length}"
         raise EvaluationError(msg)
-    text = _decode(tokenizer, window[0, : length - extra])
-    context_ids, question_ids = _encode(tokenizer, needle, _hide(text, needle.sentences, depth))
+    text = decode(tokenizer, window[0, : length - extra])
+    placed = zip(needle.sentences, _depths(depth, len(needle.sentences)), strict=True)
+    context_ids, question_ids = _encode(tokenizer, needle, hide(text, placed))
     return NeedleTask(name, needle, context_ids, question_ids, length, depth, length - extra)
 
 
@@ -143,7 +138,7 @@ def needle_grid(  # noqa: PLR0913 - all but four have defaults
     for kind, repeat, (row, length), (column, depth) in cells:
         text = names[(row + column + repeat) % len(names)]
         place = f"{text}, {length} tokens, depth {depth:g}" + (f", #{repeat + 1}" if repeat else "")
-        window = _draw_window(ids[text], length, text, f"{seed} {place}")
+        window = draw_window(ids[text], length, text, f"{seed} {place}")
         needle = Needle.draw(kind, f"{seed} {place}")
         tasks.append(make_needle(tokenizer, window, needle, depth=depth, name=f"{kind}: {place}"))
     return tasks
@@ -184,18 +179,8 @@ def ask(
         max_new_tokens: Longest answer; what the needle needs if None.
     """
     held = fill_and_compress(loaded, candidate, plain)
-    model, tokenizer = loaded.model, loaded.tokenizer
-    prompt = task.prompt_ids.to(model.device)
-    generate: Any = model.generate
-    output = generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        **{CACHE: held.cache},
-        max_new_tokens=max_new_tokens or task.needle.answer_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    answer = _decode(tokenizer, output[0, prompt.shape[1] :])
+    longest = max_new_tokens or task.needle.answer_tokens
+    answer = answer_to(loaded, held.cache, task.prompt_ids, max_new_tokens=longest)
     return NeedleResult(
         task=task.name,
         kind=task.needle.kind,
@@ -209,45 +194,10 @@ def ask(
     )
 
 
-def _draw_window(ids: Int[Tensor, "1 n"], length: int, name: str, seed: str) -> Int[Tensor, "1 m"]:
-    """Return a window at a place that the seed chooses."""
-    total = ids.shape[1]
-    if total < length:
-        msg = f"{name} is too short: it has {total} tokens, a window of {length} tokens is needed"
-        raise EvaluationError(msg)
-    start = random.Random(f"window {seed}").randint(0, total - length)  # noqa: S311 - reproducible, not secret
-    return ids[:, start : start + length]
-
-
-def _decode(tokenizer: PreTrainedTokenizerBase, ids: Int[Tensor, "n"]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-
-
-def _hide(text: str, sentences: Sequence[str], depth: float) -> str:
-    """Insert sentences at the sentence boundaries nearest to their depths."""
-    text += " "
-    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
-    depths = (depth if index == 0 else (depth + index / len(sentences)) % 1 for index in range(len(sentences)))
-    places = [min(ends, key=lambda end: abs(end - wanted * len(text))) for wanted in depths]
-    for place, sentence in sorted(zip(places, sentences, strict=True), reverse=True):
-        text = f"{text[:place]}{sentence} {text[place:]}"
-    return text.strip()
-
-
 def _encode(tokenizer: PreTrainedTokenizerBase, needle: Needle, context: str) -> tuple[Tensor, Tensor]:
-    """Return the prompt's tokens up to the end of the context, and those after it."""
-    prompt = _prompt(tokenizer, needle, context)
-    end = prompt.index(context) + len(context)
-    return tokenize(tokenizer, prompt[:end]), tokenize(tokenizer, prompt[end:])
+    return encode_prompt(tokenizer, needle.request, context, needle.question, comes_later=needle.comes_later)
 
 
-def _prompt(tokenizer: PreTrainedTokenizerBase, needle: Needle, context: str) -> str:
-    reading = f"{needle.request}\n\n{context}"
-    if not tokenizer.chat_template:
-        return f"{tokenizer.bos_token or ''}{reading}\n\nQuestion: {needle.question}\nAnswer:"
-    if needle.comes_later:
-        turns = [("user", reading), ("assistant", _HAVE_READ), ("user", needle.question)]
-    else:
-        turns = [("user", f"{reading}\n\nQuestion: {needle.question}")]
-    messages = [{"role": role, "content": content} for role, content in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+def _depths(depth: float, count: int) -> Iterator[float]:
+    """Yield the depth of the first sentence, and those of the others, spread evenly from there."""
+    return (depth if index == 0 else (depth + index / count) % 1 for index in range(count))

@@ -122,7 +122,7 @@ def run_plain(
     prefilled = prefill(model, text.prefix_ids, progress=progress) if prefilled is None else prefilled
     cache = prefilled.cache
     seen = cache.get_seq_length()
-    log_probs = _predict(model, text, cache)
+    log_probs = predict(model, text.next_ids, cache)
     cache.crop(seen - cache.get_seq_length())
     return PlainRun(text, prefilled, log_probs, footprint(cache))
 
@@ -131,8 +131,20 @@ def run_plain(
 def measure_quality(loaded: LoadedModel, plain: PlainRun, candidate: Candidate) -> TextQuality:
     """Fill a new cache with the prefix, compress it, and compare its predictions with the plain cache's."""
     held = fill_and_compress(loaded, candidate, plain.prefilled)
-    log_probs = _predict(loaded.model, plain.text, held.cache)
+    log_probs = predict(loaded.model, plain.text.next_ids, held.cache)
     return _compare(plain, log_probs, held.footprint, held.seconds)
+
+
+@torch.no_grad()
+def predict(model: PreTrainedModel, next_ids: Int[Tensor, "1 n"], cache: Cache) -> Float[Tensor, "m vocab"]:
+    """Feed all tokens but the last and return the log probabilities after each, in float32.
+
+    The first token goes alone: a cache that compresses at the first generation step does so before the rest.
+    """
+    ids = next_ids[:, :-1].to(model.device)
+    parts: Sequence[Tensor] = (ids[:, :1], ids[:, 1:]) if ids.shape[1] > 1 else (ids,)
+    logits = [model(input_ids=part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
+    return torch.cat(logits).float().log_softmax(-1)
 
 
 def plain_quality(plain: PlainRun) -> TextQuality:
@@ -160,17 +172,6 @@ def summarize(results: Iterable[TextQuality]) -> QualitySummary:
         held_bytes=held / len(rows),
         compression_factor=sum(row.footprint.dense_bytes for row in rows) / held,
     )
-
-
-def _predict(model: PreTrainedModel, text: Continuation, cache: Cache) -> Float[Tensor, "m vocab"]:
-    """Feed the continuation and return the log probabilities after each token, in float32.
-
-    The first token goes alone: a cache that compresses at the first generation step does so before the rest.
-    """
-    ids = text.next_ids[:, :-1].to(model.device)
-    parts: Sequence[Tensor] = (ids[:, :1], ids[:, 1:]) if ids.shape[1] > 1 else (ids,)
-    logits = [model(input_ids=part, **{CACHE: cache}, use_cache=True).logits[0] for part in parts]
-    return torch.cat(logits).float().log_softmax(-1)
 
 
 def _compare(

@@ -13,7 +13,7 @@ from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.kinds import KINDS
-from nexusquant_cache.evaluation.summary import CacheSummary, Recall, summaries
+from nexusquant_cache.evaluation.summary import LOST, CacheSummary, FactSummary, Recall, fact_summaries, summaries
 
 _MEBIBYTE = 2**20
 _PAGE = "report.html"
@@ -39,6 +39,12 @@ _MEANINGS = {
     "two_part": "One sentence with two numbers; both are asked for, so a longer span has to survive as a whole.",
     "paraphrase": "The question shares no word but a name with the hidden fact.",
     "later": "The text is read and compressed first; the question comes in a later turn; nothing can prepare for it.",
+    "facts": (
+        "Facts in ordinary words hidden in a text, and passages of the text itself, asked for at the end of the prompt "
+        "or in a later turn, when the text has been compressed. Given: the mean log probability of the true answer's "
+        f"tokens against the plain cache's, in nats per token; lost: more than {LOST} below it; found: a greedy answer "
+        "with the same beginning contains it. Absent: plain without the facts, which shows what can be guessed."
+    ),
     "seconds": "Mean time to prepare and compress the cache, on the machine below, whatever else it was doing.",
     "intervals": (
         "95 % confidence intervals, in small print: over texts by Student's t, of recall by Wilson's score. Windows "
@@ -108,9 +114,10 @@ def _page(content: Mapping[str, Any], rows: Sequence[CacheSummary], figures: Ite
         "<h2>Results</h2>",
         _quality_table(rows),
         *([_recall_table(rows, kinds)] if kinds else []),
+        *_fact_tables(content),
         *figures,
         "<h2>What each number means</h2>",
-        _meanings(kinds),
+        _meanings([*kinds, *(["facts"] if content.get("facts") else [])]),
         *_lost_part(content),
         "<h2>Settings</h2>",
         _words_table(content["settings"]),
@@ -167,8 +174,27 @@ def _recall_cell(recall: Recall | None) -> str:
     return f"{recall.found} of {recall.asked}<small>{100 * rate.low:.0f} to {100 * rate.high:.0f} %</small>"
 
 
+def _fact_tables(content: Mapping[str, Any]) -> list[str]:
+    facts = fact_summaries(content)
+    if not facts:
+        return []
+    keys = list(facts[PLAIN])
+    head = ("facts", *(f"{what}, {place}" for what, place in keys))
+    lines = (
+        [f"<strong>{escape(name)}</strong>", *(_fact_cell(groups.get(key)) for key in keys)]
+        for name, groups in facts.items()
+    )
+    return [_table(head, lines)]
+
+
+def _fact_cell(fact: FactSummary | None) -> str:
+    if fact is None:
+        return ""
+    return f"{_with_interval(fact.against_plain, '+.2f')}<br>of {fact.asked}: {fact.lost} lost, {fact.found} found"
+
+
 def _meanings(kinds: Sequence[str]) -> str:
-    left_out = set(KINDS) - set(kinds)
+    left_out = {*KINDS, "facts"} - set(kinds)
     entries = (f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in _MEANINGS.items() if k not in left_out)
     return f"<dl>{''.join(entries)}</dl>"
 

@@ -16,7 +16,7 @@ import nexusquant_cache
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.models import LoadedModel
 
-SECTIONS = ("quality", "needles")
+SECTIONS = ("quality", "needles", "facts")
 _CONFIG_NOISE = ("transformers_version", "_name_or_path")  # what differs between copies of one model
 _SAMPLE = 8  # weights looked at per parameter
 
@@ -57,7 +57,7 @@ class Results:
             self.content["set_aside"][section] = aside
 
     def _fingerprint(self, section: str, task: str, cache: str) -> str | None:
-        return self._wanted[section].get(task, {}).get(cache)
+        return self._wanted.get(section, {}).get(task, {}).get(cache)
 
     def _is_valid(self, section: str, row: Mapping[str, Any]) -> bool:
         wanted = self._fingerprint(section, row["task"], row["cache"])
@@ -70,7 +70,7 @@ class Results:
 
     def count_missing(self) -> int:
         """Return how many rows are still to be measured."""
-        return sum(len(self.missing(section, task)) for section in SECTIONS for task in self._wanted[section])
+        return sum(len(self.missing(section, task)) for section in self._wanted for task in self._wanted[section])
 
     def add(self, section: str, task: str, cache: str, row: Mapping[str, Any]) -> None:
         """Add a row and write the file."""

@@ -1,12 +1,21 @@
 """Rows of a result file put together: what tables and plots show."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from statistics import fmean
+from typing import Any, TypeVar
 
+from nexusquant_cache.evaluation.asking import ABSENT, PLACES
 from nexusquant_cache.evaluation.caches import PLAIN, Footprint
+from nexusquant_cache.evaluation.facts import CONTENT
 from nexusquant_cache.evaluation.intervals import Interval, mean_interval, wilson_interval
 from nexusquant_cache.evaluation.quality import QualitySummary, TextQuality, summarize
+
+LOST = 1.5
+"""Nats per token below the plain cache from which on an answer counts as lost."""
+HIDDEN = "hidden facts"
+OWN = "the text's own"
+_Group = TypeVar("_Group")
 
 
 @dataclass(frozen=True)
@@ -29,6 +38,26 @@ class Recall:
     def rate(self) -> Interval:
         """Part of the needles found, with its 95 % interval."""
         return wilson_interval(self.found, self.asked)
+
+
+@dataclass(frozen=True)
+class FactSummary:
+    """One cache over questions about facts, each against the plain cache on the same question.
+
+    Attributes:
+        asked: Questions.
+        log_prob: Mean log probability of the answers, in nats per token.
+        against_plain: How much above the plain cache's that is, with its 95 % interval over facts: wordings and
+            repetitions of one fact count as one sample.
+        lost: Answers more than `LOST` nats per token below the plain cache's.
+        found: Greedy answers that contain what is asked for.
+    """
+
+    asked: int
+    log_prob: float
+    against_plain: Interval
+    lost: int
+    found: int
 
 
 @dataclass(frozen=True)
@@ -76,6 +105,61 @@ def recall_by_place(content: Mapping[str, Any], cache: str, kind: str) -> dict[t
     rows = [row for row in content["needles"] if row["cache"] == cache and row["kind"] == kind]
     places = sorted({(row["length"], row["depth"]) for row in rows})
     return {place: _recall(row for row in rows if (row["length"], row["depth"]) == place) for place in places}
+
+
+def fact_summaries(content: Mapping[str, Any]) -> dict[str, dict[tuple[str, str], FactSummary]]:
+    """Return by cache, the plain one and `ABSENT` first, what became of the facts.
+
+    The keys are what is asked for, `HIDDEN` facts or what the text says on its `OWN`, and the place of the question.
+    Questions that the plain cache has not been asked yet are left out, and so is what nothing was asked about.
+    """
+    groups = {
+        (what, place): [row for row in content.get("facts", []) if (row["place"], _is_own(row)) == (place, what == OWN)]
+        for what in (HIDDEN, OWN)
+        for place in PLACES
+    }
+    return _by_cache(content, groups)
+
+
+def fact_kinds(content: Mapping[str, Any], place: str) -> dict[str, dict[str, FactSummary]]:
+    """Return by cache what became of the facts of each kind, asked for in this place."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for row in content.get("facts", []):
+        if row["place"] == place:
+            groups.setdefault(row["kind"], []).append(row)
+    return _by_cache(content, groups)
+
+
+def _by_cache(
+    content: Mapping[str, Any], groups: Mapping[_Group, Sequence[Mapping[str, Any]]]
+) -> dict[str, dict[_Group, FactSummary]]:
+    plain = {row["task"]: row["log_prob"] for row in content.get("facts", []) if row["cache"] == PLAIN}
+    found = {}
+    for name in dict.fromkeys((PLAIN, ABSENT, *content["caches"])):
+        rows = {
+            key: [row for row in group if row["cache"] == name and row["task"] in plain]
+            for key, group in groups.items()
+        }
+        if any(rows.values()):
+            found[name] = {key: _fact_summary(each, plain) for key, each in rows.items() if each}
+    return found
+
+
+def _fact_summary(rows: Sequence[Mapping[str, Any]], plain: Mapping[str, float]) -> FactSummary:
+    above: dict[str, list[float]] = {}
+    for row in rows:
+        above.setdefault(row["expected"], []).append(row["log_prob"] - plain[row["task"]])
+    return FactSummary(
+        asked=len(rows),
+        log_prob=fmean(row["log_prob"] for row in rows),
+        against_plain=mean_interval([fmean(each) for each in above.values()]),
+        lost=sum(difference < -LOST for each in above.values() for difference in each),
+        found=sum(row["found"] for row in rows),
+    )
+
+
+def _is_own(row: Mapping[str, Any]) -> bool:
+    return bool(row["kind"] == CONTENT)
 
 
 def _summary(name: str, content: Mapping[str, Any]) -> CacheSummary:
