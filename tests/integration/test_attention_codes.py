@@ -358,12 +358,15 @@ def held_tokens(
 
 def by_hand(queries: Tensor, held: HeldTokens, mask: Tensor | None, options: Softmax) -> Tensor:
     """Attention over the decoded tokens in float64; the mask is that of all tokens seen."""
-    keys, values = held.dense_keys().double(), held.dense_values().double()
+    keys, values = held.decoded_keys().double(), held.decoded_values().double()
     groups = queries.shape[1] // keys.shape[1]
     if mask is not None:
-        columns = held.columns.expand(*keys.shape[:3]).sort(-1).values.repeat_interleave(groups, 1)
+        columns = held.columns.expand(*keys.shape[:3]).repeat_interleave(groups, 1)
         every = mask.expand(len(keys), queries.shape[1], -1, -1)
         mask = every.gather(3, columns[:, :, None].expand(-1, -1, every.shape[2], -1))
+        if held.visible is not None:
+            empty = ~held.visible[:, :, 0].repeat_interleave(groups, 1)
+            mask = mask & ~empty if mask.dtype == torch.bool else mask.masked_fill(empty, -torch.inf)
     keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     found = queries.double() @ keys.mT * options.scaling
     if options.softcap is not None:
@@ -416,7 +419,7 @@ def test_a_query_that_may_see_nothing_sees_nothing() -> None:
 
 
 def test_sinks_behind_padding() -> None:
-    """They are stored first, whatever comes before them in the row; hidden tokens are seen by nobody."""
+    """They are stored first, whatever comes before them in the row; nobody looks at empty places."""
     pads = 120
     mask = torch.ones(2, 150, dtype=torch.long)
     mask[1, :pads] = 0
@@ -428,7 +431,7 @@ def test_sinks_behind_padding() -> None:
     visible = torch.rand(2, 1, 2, held.seen) > 0.5
     options = Softmax(scaling=0.25)
     out, weights = attend(queries, held, visible, options)
-    real = visible & mask[:, None, None].bool()  # what is hidden are pads
+    real = visible & mask[:, None, None].bool()
     torch.testing.assert_close(out.double(), by_hand(queries, held, real, options), rtol=1e-4, atol=1e-4)
     assert not weights.masked_select(~held.visible).any()
 

@@ -683,7 +683,7 @@ def test_rows_that_are_changed_half_way_are_told(sdpa: LlamaForCausalLM, monkeyp
         cache.reorder_cache(torch.tensor([0, 7]))
     assert fingerprint(cache) == before
     kind, calls = type(cache.layers[0].state), []
-    original = kind.map
+    original = kind.map_rows
 
     def interrupted(self: Any, *args: Any, **kwargs: Any) -> None:
         calls.append(1)
@@ -692,7 +692,7 @@ def test_rows_that_are_changed_half_way_are_told(sdpa: LlamaForCausalLM, monkeyp
         original(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(kind, "map", interrupted)
+        patch.setattr(kind, "map_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             cache.reorder_cache(torch.tensor([1, 0]))
     with pytest.raises(CacheStateError, match="half-way"):
