@@ -4,10 +4,9 @@ python benchmarks/ablations.py --text frankenstein.txt moby_dick.txt
 python benchmarks/ablations.py --rows "key mean kept" "one scale tried"
 
 The first rows are about codes: those of `balanced` at 2 bits, with nothing evicted.  The rows ``scorer: ...`` are about
-what is kept: `balanced` as it is, with one policy after the other, each shown all it can look at; ``scorer: default``
-is the default without queries, as ``generate`` alone uses it.  The last rows change something else in `balanced` with
-that policy: evicted tokens are merged into kept ones, decoded keys are sharpened, layers at the model's ends get 4
-bits.  No layer gets more bits where its codes are bad (``most_code_error``): that would hide what a choice costs.
+what is kept: `balanced` as it is, with one policy after the other; those whose scores can be compared share one budget
+over all heads and layers.  In the last rows decoded keys are sharpened.  No layer gets more bits where its codes are
+bad (``most_code_error``): that would hide what a choice costs.
 
 Writes ``benchmarks/results/ablations.json``, which `docs/decisions.md` shows.  Rows survive an interruption; those that
 are not asked for stay in the file, and a run without ``--rows`` shows all of them.
@@ -19,8 +18,6 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
-import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from _codes import UNCHECKED, FlatPlanCache, MoreSharpenedCache, ScalarCache, SharpenedCache, candidate_of
 from _common import RESULTS, add_measuring, measuring, read_texts, shown_steps
 
@@ -28,24 +25,23 @@ from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.attention import reconstruct
 from nexusquant_cache.evaluation import Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
 from nexusquant_cache.policy import (
-    DEFAULT_POLICY,
     Combined,
     EvictionPolicy,
     ExpectedAttentionPolicy,
+    FarAttentionPolicy,
     KeyDiffPolicy,
     KeyKeyPolicy,
     KeyNormPolicy,
     LeveragePolicy,
     MeanKeyKeyPolicy,
+    RecentAttentionPolicy,
     ReconstructionPolicy,
-    ScoreInputs,
     SharedOverHeads,
     ValueAware,
     WindowAttentionPolicy,
 )
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
     from torch import Tensor
     from transformers import Cache, PretrainedConfig
 
@@ -72,55 +68,6 @@ def read_again(cache: Cache, loaded: LoadedModel, ids: Tensor) -> None:
     """Let the model read the prompt a second time."""
     assert isinstance(cache, NexusQuantCache)
     reconstruct(loaded.model, cache, ids)
-
-
-@dataclass(frozen=True)
-class MergingPolicy(EvictionPolicy):
-    """Folds every evicted token into the coded token whose key is most similar to its own, without the rotary phase.
-
-    A policy is shown the very tensors that the cache encodes next, not copies.  `select` makes use of that and writes
-    the averages into them: nothing but an experiment may do so.  Sinks and recent tokens stay as they are.
-
-    Args:
-        policy: Chooses what is kept.
-        keys: Whether keys are averaged too; they turn to the position of the token that stays.
-    """
-
-    policy: EvictionPolicy = DEFAULT_POLICY
-    keys: bool = False
-
-    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-        """Return the other policy's scores."""
-        return self.policy.checked_scores(inputs)
-
-    def select(self, inputs: ScoreInputs, count: int) -> Bool[Tensor, "b h n"]:
-        """Return which tokens to keep, when the others have been averaged into them."""
-        keep = super().select(inputs, count)
-        unrotated = inputs.unrotated_keys
-        owners = nearest_kept(unrotated, keep, keep & ~inputs.protected)
-        inputs.values.copy_(group_means(inputs.values, owners))
-        if self.keys:
-            merged = group_means(unrotated, owners)
-            turned = merged if inputs.phase is None else inputs.phase.rotate(merged, inputs.positions)
-            inputs.keys.copy_(torch.where(keep[..., None], turned, inputs.keys))
-        return keep
-
-
-def nearest_kept(
-    keys: Float[Tensor, "b h n d"], keep: Bool[Tensor, "b h n"], targets: Bool[Tensor, "b h n"]
-) -> Int[Tensor, "b h n"]:
-    """Return the index of each kept token itself, and for others that of the target with the most similar direction."""
-    units = F.normalize(keys, dim=-1)
-    similar = (units @ units.mT).masked_fill(~targets[:, :, None], -torch.inf)
-    return torch.where(keep, torch.arange(keep.shape[-1], device=keep.device), similar.argmax(-1))
-
-
-def group_means(x: Float[Tensor, "b h n d"], owners: Int[Tensor, "b h n"]) -> Float[Tensor, "b h n d"]:
-    """Return for each token the mean over those that it owns; tokens that own none stay as they are."""
-    index = owners[..., None].expand_as(x)
-    sums = torch.zeros_like(x).scatter_add_(2, index, x)
-    counts = torch.zeros_like(x).scatter_add_(2, index, torch.ones_like(x))
-    return torch.where(counts > 0, sums / counts, x)
 
 
 ROWS = {
@@ -152,12 +99,12 @@ ROWS = {
             "expected attention": ExpectedAttentionPolicy(),
             "expected attention times value": ValueAware(ExpectedAttentionPolicy(pool=1), pool=21),
             "second reading": ReconstructionPolicy(),
+            "far attention": FarAttentionPolicy(),
+            "far attention, pooled over 5": FarAttentionPolicy(pool=5),
+            "leverage or recent attention": Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3)),
             "default": None,
-            "default with queries": DEFAULT_POLICY,
         }.items()
     },
-    "tokens merged": Row(EVICTING, policy=MergingPolicy()),
-    "tokens merged, keys too": Row(EVICTING, policy=MergingPolicy(keys=True)),
     "keys sharpened 2 %": Row(EVICTING, SharpenedCache),
     "keys sharpened 5 %": Row(EVICTING, MoreSharpenedCache),
 }

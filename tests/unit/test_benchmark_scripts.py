@@ -10,10 +10,9 @@ from integration.tiny import SMALL, logits, prompt, tiny_llama
 from transformers import DynamicCache
 from unit.evaluation_tiny import tiny
 
-from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
+from nexusquant_cache import CacheConfig, NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.evaluation import Candidate, EvaluationError, nexusquant_candidate
 from nexusquant_cache.evaluation.caches import fill_and_compress
 from nexusquant_cache.evaluation.quality import Continuation, measure_quality, run_plain
@@ -90,61 +89,6 @@ def score_inputs(tokens=60, phase=None):
     keys, values = torch.randn(2, 1, 2, tokens, 16, generator=generator)
     order = torch.arange(tokens)
     return ScoreInputs(keys, values, order + 5, (order < 4) | (order >= tokens - 8), 0, phase=phase)
-
-
-class TestMerging:
-    @pytest.mark.parametrize("keys", [False, True])
-    def test_the_mean_over_kept_and_evicted_stays(self, load, keys):
-        ablations = load("ablations")
-        inputs = score_inputs()
-        exact = [x.clone() for x in (inputs.keys, inputs.values)]
-        keep = ablations.MergingPolicy(KeyNormPolicy(), keys=keys).select(inputs, 20)
-        owners = ablations.nearest_kept(exact[0], keep, keep & ~inputs.protected)
-        sizes = torch.zeros(keep.shape).scatter_add_(-1, owners, torch.ones(keep.shape))
-        assert torch.equal(sizes > 0, keep)
-        assert sizes.max() > 1
-        for before, after, is_merged in zip(exact, (inputs.keys, inputs.values), (keys, True), strict=True):
-            if is_merged:
-                assert torch.allclose((after * sizes[..., None]).sum(2), before.sum(2), atol=1e-4)
-            else:
-                assert torch.equal(after, before)
-
-    def test_what_is_kept_is_the_policys_choice_and_protected_tokens_stay(self, load):
-        inputs, twin = score_inputs(), score_inputs()
-        keep = load("ablations").MergingPolicy(KeyNormPolicy(), keys=True).select(inputs, 20)
-        assert torch.equal(keep, KeyNormPolicy().select(twin, 20))
-        for after, before in ((inputs.keys, twin.keys), (inputs.values, twin.values)):
-            assert torch.equal(after[:, :, inputs.protected], before[:, :, inputs.protected])
-
-    def test_the_nearest_is_the_most_similar_direction_among_the_targets(self, load):
-        keys = torch.tensor([[1.0, 0.0], [0.0, 1.0], [5.0, 1.0], [1.0, 9.0]])[None, None]
-        keep = torch.tensor([[[True, True, False, False]]])
-        targets = torch.tensor([[[True, False, False, False]]])
-        nearest_kept = load("ablations").nearest_kept
-        assert nearest_kept(keys, keep, keep).tolist() == [[[0, 1, 0, 1]]]
-        assert nearest_kept(keys, keep, targets).tolist() == [[[0, 1, 0, 0]]]
-
-    def test_keys_are_averaged_without_their_phase(self, load):
-        phase = RotaryPhase(torch.tensor([1.0, 0.3, 0.1, 0.03, 0.01, 3e-3, 1e-3, 3e-4]))
-        inputs = score_inputs(phase=phase)
-        before = inputs.unrotated_keys.sum(2)
-        ablations = load("ablations")
-        keep = ablations.MergingPolicy(KeyNormPolicy(), keys=True).select(inputs, 20)
-        owners = ablations.nearest_kept(inputs.unrotated_keys, keep, keep & ~inputs.protected)
-        sizes = torch.zeros(keep.shape).scatter_add_(-1, owners, torch.ones(keep.shape))
-        after = phase.rotate(inputs.keys, inputs.positions, inverse=True)
-        assert torch.allclose((after * sizes[..., None]).sum(2), before, atol=1e-3)
-
-    def test_the_cache_encodes_the_averages(self, load, plain):
-        policy = load("ablations").MergingPolicy(KeyNormPolicy())
-        settings = CacheConfig(keep_ratio=0.3, most_code_error=UNCHECKED, **SMALL)
-        config = tiny().model.config
-        rows = [
-            measure_quality(tiny(), plain, nexusquant_candidate("ours", settings, config, each))
-            for each in (KeyNormPolicy(), policy)
-        ]
-        assert rows[0].footprint == rows[1].footprint
-        assert rows[0].kl != rows[1].kl
 
 
 class TestSharpening:

@@ -31,6 +31,7 @@ from nexusquant_cache import (
 )
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, NonFiniteError, OptionError, ShapeError
+from nexusquant_cache.layer.selection import Selection
 from nexusquant_cache.policy.base import _note_stand_ins
 from nexusquant_cache.policy.combined import _ranks
 from nexusquant_cache.policy.queries import _mean_turn
@@ -103,6 +104,12 @@ def make_inputs(  # noqa: PLR0917 - mostly sizes
     return ScoreInputs(**(fields | given))
 
 
+def select(policy: EvictionPolicy, inputs: ScoreInputs, count: int) -> Tensor:
+    """Return which tokens stay if every head keeps so many that are not protected."""
+    scores = policy.checked_scores(inputs).masked_fill(inputs.protected, -torch.inf)
+    return Selection.of(scores, torch.full(scores.shape[:2], count)).kept | inputs.protected
+
+
 @every
 @pytest.mark.parametrize(
     "sizes",
@@ -153,11 +160,11 @@ def test_half_precision_is_computed_in_float32(policy: EvictionPolicy, dtype: to
 @pytest.mark.parametrize(("device", "dtype"), [("meta", torch.float32), ("cpu", torch.float64)])
 def test_the_defaults_of_torch_decide_nothing(policy: EvictionPolicy, device: str, dtype: torch.dtype) -> None:
     inputs = make_inputs()
-    expected = policy.select(inputs, 11)
+    expected = select(policy, inputs, 11)
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            assert torch.equal(policy.select(inputs, 11), expected)
+            assert torch.equal(select(policy, inputs, 11), expected)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -166,7 +173,7 @@ def test_the_defaults_of_torch_decide_nothing(policy: EvictionPolicy, device: st
 @pytest.mark.parametrize("value", [0.0, 1.0, 3e4])
 def test_equal_keys_are_no_special_case(policy: EvictionPolicy, value: float) -> None:
     inputs = make_inputs(keys=torch.full((2, 2, 90, 16), value), values=torch.full((2, 2, 90, 16), value))
-    keep = policy.select(inputs, 11)
+    keep = select(policy, inputs, 11)
     assert (keep.sum(-1) == 2 + 8 + 11).all()
 
 
@@ -253,13 +260,10 @@ class TestRequirements:
         assert reconstruction.requires_reconstruction
         message = r"WindowAttentionPolicy scores by queries.* layer 3 are not known.*a policy that does without"
         with pytest.raises(CacheStateError, match=message):
-            window.select(make_inputs(queries=None), 5)
+            select(window, make_inputs(queries=None), 5)
         message = r"ReconstructionPolicy .*nexusquant_cache\.attention\.reconstruct\(model, cache, input_ids\)"
         with pytest.raises(CacheStateError, match=message):
-            reconstruction.select(make_inputs(reconstruction=None), 5)
-
-    def test_nothing_is_required_where_nothing_is_evicted(self) -> None:
-        assert WindowAttentionPolicy().select(make_inputs(queries=None), 80).all()
+            select(reconstruction, make_inputs(reconstruction=None), 5)
 
     def test_stand_ins_are_announced_once(self, caplog: pytest.LogCaptureFixture) -> None:
         _note_stand_ins.cache_clear()
@@ -267,10 +271,10 @@ class TestRequirements:
         assert policy.wants_queries
         assert not policy.requires_queries
         with caplog.at_level(logging.INFO, "nexusquant_cache"):
-            policy.select(make_inputs(), 5)
+            select(policy, make_inputs(), 5)
             assert not caplog.records
             for wrapped in (policy, policy, ValueAware(policy)):
-                wrapped.select(make_inputs(queries=None), 5)
+                select(wrapped, make_inputs(queries=None), 5)
         assert [record.levelname for record in caplog.records] == ["INFO"]
         assert caplog.messages[0].startswith(
             "ExpectedAttentionPolicy is shown no queries and takes keys in their place"
@@ -300,7 +304,7 @@ class TestWindowAttentionPolicy:
         assert inputs.queries is not None
         keys, queries = 0.1 * inputs.keys, inputs.queries
         keys[:, :, [100, 104, 108]] += queries[:, ::3, -1:]  # asked for by the last query of one head
-        keep = WindowAttentionPolicy().select(replace(inputs, keys=keys), 29)
+        keep = select(WindowAttentionPolicy(), replace(inputs, keys=keys), 29)
         assert keep[..., 90:119].all()
 
     @pytest.mark.parametrize(
@@ -436,7 +440,7 @@ class TestLeveragePolicy:
         keys = torch.randn(1, 2, 90, 16)
         keys[..., 15] *= 0.01
         keys[:, :, 40, 15] = 1
-        keep = LeveragePolicy(pool=1).select(make_inputs(keys=keys, rotary=False), 1)
+        keep = select(LeveragePolicy(pool=1), make_inputs(keys=keys, rotary=False), 1)
         assert keep[..., 40].all()
 
     @pytest.mark.parametrize("ridge", [0.0, -1.0, float("nan")])
@@ -497,16 +501,16 @@ class TestRanks:
         scores = torch.zeros(1, 2, 4)
         scores[0, 1, 2] = float("nan")
         with pytest.raises(NonFiniteError, match=r"Given\.score returned NaN or infinity in layer 3"):
-            wrap(Given(scores)).select(given_inputs(4), 2)
+            select(wrap(Given(scores)), given_inputs(4), 2)
         with pytest.raises(ShapeError, match=r"Given\.score must return .* = \(1, 2, 4\), got shape \(1, 2, 3\)"):
-            wrap(Given(torch.zeros(1, 2, 3))).select(given_inputs(4), 2)
+            select(wrap(Given(torch.zeros(1, 2, 3))), given_inputs(4), 2)
 
 
 class TestSharedOverHeads:
     scores = torch.tensor([[[9.0, 8, 7, 0, 1], [0, 1, 7, 8, 90]]])
 
     def test_what_one_head_needs_all_keep(self) -> None:
-        keep = SharedOverHeads(Given(self.scores)).select(given_inputs(5), 2)
+        keep = select(SharedOverHeads(Given(self.scores)), given_inputs(5), 2)
         assert keep.tolist() == [[[True, False, False, False, True]] * 2]
 
     def test_or_what_they_agree_on(self) -> None:
@@ -525,14 +529,14 @@ class TestCombined:
 
     def test_keeps_what_either_ranks_high(self) -> None:
         """However small the scores of one of them are."""
-        keep = Combined([Given(self.first), Given(self.second)]).select(given_inputs(4), 2)
+        keep = select(Combined([Given(self.first), Given(self.second)]), given_inputs(4), 2)
         assert keep.tolist() == [[[True, False, False, True], [False, False, True, True]]]
 
     def test_shares_are_parts_of_the_places(self) -> None:
         """Three of four places for the first, whose favourites the other ranks last."""
         order = torch.arange(80.0).expand(1, 2, 80)
         inputs = make_inputs(tokens=80, batch=1, protected=torch.zeros(80, dtype=torch.bool))
-        keep = Combined([Given(order), Given(-order)], shares=(3.0, 1.0)).select(inputs, 20)
+        keep = select(Combined([Given(order), Given(-order)], shares=(3.0, 1.0)), inputs, 20)
         for head in keep[0]:
             assert head.nonzero()[:, 0].tolist() == [*range(5), *range(65, 80)]
 

@@ -128,25 +128,6 @@ class EvictionPolicy(ABC):
         They must be finite.
         """
 
-    def select(self, inputs: ScoreInputs, count: int) -> Bool[Tensor, "b h n"]:
-        """Return which tokens to keep: all protected ones and the ``count`` best others of each head.
-
-        Ties go to the earlier token, so that the choice does not depend on the device.
-
-        Raises:
-            CacheStateError: As in `checked_scores`.
-            ShapeError: Likewise.
-            NonFiniteError: Likewise.
-        """
-        batch, heads, tokens, _ = inputs.keys.shape
-        keep = inputs.protected.expand(batch, heads, tokens).clone()
-        free = inputs.free
-        if count >= len(free):
-            return keep.fill_(value=True)
-        scores = self.checked_scores(inputs).index_select(-1, free)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[..., :count]
-        return keep.scatter_(-1, free[best], value=True)
-
     def checked_scores(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the result of `score`, checked.  Policies made of others call it on these.
 

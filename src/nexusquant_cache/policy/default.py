@@ -1,7 +1,8 @@
 """The policy of a cache that is given none."""
 
 from nexusquant_cache.policy.base import EvictionPolicy
-from nexusquant_cache.policy.combined import Averaged
+from nexusquant_cache.policy.combined import Averaged, Combined
+from nexusquant_cache.policy.keys import LeveragePolicy
 from nexusquant_cache.policy.queries import FarAttentionPolicy, RecentAttentionPolicy
 
 DEFAULT_POLICY: EvictionPolicy = Averaged(
@@ -10,3 +11,8 @@ DEFAULT_POLICY: EvictionPolicy = Averaged(
 """What the prompt's end attends to, which keeps predictions and what a question there asks for; and, with less weight,
 what any part of the prompt looks back at from afar, which keeps facts for questions that come later
 (`benchmarks/ablations.py`)."""
+
+FORMER_DEFAULTS: tuple[EvictionPolicy, ...] = (
+    Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3)),
+)
+"""What took this place in earlier releases: files that were saved with them go on with the present one."""
