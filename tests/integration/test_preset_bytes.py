@@ -6,7 +6,7 @@ from feeding import GROUP, feed
 from integration.tiny import reachable_bytes
 
 from grids import combined
-from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
 from nexusquant_cache.layer.observations import QUERY_WINDOW
 
 LAYERS = 2
@@ -16,9 +16,10 @@ FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
 def filled(preset: str, tokens: int, head_dim: int, generated: int = 20) -> NexusQuantCache:
     """Compress random keys and values of one bfloat16 head and add generated tokens.
 
-    With principal axes, as a real prompt would have; those of random vectors would not pay.
+    With principal axes, as a real prompt would have; those of random vectors would not pay.  The policy looks at the
+    last queries alone: which tokens stay is nothing to bytes.
     """
-    cache = NexusQuantCache(preset, transform="principal")
+    cache = NexusQuantCache(preset, transform="principal", policy=RecentAttentionPolicy())
     for length in (tokens, *[1] * generated):
         for layer_idx in range(LAYERS):
             states = torch.randn(2, 1, 1, length, head_dim, dtype=torch.bfloat16)

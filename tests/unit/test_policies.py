@@ -107,7 +107,7 @@ def make_inputs(  # noqa: PLR0917 - mostly sizes
 def select(policy: EvictionPolicy, inputs: ScoreInputs, count: int) -> Tensor:
     """Return which tokens stay if every head keeps so many that are not protected."""
     scores = policy.checked_scores(inputs).masked_fill(inputs.protected, -torch.inf)
-    return Selection.of(scores, torch.full(scores.shape[:2], count)).kept | inputs.protected
+    return Selection.of(scores, torch.full(scores.shape[:2], count, device=scores.device)).kept | inputs.protected
 
 
 @every
