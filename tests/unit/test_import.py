@@ -23,6 +23,7 @@ SOURCE = Path(nexusquant_cache.__file__).parent
 ORDER: list[set[str]] = [
     {"__init__"},
     {"cli"},
+    {"serving"},
     {"evaluation"},
     {"dropin"},
     {"attention", "store"},
