@@ -604,8 +604,6 @@ def serve_load_table(content: dict[str, Any]) -> str:
         ("answers heard to their end, left", f"{result['answers']}, {result['left']}"),
         ("told to come again (503)", f"{result['busy']}"),
         ("prompt tokens, of these known to a cache", f"{result['prompt_tokens']:,}, {known:.0f} %"),
-        ("seconds to the first text, median and most", "{median:.1f}, {most:.1f}".format(**result["first_text"])),
-        ("seconds to the end, median and most", "{median:.1f}, {most:.1f}".format(**result["whole_answer"])),
         (
             "MB of idle caches allowed, in the end",
             f"{settings['idle_bytes'] / 1e6:.1f}, {after['idle_bytes'] / 1e6:.1f}",
