@@ -221,7 +221,8 @@ def create_app(server: ChatServer) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def no_such_place(request: Request, error: HTTPException) -> Response:
-        return refuse(ApiError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return refuse(ApiError(error.status_code, what, headers=dict(error.headers or {})))
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, _error: ClientDisconnect) -> Response:

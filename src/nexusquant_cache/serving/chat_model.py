@@ -22,6 +22,7 @@ from nexusquant_cache.serving.errors import ServingError, TemplateError
 Message = Mapping[str, str]
 """``role`` and ``content``, as chat templates take them."""
 
+_COLDEST = 1e-4  # below this temperature the most likely token wins, and numbers would overflow
 _PIECE = 512  # tokens read at once; between two pieces one may stop
 
 
@@ -209,7 +210,7 @@ class ChatModel:
     def _settings(self, wish: Wish) -> GenerationConfig:
         """Return the model's own settings, with what the wish says in place of theirs."""
         settings = copy.deepcopy(self.model.generation_config)
-        samples = wish.temperature > 0
+        samples = wish.temperature > _COLDEST
         pad = settings.pad_token_id if settings.pad_token_id is not None else self.tokenizer.pad_token_id
         settings.update(
             max_new_tokens=wish.tokens,

@@ -74,7 +74,7 @@ def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
     from nexusquant_cache.serving.app import ChatServer, Limits, create_app  # noqa: PLC0415
 
     model = ChatModel(loaded, options.preset)
-    name = options.name or Path(loaded.name).name.removesuffix(".gguf")
+    name = options.name or Path(loaded.name).absolute().name.removesuffix(".gguf")
     limits = Limits(_tokens(model, options), options.answer_tokens)
     store = None
     if options.store is not None:
