@@ -59,9 +59,10 @@ def run_pytest(session: nox.Session, *options: str) -> None:
 def floors() -> list[str]:
     """Return the oldest releases that pyproject.toml allows, as requirements; torch is left as it is."""
     project = PYPROJECT["project"]
-    ranges = [*project["dependencies"], *project["optional-dependencies"]["cli"]]
+    extras = project["optional-dependencies"]
+    ranges = [*project["dependencies"], *extras["cli"], *extras["serve"]]
     oldest = [requirement.partition(",")[0].replace(">=", "==") for requirement in ranges]
-    return [requirement for requirement in oldest if not requirement.startswith("torch==")]
+    return [requirement for requirement in oldest if not requirement.startswith(("torch==", "nexusquant-cache["))]
 
 
 @nox.session
@@ -117,7 +118,7 @@ def compat(session: nox.Session) -> None:
     install_torch(session)
     # No constraints here: they pin the newest.
     test_group = nox.project.dependency_groups(PYPROJECT, "test")
-    session.install("-e", ".[cli]", *floors(), *test_group)
+    session.install("-e", ".[serve]", *floors(), *test_group)
     install_model(session)
     run_pytest(session, *(f"--ignore-glob={pattern}" for pattern in SAME_EVERYWHERE))
 
@@ -126,7 +127,7 @@ def compat(session: nox.Session) -> None:
 def typing(session: nox.Session) -> None:
     """Check the types of the package and of this file (mypy, strict)."""
     install_torch(session)
-    install(session, "-e", ".[cli]", group="typing")
+    install(session, "-e", ".[serve]", group="typing")
     session.run("mypy", *session.posargs)
 
 

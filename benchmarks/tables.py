@@ -647,6 +647,28 @@ def prefix_store_finding_table(content: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def serve_load_table(content: dict[str, Any]) -> str:
+    """Return what clients of the server have seen, and what it held."""
+    settings, result = content["settings"], content["result"]
+    before, after = result["before"], result["after"]
+    known = 100 * result["known_tokens"] / result["prompt_tokens"]
+    rows = (
+        ("clients, turns of each", f"{settings['clients']}, {settings['turns']} and 1"),
+        ("answers heard to their end, left", f"{result['answers']}, {result['left']}"),
+        ("told to come again (503)", f"{result['busy']}"),
+        ("prompt tokens, of these known to a cache", f"{result['prompt_tokens']:,}, {known:.0f} %"),
+        (
+            "MB of idle caches allowed, in the end",
+            f"{settings['idle_bytes'] / 1e6:.1f}, {after['idle_bytes'] / 1e6:.1f}",
+        ),
+        (
+            "MB of the process after one answer, in the end",
+            f"{before['process_bytes'] / 1e6:,.0f}, {after['process_bytes'] / 1e6:,.0f}",
+        ),
+    )
+    return markdown(("what", "how much"), rows)
+
+
 def offload_table(content: dict[str, Any]) -> str:
     """Return the bytes that cross the bus for each generated token, and those that stay on the device."""
     plain = content["rows"][0]
@@ -699,6 +721,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "at_rest_files": (at_rest_files_table, "at_rest"),
     "indices": (indices_table, "at_rest"),
     "offload": (offload_table, "offload"),
+    "serve_load": (serve_load_table, "serve_load"),
     "prefix_store": (prefix_store_table, "prefix_store"),
     "prefix_store_finding": (prefix_store_finding_table, "prefix_store"),
 }

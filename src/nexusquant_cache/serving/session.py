@@ -1,0 +1,143 @@
+"""One user's chat: messages, and a conversation that has read them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from jaxtyping import Int
+from torch import Tensor
+
+from nexusquant_cache.cache.report import MemoryReport
+from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.serving.chat_model import Answer, ChatModel, Listener, Message, Wish
+from nexusquant_cache.serving.errors import LengthError, ServingError
+from nexusquant_cache.serving.saved import Talk, load_conversation, save_conversation
+
+
+class ChatSession:
+    """A chat with one user.
+
+    The messages are the truth; the conversation knows what has been read of them.  So nothing is lost when a cache is:
+    the next question has the messages read again.
+
+    Args:
+        model: Who answers.
+        wish: How answers shall be.
+        system: What the model is told before the first turn; nothing if empty.
+    """
+
+    def __init__(self, model: ChatModel, wish: Wish, system: str = "") -> None:
+        """Begin a chat."""
+        self.model, self.wish = model, wish
+        self._beginning: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin a new chat."""
+        self.messages = list(self._beginning)
+        self.conversation = self.model.new_conversation()
+
+    def ask(self, text: str, listener: Listener) -> Answer:
+        """Ask something; the answer becomes part of the messages, as far as it was said.
+
+        If it was stopped before its first token, or fails, the messages are as before.
+
+        Raises:
+            LengthError: If the model was not made for so many tokens.
+            TemplateError: If the model's chat template refuses these messages.
+        """
+        said = _Said(listener)
+        messages = [*self.messages, {"role": "user", "content": text}]
+        prompt = self.model.tokenize(messages)
+        wish = replace(self.wish, tokens=min(self.wish.tokens, self._room(prompt)))
+        answer = self.model.answer(self.conversation, prompt, wish, said)
+        if answer.tokens:
+            self.messages = [*messages, {"role": "assistant", "content": said.text}]
+        return answer
+
+    def read(self, text: str, listener: Listener) -> bool:
+        """Give the model a text to read, for questions that come later; tell whether it has read all.
+
+        Raises:
+            LengthError: As for `ask`.
+            TemplateError: Likewise.
+        """
+        told = {"role": "user", "content": f"Read this text.\n\n{text}"}
+        messages = [*self.messages, told, {"role": "assistant", "content": "I have read the text."}]
+        ids = self.model.tokenize(messages, asks=False)
+        self._room(ids)
+        if not self.model.read(self.conversation, ids, listener):
+            return False
+        self.messages = messages
+        return True
+
+    def _room(self, prompt: Int[Tensor, " n"]) -> int:
+        """Return how many tokens an answer may have."""
+        most = self.model.most_tokens
+        if most is None:
+            return self.wish.tokens
+        if len(prompt) >= most:
+            msg = (
+                f"the chat would have {len(prompt):,} tokens, and {self.model.name} was made for {most:,}: "
+                "begin a new one"
+            )
+            raise LengthError(msg)
+        return most - len(prompt)
+
+    def use_preset(self, name: str) -> None:
+        """Use another preset: codes of the present one are dropped, and the next question has the messages read again.
+
+        Raises:
+            OptionError: If there is no such preset.
+        """
+        resolve_preset(name)
+        self.model.preset = name
+        self.conversation = self.model.new_conversation()
+
+    def report(self) -> MemoryReport:
+        """Return what the cache holds."""
+        return self.conversation.cache.memory_report()
+
+    def save(self, path: Path) -> int:
+        """Write the chat to a file; return its bytes.
+
+        Raises:
+            ServingError: If there is nothing to save, or something else has that name.
+            OSError: If the file cannot be written.
+        """
+        if not len(self.conversation.ids):
+            msg = "there is nothing to save yet: ask something first"
+            raise ServingError(msg)
+        talk = Talk(self.model.name, tuple(self.messages), self.conversation.answer_from)
+        return save_conversation(path, self.conversation, talk)
+
+    def load(self, path: Path) -> Talk:
+        """Take up the chat in a file in place of the present one, with its preset; return what it says of itself.
+
+        Raises:
+            FormatError: If the file holds no chat, is damaged, or belongs to another model.
+            OSError: If it cannot be read.
+        """
+        conversation, talk = load_conversation(path, self.model)
+        self.conversation, self.messages = conversation, list(talk.messages)
+        cache = conversation.cache
+        self.model.preset = cache.preset if cache.preset in PRESETS else cache.cache_config
+        return talk
+
+
+class _Said(Listener):
+    """Keeps what was said."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self.text = ""
+
+    def read(self, done: int, total: int) -> None:
+        self._listener.read(done, total)
+
+    def say(self, text: str) -> None:
+        self.text += text
+        self._listener.say(text)
+
+    @property
+    def wants_no_more(self) -> bool:
+        return self._listener.wants_no_more
