@@ -181,14 +181,26 @@ def planes_ideal(spec: FileTensor, tensor: Tensor) -> dict[str, float]:
     }
 
 
-def ideal(spec: FileTensor, tensor: Tensor, layouts: Sequence[CodeLayout]) -> dict[str, float]:
-    """Return ideal lengths of one tensor; ``layouts`` are those of its heads, for words."""
+def ideal(
+    spec: FileTensor, tensor: Tensor, layouts: Sequence[CodeLayout], counts: Sequence[int] | None
+) -> dict[str, float]:
+    """Return ideal lengths of one tensor.
+
+    Args:
+        spec: What it is.
+        tensor: Its values.
+        layouts: Those of its heads, for words.
+        counts: How many tokens each head has, where they differ.
+    """
     if spec.nbytes == 0:
         return {}
+    if spec.kind in WORDS and counts is not None:
+        heads = zip(tensor.split(counts), layouts, strict=True)
+        return _sum(words_ideal(words[None], [layout]) for words, layout in heads if len(words))
     if spec.kind in WORDS:
         return words_ideal(tensor.flatten(0, 1), layouts)
     if spec.kind == "scales":
-        return _sum(scales_ideal(scales) for scales in tensor.flatten(0, 1))
+        return _sum(scales_ideal(scales) for scales in (tensor.split(counts) if counts else tensor.flatten(0, 1)))
     if spec.name.endswith("kept"):
         return _sum(bitmap_ideal(bitmap) for bitmap in tensor.flatten(0, 1))
     return planes_ideal(spec, tensor)
@@ -220,7 +232,7 @@ def measure_packings(cache: NexusQuantCache, levels: Sequence[int]) -> list[dict
             sizes = row["codes"].setdefault(packing, {str(level): 0 for level in levels})
             for level in levels:
                 sizes[str(level)] += len(zstandard.ZstdCompressor(level=level).compress(data)) if data else 0
-        shortest = ideal(spec, tensors[name], _layouts(cache, spec))
+        shortest = ideal(spec, tensors[name], *_layouts(cache, spec))
         for model, nbytes in shortest.items():
             row["ideal"][model] = row["ideal"].get(model, 0.0) + nbytes
         if spec.kind in WORDS:
@@ -237,13 +249,17 @@ def _layer_row(
     return {"packed_bytes": len(data), "zstd": zstd, "ideal": min(shortest.values()) / len(data)}
 
 
-def _layouts(cache: NexusQuantCache, spec: FileTensor) -> list[CodeLayout]:
-    if spec.kind not in WORDS:
-        return []
+def _layouts(cache: NexusQuantCache, spec: FileTensor) -> tuple[list[CodeLayout], list[int] | None]:
+    """Return the layouts of a tensor's heads, for words, and how many tokens each has, where they differ."""
+    if spec.kind not in {*WORDS, "scales"}:
+        return [], None
     layer: Any = cache.layers[int(spec.name.split(".")[1])]
-    is_key = spec.kind == WORDS[0]
-    side = layer.state.body.keys if is_key else layer.state.body.values
-    return layouts_of(layer.state.codecs[0] if is_key else layer.state.codecs[1], side.transform, spec.shape[1])
+    is_key = ".keys." in spec.name
+    body, codec = layer.state.body, layer.state.codecs[0 if is_key else 1]
+    side = body.keys if is_key else body.values
+    counts = body.positions.counts
+    heads = None if counts is None else (counts.flatten() + body.positions.dense).tolist()
+    return layouts_of(codec, side.transform, side.transform.reference.shape[:2].numel()), heads
 
 
 def measure_files(cache: NexusQuantCache, levels: Sequence[int | None]) -> list[dict[str, Any]]:

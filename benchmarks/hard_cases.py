@@ -38,7 +38,7 @@ from transformers import DynamicCache
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.evaluation import Candidate, load_model, read_text
 from nexusquant_cache.evaluation.presets import describe
-from nexusquant_cache.evaluation.quality import Continuation, TextQuality, measure_quality, run_plain
+from nexusquant_cache.evaluation.quality import Continuation, measure_quality, run_plain
 from nexusquant_cache.evaluation.results import Results, environment, fingerprint, model_id, text_id
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import token_windows
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PretrainedConfig
 
+    from nexusquant_cache.codec.base import VectorCodec
     from nexusquant_cache.evaluation import LoadedModel
     from nexusquant_cache.evaluation.quality import PlainRun
 
@@ -148,16 +149,19 @@ def measure(loaded: LoadedModel, plain: PlainRun, candidate: Candidate) -> dict[
         row = measure_quality(loaded, plain, replace(candidate, factory=remembered))
     shown = {**asdict(row), "dppl_percent": row.dppl_percent, "warnings": [str(each.message) for each in given]}
     (cache,) = made
-    return {**shown, **codes_of(cache, row)} if isinstance(cache, NexusQuantCache) else shown
+    return {**shown, **codes_of(cache)} if isinstance(cache, NexusQuantCache) else shown
 
 
-def codes_of(cache: NexusQuantCache, row: TextQuality) -> dict[str, Any]:
+def _is_as_asked(codec: VectorCodec, asked: VectorCodec) -> bool:
+    """Tell whether a codec is what one chooses that was asked for, for a few tokens or for many."""
+    return codec in [asked.for_tokens(tokens) for tokens in (1, 1 << 20)]
+
+
+def codes_of(cache: NexusQuantCache) -> dict[str, Any]:
     """Return the largest error of the layers' codes, None if nothing was coded, and how many layers got more bits."""
     errors = [layer.code_error for layer in cache.memory_report().layers if layer.code_error is not None]
-    settings = cache.cache_config
-    coded = row.footprint.kept_tokens - settings.sink_tokens - settings.residual_length
     fitted = [layer for layer in cache.transforms if layer is not None]
-    more = sum(layer.codecs != tuple(codec.for_tokens(coded) for codec in layer.asked) for layer in fitted)
+    more = sum(not all(map(_is_as_asked, layer.codecs, layer.asked)) for layer in fitted)
     return {"code_error": max(errors, default=None), "layers_with_more_bits": more}
 
 

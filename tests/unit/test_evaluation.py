@@ -348,6 +348,7 @@ class TestModels:
 
         for kind in (models_module.AutoModelForCausalLM, models_module.AutoTokenizer):
             monkeypatch.setattr(kind, "from_pretrained", read)
+        (tmp_path / "small.gguf").touch()
         assert load_model(str(tmp_path / "small.gguf")).model is loaded.model
         assert asked == [(str(tmp_path), {"gguf_file": "small.gguf"})] * 2
 

@@ -87,8 +87,11 @@ class FileTensor:
     def rows(self) -> tuple[int, int, int]:
         """The tensor as ``[groups, items, bytes]``: heads of all rows of the batch, tokens, and what each token has.
 
-        Tensors with less than three axes are one group of elements.
+        Words of heads one behind the other are one group of tokens, other tensors with less than three axes one group
+        of elements.
         """
+        if len(self.shape) == 2 and self.kind.endswith("words"):  # noqa: PLR2004 - tokens, bytes
+            return 1, *self.shape
         if len(self.shape) < 3:  # noqa: PLR2004 - batch, heads, tokens
             return 1, prod(self.shape), self.itemsize
         return self.shape[0] * self.shape[1], self.shape[2], prod(self.shape[3:]) * self.itemsize
