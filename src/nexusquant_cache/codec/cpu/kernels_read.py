@@ -1,0 +1,737 @@
+"""Compiled attention on the codes, and decoding: some dozens of tokens of a head at a time.
+
+All is channel by channel, and the innermost loops run along the tokens of a chunk: they vectorize whatever the head
+dimension, and a chunk stays in the first two levels of a core's cache.  For each head and chunk
+
+- a block of 8 channels is decoded by arithmetic, without tables: its levels are small whole numbers (`_decode_block`);
+- their products with the axes of the head, whole numbers too, are added up without rounding (`add_products`).  That is
+  the largest part of the work, and done only for keys, and of these for channels that turn with the position.  For the
+  others the axes are folded into the queries, once for each head;
+- the phase is put back, by sines that are computed on the way (`_turn`): no table of positions is made or kept;
+- the softmax goes on from chunk to chunk (`_weigh`);
+- values are summed as coded channels; the sum is rotated at the end.
+
+Blocks without bits cost nothing.  The work may be shared between threads: each takes a range of the chunks of all heads
+(`attend`), and what they have found is put together (`_finish`).
+
+References:
+    Milakov & Gimelshein (2018), "Online normalizer calculation for softmax", arXiv:1805.02867.
+"""
+
+import math
+
+import numpy as np
+from numba import types
+
+from nexusquant_cache.codec.cpu.compiled import (
+    CHUNK,
+    add_products,
+    array,
+    bits_of,
+    constant,
+    entry,
+    exact_part,
+    float_of,
+    part,
+    shifted,
+)
+
+_BLOCK = 8
+_PAIRS = 4  # of channels that are turned together
+
+_ZERO, _ONE, _HALF = constant(0), constant(1), constant(0.5)
+_FAR = constant(-np.inf)
+
+# The levels of a rate in units of `support.UNITS`: ``step * field + offset``, and beyond a bound more, as `layout` has it.
+_STEPS = np.array([0, 4, 6, 6, 14], np.int16)
+_OFFSETS = np.array([0, 3, 3, 3, 7], np.int16)
+
+_SCALES = np.exp2((np.arange(256) - 128) / 16).astype(np.float32)
+_SCALES[0] = 0
+
+# exp by Cody and Waite: a power of two, and a polynomial found by least squares, to 1e-7.
+_LEAST = constant(-87)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = constant(1.44269504), constant(0.693359375), constant(-2.12194440e-4)
+_ROUND = constant(1.5 * 2**23)  # a number added to it is rounded to a whole one, in its lowest bits
+_E5, _E4, _E3, _E2 = (constant(x) for x in (0.008312422568, 0.041889963256, 0.166671148143, 0.499992328724))
+
+# sin(2 pi x) for |x| <= 1/4, found likewise, to 4e-9.
+_S9, _S7, _S5, _S3, _S1 = (
+    constant(x) for x in (39.5367053267, -76.5497821897, 81.6010040684, -41.3416550313, 6.28318516009)
+)
+_QUARTER = constant(0.25)
+_TURN = constant(2.0**-32)
+_TURNS, _WHOLE = 1 / (2 * math.pi), 2.0**32
+
+
+# Decoding
+
+
+@part
+def _decode_block(words, at, row_bytes, count, place, scratch, y):
+    """Decode 8 channels of some rows, to whole numbers of `support.UNITS`.
+
+    Args:
+        words: Packed rows.
+        at: First byte of the first row.
+        row_bytes: Bytes of a row.
+        count: Rows.
+        place: Bits of the block, its first byte in a row, and its odd byte.
+        scratch: Room for three numbers of each row.
+        y: Where to: each channel of `CHUNK` rows; those behind ``count`` get some level.
+    """
+    bits, word, odd = place[0], place[1], place[2]
+    low, high, flips = scratch[0], scratch[1], scratch[2]
+    low[:], high[:] = 0, 0
+    if bits == 1:
+        _copy_bytes(words, at + odd, row_bytes, count, low)
+    else:
+        _copy_words(words, at + word, row_bytes, count, low)
+    if bits == 3:  # fields 5 to 7 are in the odd byte, but for one bit
+        _copy_bytes(words, at + odd, row_bytes, count, high)
+        for i in range(CHUNK):
+            high[i] |= np.uint16(np.uint16(low[i] >> 15) << 8)
+    elif bits == 4:
+        _copy_words(words, at + word + 2, row_bytes, count, high)
+    _parities(low, high, bits, flips)
+    in_low = _BLOCK if bits < 3 else 8 - bits  # fields
+    for k in range(_BLOCK):
+        codes, place = (low, k) if k < in_low else (high, k - in_low)
+        _decode_field(codes, flips, bits * place, bits, y[k * CHUNK : (k + 1) * CHUNK])
+
+
+@part
+def _copy_bytes(words, at, step, count, out):
+    for i in range(count):
+        out[i] = words[np.uint64(at + i * step)]  # unsigned: nothing is counted from the end
+
+
+@part
+def _copy_words(words, at, step, count, out):
+    for i in range(count):
+        p = np.uint64(at + i * step)
+        out[i] = np.uint16(words[p]) | np.uint16(np.uint16(words[p + np.uint64(1)]) << 8)
+
+
+@part
+def _parities(low, high, bits, flips):
+    """Write 1 for each block whose signs are flipped: the parity of the lowest two bits of all its fields."""
+    of_low = np.uint16(0x36DB if bits == 3 else 0x3333 if bits == 4 else 0xFFFF)
+    of_high = np.uint16(0x00DB if bits == 3 else 0x3333)
+    for i in range(CHUNK):
+        x = np.uint16((low[i] & of_low) ^ (high[i] & of_high))
+        x = np.uint16(x ^ (x >> 8))
+        x = np.uint16(x ^ (x >> 4))
+        x = np.uint16(x ^ (x >> 2))
+        flips[i] = np.uint16((x ^ (x >> 1)) & 1)
+
+
+@part
+def _decode_field(codes, flips, shift, bits, y):
+    """Write the signed level of the field at one place."""
+    field, step, offset = np.uint16((1 << bits) - 1), _STEPS[bits], _OFFSETS[bits]
+    shift = np.uint16(shift)
+    if bits == 1:
+        for i in range(CHUNK):
+            t = np.int16(shifted(codes[i], shift) & field)
+            level = np.int16(step * t + offset)
+            minus = np.int16(-((t ^ flips[i]) & 1))
+            y[i] = np.int16((level ^ minus) - minus)
+    elif bits == 4:
+        for i in range(CHUNK):
+            t = np.int16(shifted(codes[i], shift) & field)
+            level = np.int16(step * t + offset)
+            level = max(max(level, np.int16(2 * level - 128)), np.int16(4 * level - 512))
+            minus = np.int16(-((t ^ flips[i]) & 1))
+            y[i] = np.int16((level ^ minus) - minus)
+    else:
+        bound = np.int16(16 if bits == 2 else 32)
+        for i in range(CHUNK):
+            t = np.int16(shifted(codes[i], shift) & field)
+            level = np.int16(step * t + offset)
+            level = max(level, np.int16(2 * level - bound))
+            minus = np.int16(-((t ^ flips[i]) & 1))
+            y[i] = np.int16((level ^ minus) - minus)
+
+
+@part
+def _interleave(y, pairs):
+    """Put each two channels of a block side by side, as `add_products` reads them."""
+    for k in range(_BLOCK // 2):
+        a, b = y[2 * k * CHUNK : (2 * k + 1) * CHUNK], y[(2 * k + 1) * CHUNK : (2 * k + 2) * CHUNK]
+        out = pairs[2 * k * CHUNK : 2 * (k + 1) * CHUNK]
+        for i in range(CHUNK):
+            out[2 * i] = a[i]
+            out[2 * i + 1] = b[i]
+
+
+@part
+def _to_float(y, out):
+    for i in range(_BLOCK * CHUNK):
+        out[i] = np.float32(y[i])
+
+
+@part
+def _scales(scales, at, count, out):
+    """Write the scale of each row, relative to the reference, and 0 behind them."""
+    for i in range(count):
+        out[i] = _SCALES[scales[at + i]]
+    for i in range(count, CHUNK):
+        out[i] = _ZERO
+
+
+# Axes
+
+
+@part
+def _whole_axes(axes, factors, blocks, turning, interleaved, out):
+    """Write the first channels of a head's axes in whole numbers, for `add_products`.
+
+    Args:
+        axes: What each coded channel adds to a vector.
+        factors: Of each axis, its unit in that of the result.
+        blocks: Bits of each block, and its places.
+        turning: How many channels of vectors are wanted.
+        interleaved: Whether they stand in the result as here; else those of a pair ``(i, i + pairs)`` stand together.
+        out: Where to: for each block and channel the 8 axes of the block.
+    """
+    pairs = turning // 2
+    for c in range(axes.shape[0]):
+        if blocks[0, c // _BLOCK]:
+            axis, factor, to = axes[c], factors[c], (c // _BLOCK) * turning * _BLOCK + c % _BLOCK
+            for second in range(2):
+                for pair in range(pairs):
+                    channel = 2 * pair + second if interleaved else pair + second * pairs
+                    value = factor * np.float32(axis[channel])
+                    out[to + (2 * pair + second) * _BLOCK] = np.int16(value + (_HALF if value > _ZERO else -_HALF))
+
+
+# Phase
+
+
+@part
+def _turn(products, row, unit, scales, mean, inv_freq, first, offsets, keys):
+    """Write four pairs of channels of keys, turned: the first channels of the pairs, then the second ones.
+
+    Args:
+        products: Sums of products of levels and axes; those of a pair stand in rows one behind the other.
+        row: The first row.
+        unit: Unit of the products.
+        scales: Scale of each key.
+        mean: Mean key, by row.
+        inv_freq: Radians per position of each pair.
+        first: A position.
+        offsets: Positions of the keys, from that one on.
+        keys: Where to.
+    """
+    for k in range(_PAIRS):
+        a, b = keys[k * CHUNK : (k + 1) * CHUNK], keys[(_PAIRS + k) * CHUNK : (_PAIRS + k + 1) * CHUNK]
+        pair = row // 2 + k
+        if pair >= len(inv_freq):
+            a[:], b[:] = _ZERO, _ZERO
+            continue
+        x, y = products[2 * pair * CHUNK :], products[(2 * pair + 1) * CHUNK :]
+        mean_x, mean_y = mean[2 * pair], mean[2 * pair + 1]
+        # The angle in units of 2 ** -32 turns: whole turns drop out by themselves.
+        turns = np.float64(inv_freq[pair]) * _TURNS
+        start = np.uint32(np.int64((first * turns - np.floor(first * turns)) * _WHOLE))
+        speed = np.uint32(np.int64((turns - np.floor(turns)) * _WHOLE))
+        for i in range(CHUNK):
+            turn = np.float32(np.int32(start + np.uint32(offsets[i]) * speed)) * _TURN
+            size = abs(turn)
+            c, s = _QUARTER - size, _QUARTER - abs(size - _QUARTER)
+            c2, s2 = c * c, s * s
+            cos = c * (_S1 + c2 * (_S3 + c2 * (_S5 + c2 * (_S7 + c2 * _S9))))
+            sin = s * (_S1 + s2 * (_S3 + s2 * (_S5 + s2 * (_S7 + s2 * _S9))))
+            sin = -sin if turn < _ZERO else sin
+            scale = scales[i] * unit
+            u, v = np.float32(x[i]) * scale + mean_x, np.float32(y[i]) * scale + mean_y
+            a[i] = u * cos - v * sin
+            b[i] = v * cos + u * sin
+
+
+@part
+def _add_logits(keys, factors, channel, rows, logits):
+    """Add the sum of 8 channels of keys, each times that of a query, for all queries."""
+    for row in range(rows):
+        f0, f1 = factors[channel, row], factors[channel + 1, row]
+        f2, f3 = factors[channel + 2, row], factors[channel + 3, row]
+        f4, f5 = factors[channel + 4, row], factors[channel + 5, row]
+        f6, f7 = factors[channel + 6, row], factors[channel + 7, row]
+        out = logits[row * CHUNK : (row + 1) * CHUNK]
+        for i in range(CHUNK):
+            total = f0 * keys[i] + f1 * keys[i + CHUNK] + f2 * keys[i + 2 * CHUNK] + f3 * keys[i + 3 * CHUNK]
+            total += f4 * keys[i + 4 * CHUNK] + f5 * keys[i + 5 * CHUNK]
+            out[i] += total + f6 * keys[i + 6 * CHUNK] + f7 * keys[i + 7 * CHUNK]
+
+
+# Softmax
+
+
+@exact_part
+def _exp(x):
+    """Return exp of a number that is not positive; 0 below -87, NaN for NaN."""
+    shifted = x * _LOG2_E + _ROUND
+    n = shifted - _ROUND
+    r = (x - n * _LN2_HIGH) - n * _LN2_LOW
+    value = _ONE + r + r * r * (_E2 + r * (_E3 + r * (_E4 + r * _E5)))
+    power = float_of(np.uint32(np.uint32(bits_of(shifted) + np.uint32(127)) << np.uint32(23)))
+    return _ZERO if x < _LEAST else value * power
+
+
+@exact_part
+def _cap(logits, softcap):
+    """Bound logits."""
+    for i in range(len(logits)):
+        x = logits[i] / softcap
+        e = _exp(-(abs(x) + abs(x)))
+        bounded = softcap * ((_ONE - e) / (_ONE + e))
+        logits[i] = -bounded if x < _ZERO else bounded
+
+
+@exact_part
+def _weigh(logits, count, maximum):
+    """Turn the first logits into weights relative to the largest, of these or of those before, and the rest into 0.
+
+    Returns:
+        The new maximum, what earlier sums have to be multiplied with, and the sum of the weights.
+    """
+    found = maximum
+    for i in range(count):
+        found = logits[i] if logits[i] > found or np.isnan(logits[i]) else found
+    if found == _FAR:  # nothing may be seen
+        logits[:] = _ZERO
+        return found, _ZERO, _ZERO
+    for i in range(CHUNK):
+        logits[i] = _exp(logits[i] - found)
+    for i in range(count, CHUNK):
+        logits[i] = _ZERO
+    total = _ZERO
+    for i in range(count):
+        total += logits[i]
+    return found, (_ZERO if maximum == _FAR else _exp(maximum - found)), total
+
+
+@part
+def _add_values(y, weights, rows, sums, first):
+    """Add 8 channels of values, each times the weights, over all tokens of the chunk, for all queries."""
+    for row in range(rows):
+        w = weights[row * CHUNK : (row + 1) * CHUNK]
+        s0 = s1 = s2 = s3 = s4 = s5 = s6 = s7 = _ZERO
+        for i in range(CHUNK):
+            s0 += w[i] * y[i]
+            s1 += w[i] * y[i + CHUNK]
+            s2 += w[i] * y[i + 2 * CHUNK]
+            s3 += w[i] * y[i + 3 * CHUNK]
+            s4 += w[i] * y[i + 4 * CHUNK]
+            s5 += w[i] * y[i + 5 * CHUNK]
+            s6 += w[i] * y[i + 6 * CHUNK]
+            s7 += w[i] * y[i + 7 * CHUNK]
+        out = sums[row]
+        out[first] += s0
+        out[first + 1] += s1
+        out[first + 2] += s2
+        out[first + 3] += s3
+        out[first + 4] += s4
+        out[first + 5] += s5
+        out[first + 6] += s6
+        out[first + 7] += s7
+
+
+# Positions and masks
+
+
+@exact_part
+def _places(bitmap, hidden, start, covered, tokens, positions, visible):
+    """Write where the kept tokens of a head stand, and which of them may be seen; see `codec.positions.PositionMap`."""
+    found = 0
+    for byte in range((covered + 7) // 8):
+        bits, out_of_sight = bitmap[byte], hidden[byte] if len(hidden) else 0
+        for k in range(8):
+            if bits >> k & 1 and found < tokens:
+                positions[found] = start + 8 * byte + k
+                visible[found] = not out_of_sight >> k & 1
+                found += 1
+    for i in range(found, tokens):
+        positions[i] = start + covered + i - found
+        visible[i] = True
+
+
+@exact_part
+def _mask(logits, count, positions, visible, kind, shown, added):
+    """Hide tokens, or add the mask's numbers to their logits.
+
+    Args:
+        logits: Of some tokens, for one query.
+        count: How many.
+        positions: Where these stand.
+        visible: Which of them may be seen at all.
+        kind: 0 for no mask, 1 for one that says what is shown, 2 for numbers.
+        shown: What the query may see, by position.
+        added: Numbers to add, by position.
+    """
+    for i in range(count):
+        if kind == 2:
+            logits[i] += added[positions[i]]
+        if not visible[i] or (kind == 1 and not shown[positions[i]]):
+            logits[i] = _FAR
+
+
+# Attention
+
+
+@part
+def _fold_queries(q, axes, units, mean, blocks, rotary, interleaved, turned, folded, constants, means):
+    """Write what products with queries are made of.
+
+    Args:
+        q: Scaled queries of the head, ``[rows, d]``.
+        axes: Axes of the head.
+        units: Their units.
+        mean: Mean key.
+        blocks: Bits of each block, and its places.
+        rotary: How many channels turn.
+        interleaved: How they are paired.
+        turned: Channels of queries that turn, in the order that `_turn` writes keys in.
+        folded: What each coded channel adds to a logit by channels that do not turn.
+        constants: What the mean key adds by these.
+        means: The mean key's channels that turn, those of a pair side by side.
+    """
+    rows, dim = q.shape
+    turned[:], folded[:], constants[:] = _ZERO, _ZERO, _ZERO
+    for row in range(rotary):
+        pair, second = row // 2, row % 2
+        channel = row if interleaved else pair + second * (rotary // 2)
+        means[row] = mean[channel]
+        to = pair // _PAIRS * 2 * _PAIRS + second * _PAIRS + pair % _PAIRS
+        for r in range(rows):
+            turned[to, r] = q[r, channel]
+    if rotary == dim:
+        return
+    for c in range(dim):
+        if blocks[0, c // _BLOCK]:
+            for r in range(rows):
+                total = _ZERO
+                for j in range(rotary, dim):
+                    total += np.float32(axes[c, j]) * q[r, j]
+                folded[c, r] = total * units[c]
+    for r in range(rows):
+        total = _ZERO
+        for j in range(rotary, dim):
+            total += mean[j] * q[r, j]
+        constants[r] = total
+
+
+@part
+def _dot(x, y):
+    total = _ZERO
+    for i in range(len(x)):
+        total += x[i] * y[i]
+    return total
+
+
+@part
+def _add_row(x, factor, out):
+    for i in range(len(out)):
+        out[i] += factor * np.float32(x[i])
+
+
+@exact_part
+def _larger(x, y):
+    """Return the larger number, or NaN if one is."""
+    return y if y > x or np.isnan(y) else x
+
+
+@part
+def _finish(
+    parts, place, axes, units, mean, query, scaling, softcap, sink_logit, mask_kind, shown, added,
+    sink_keys, sink_values, tail_keys, tail_values, sink_positions, seen, out,
+):  # fmt: skip
+    """Put together what threads have found for one query, add exact tokens, and write the output; see `attend`."""
+    sinks, tail = sink_keys.shape[0], tail_keys.shape[0]
+    logits, visible = np.empty(sinks + tail, np.float32), np.ones(sinks + tail, np.bool_)
+    positions = np.empty(sinks + tail, np.int64)
+    for i in range(sinks):
+        logits[i], positions[i] = scaling * _dot(query, sink_keys[i]), sink_positions[i]
+    for i in range(tail):
+        logits[sinks + i], positions[sinks + i] = scaling * _dot(query, tail_keys[i]), seen - tail + i
+    if softcap > _ZERO:
+        _cap(logits, softcap)
+    _mask(logits, sinks + tail, positions, visible, mask_kind, shown, added)
+    largest = sink_logit
+    for worker in range(parts.shape[0]):
+        largest = _larger(largest, parts[worker, place, 0])
+    for logit in logits:
+        largest = _larger(largest, logit)
+    out[:] = _ZERO
+    if largest == _FAR:  # nothing may be seen
+        return
+    coded, packed = np.zeros(len(units), np.float32), _ZERO
+    for worker in range(parts.shape[0]):
+        factor = _exp(parts[worker, place, 0] - largest)
+        packed += factor * parts[worker, place, 1]
+        _add_row(parts[worker, place, 2:], factor, coded)
+    for c in range(len(units)):
+        if coded[c] != _ZERO:
+            _add_row(axes[c], coded[c] * units[c], out)
+    _add_row(mean, packed, out)
+    total = packed + (_ZERO if sink_logit == _FAR else _exp(sink_logit - largest))
+    for i in range(sinks + tail):
+        weight = _exp(logits[i] - largest)
+        total += weight
+        _add_row(sink_values[i] if i < sinks else tail_values[i - sinks], weight, out)
+    for j in range(len(out)):
+        out[j] /= total
+
+
+_BYTES, _FLOATS = array(types.uint8, 1), array(types.float32, 1)
+_ROWS = (_BYTES, _BYTES, array(types.int64, 2))
+_SIDE = (array(types.int8, 4), *(array(types.float32, 3),) * 3, array(types.float32, 2), array(types.int32, 4))
+_EXACT = array(types.float32, 4)
+
+
+@entry(
+    *(array(types.float32, 4), types.float32, types.float32, _FLOATS),
+    *(*_ROWS, *_ROWS, *_ROWS, *_ROWS, *_SIDE, *_SIDE, _FLOATS, types.boolean),
+    *(types.int64, types.int64, array(types.uint8, 3, strided=True), array(types.uint8, 3, strided=True)),
+    array(types.int64, 1),
+    *(types.int64, array(types.uint8, 4, strided=True), array(types.float32, 4, strided=True)),
+    *(_EXACT, _EXACT, _EXACT, _EXACT, array(types.int64, 2, strided=True), types.int64),
+    *(types.int64, types.int64, array(types.float32, 3), types.boolean, array(types.float32, 4)),
+)
+def attend(
+    queries, scaling, softcap, sink_logits,
+    key_words0, key_scales0, keys0, value_words0, value_scales0, values0,
+    key_words1, key_scales1, keys1, value_words1, value_scales1, values1,
+    key_axes, key_units, key_factors, key_mean, key_unit, key_blocks,
+    value_axes, value_units, value_factors, value_mean, value_unit, value_blocks,
+    inv_freq, interleaved,
+    start, covered, bitmap, hidden, origins,
+    mask_kind, shown, added,
+    sink_keys, sink_values, tail_keys, tail_values, sink_positions, seen,
+    worker, workers, parts, is_last, out,
+):  # fmt: skip
+    """Attend to packed tokens, and perhaps put together what all threads have found and write the output.
+
+    Args:
+        queries: Of the newest tokens, by query head.
+        scaling: Factor of the logits.
+        softcap: Bound of the logits; 0 if there is none.
+        sink_logits: A further logit of each query head; empty if there is none.
+        key_words0: Packed keys, and all bytes between them.
+        key_scales0: Their scales.
+        keys0: For each row of the batch and head, where in these its first key is, and how many it has.
+        value_words0: Packed values.
+        value_scales0: Their scales.
+        values0: Where these are.
+        key_words1: Keys of further tokens behind those, and so on.
+        key_scales1: Their scales.
+        keys1: Where these are.
+        value_words1: Values.
+        value_scales1: Their scales.
+        values1: Where these are.
+        key_axes: What each coded channel adds to a key, in whole numbers; rows and heads may share them.
+        key_units: Unit of each axis times that of the levels.
+        key_factors: The same in a unit of the head, in which axes are whole numbers of 16 bits.
+        key_mean: Mean key.
+        key_unit: Unit of the head.
+        key_blocks: Bits of each block, its first byte in a row, and its odd byte.
+        value_axes: The same of values.
+        value_units: Units.
+        value_factors: Units again.
+        value_mean: Mean value.
+        value_unit: Unit of the head.
+        value_blocks: Blocks.
+        inv_freq: Radians per position of each pair of channels that turns; empty if keys were coded with their phase.
+        interleaved: Whether pairs are neighbours.
+        start: Position of the first token that was not a sink.
+        covered: How many positions the bitmaps cover; after those, all tokens are kept.
+        bitmap: Which are kept.
+        hidden: Which of these nobody may see; empty if all may be seen.
+        origins: Position of the first token of each row; empty if all count from 0.
+        mask_kind: 0 for no mask, 1 for ``shown``, 2 for ``added``.
+        shown: What may be seen, by position.
+        added: What is added to logits.
+        sink_keys: Exact keys of the first tokens.
+        sink_values: Exact values.
+        tail_keys: Exact keys of the newest tokens.
+        tail_values: Exact values.
+        sink_positions: Where the first tokens stand.
+        seen: How many tokens have been seen.
+        worker: Number of this thread.
+        workers: How many there are.
+        parts: What each has found: by row, head and query, the largest logit, the sum of the weights, and the sum of
+            the values in coded channels.
+        is_last: Whether to put all together.
+        out: The output.
+    """
+    batch, query_heads, count, key_dim = queries.shape
+    heads, value_dim, rotary = key_units.shape[1], value_units.shape[2], 2 * len(inv_freq)
+    rows = query_heads // heads * count
+    groups = -(-len(inv_freq) // _PAIRS)
+
+    scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
+    pairs, channels = np.empty(_BLOCK * CHUNK, np.int16), np.empty(_BLOCK * CHUNK, np.float32)
+    scales, offsets = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
+    products, logits = np.empty(rotary * CHUNK, np.int32), np.empty(rows * CHUNK, np.float32)
+    whole, means = np.empty(key_dim * rotary, np.int16), np.empty(rotary, np.float32)
+    turned, folded = np.empty((2 * _PAIRS * groups, rows), np.float32), np.empty((key_dim, rows), np.float32)
+    constants, q = np.empty(rows, np.float32), np.empty((rows, key_dim), np.float32)
+    positions, visible = np.empty(0, np.int64), np.empty(0, np.bool_)
+    looks = rotary > 0 or mask_kind > 0 or hidden.shape[2] > 0
+
+    total = 0
+    for index in range(batch * heads):
+        total += -(-keys0[2, index] // CHUNK) - (-keys1[2, index] // CHUNK)
+    begin, end, number = total * worker // workers, total * (worker + 1) // workers, 0
+    for index in range(batch * heads):
+        row, head = index // heads, index % heads
+        state = parts[worker, index * rows : (index + 1) * rows]
+        state[:, 0], state[:, 1:] = _FAR, _ZERO
+        chunks0, chunks1 = -(-keys0[2, index] // CHUNK), -(-keys1[2, index] // CHUNK)
+        first_number, number = number, number + chunks0 + chunks1
+        if number <= begin or first_number >= end:
+            continue
+        key_head = key_axes[min(row, key_axes.shape[0] - 1), min(head, key_axes.shape[1] - 1)]
+        units, places, value_places = key_units[row, head], key_blocks[row, head], value_blocks[row, head]
+        key_bytes, value_bytes = places[0].sum(), value_places[0].sum()
+        for r in range(rows):
+            for j in range(key_dim):
+                q[r, j] = queries[row, head * (rows // count) + r // count, r % count, j] * scaling
+        unit = key_unit[row, head]
+        _whole_axes(key_head, key_factors[row, head], places, rotary, interleaved, whole)
+        _fold_queries(
+            q, key_head, units, key_mean[row, head], places, rotary, interleaved, turned, folded, constants, means
+        )
+        tokens = keys0[2, index] + keys1[2, index]
+        if looks:
+            if len(positions) < tokens:
+                positions, visible = np.empty(tokens, np.int64), np.empty(tokens, np.bool_)
+            near = hidden[row, head] if hidden.shape[2] else bitmap[row, head, :0]
+            _places(bitmap[row, head], near, start, covered, tokens, positions, visible)
+        origin = origins[row] if len(origins) else 0
+        for step in range(max(begin - first_number, 0), min(end - first_number, chunks0 + chunks1)):
+            is_first = step < chunks0
+            at = step * CHUNK if is_first else (step - chunks0) * CHUNK
+            of_keys, of_values = (keys0, values0) if is_first else (keys1, values1)
+            key_words, key_scales = (key_words0, key_scales0) if is_first else (key_words1, key_scales1)
+            value_words, value_scales = (value_words0, value_scales0) if is_first else (value_words1, value_scales1)
+            size, token = min(CHUNK, of_keys[2, index] - at), at if is_first else keys0[2, index] + at
+
+            _scales(key_scales, of_keys[1, index] + at, size, scales)
+            logits[:], products[:] = _ZERO, 0
+            for block in range(places.shape[1]):
+                if places[0, block]:
+                    _decode_block(
+                        key_words, of_keys[0, index] + at * key_bytes, key_bytes, size, places[:, block], scratch, levels
+                    )
+                    if rotary:
+                        _interleave(levels, pairs)
+                        add_products(pairs, whole[block * rotary * _BLOCK :], products, rotary)
+                    if rotary < key_dim:
+                        _to_float(levels, channels)
+                        _add_logits(channels, folded, block * _BLOCK, rows, logits)
+            if rotary < key_dim:
+                for r in range(rows):
+                    for i in range(CHUNK):
+                        logits[r * CHUNK + i] = logits[r * CHUNK + i] * scales[i] + constants[r]
+            if rotary:
+                first = max(positions[token] - origin, 0)
+                for i in range(size):
+                    offsets[i] = max(positions[token + i] - origin, 0) - first
+                for i in range(size, CHUNK):
+                    offsets[i] = 0
+                for group in range(groups):
+                    _turn(
+                        products, 2 * _PAIRS * group, unit, scales, means, inv_freq, np.float64(first), offsets, channels
+                    )
+                    _add_logits(channels, turned, 2 * _PAIRS * group, rows, logits)
+
+            _scales(value_scales, of_values[1, index] + at, size, scales)
+            for r in range(rows):
+                own = logits[r * CHUNK : (r + 1) * CHUNK]
+                if softcap > _ZERO:
+                    _cap(own, softcap)
+                if looks:
+                    g, m = head * (rows // count) + r // count, r % count
+                    _mask(
+                        own, size, positions[token:], visible[token:], mask_kind,
+                        shown[row, g, m], added[row, g, m],
+                    )  # fmt: skip
+                largest, earlier, weight = _weigh(own, size, state[r, 0])
+                state[r, 0] = largest
+                if earlier != _ONE:
+                    for c in range(1, value_dim + 2):
+                        state[r, c] *= earlier
+                state[r, 1] += weight
+                for i in range(CHUNK):
+                    own[i] *= scales[i]
+            for block in range(value_places.shape[1]):
+                if value_places[0, block]:
+                    _decode_block(
+                        value_words, of_values[0, index] + at * value_bytes, value_bytes, size, value_places[:, block], scratch,
+                        levels,
+                    )  # fmt: skip
+                    _to_float(levels, channels)
+                    _add_values(channels, logits, rows, state, 2 + block * _BLOCK)
+    if is_last:
+        for index in range(batch * heads):
+            row, head = index // heads, index % heads
+            value_head = value_axes[min(row, value_axes.shape[0] - 1), min(head, value_axes.shape[1] - 1)]
+            for r in range(rows):
+                g, m = head * (rows // count) + r // count, r % count
+                _finish(
+                    parts, index * rows + r, value_head, value_units[row, head], value_mean[row, head],
+                    queries[row, g, m], scaling, softcap, sink_logits[g] if len(sink_logits) else _FAR,
+                    mask_kind, shown[row, g, m], added[row, g, m],
+                    sink_keys[row, head], sink_values[row, head], tail_keys[row, head], tail_values[row, head],
+                    sink_positions[row], seen, out[row, g, m],
+                )  # fmt: skip
+
+
+# Decoding alone
+
+
+@entry(*_ROWS, *_SIDE, types.int64, types.int64, array(types.float32, 3))
+def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, worker, workers, out):  # noqa: ARG001
+    """Decode the vectors of some heads.
+
+    Args:
+        words: Packed vectors, and all other bytes between them.
+        scales: Their scales.
+        rows: For each row of the batch and head, where in these its first vector is, and how many there are.
+        axes: As of `attend`.
+        units: Units.
+        whole_units: Units again.
+        mean: Mean vector.
+        unit: Unit of each head.
+        blocks: Blocks.
+        worker: Number of this thread, which decodes every so many-th head.
+        workers: How many there are.
+        out: The vectors of each row and head.
+    """
+    heads, dim = units.shape[1:]
+    scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
+    pairs, products = np.empty(_BLOCK * CHUNK, np.int16), np.empty(dim * CHUNK, np.int32)
+    factors, whole = np.empty(CHUNK, np.float32), np.empty(dim * dim, np.int16)
+    for index in range(worker, units.shape[0] * heads, workers):
+        row, head = index // heads, index % heads
+        places = blocks[row, head]
+        size = places[0].sum()
+        own = axes[min(row, axes.shape[0] - 1), min(head, axes.shape[1] - 1)]
+        _whole_axes(own, whole_units[row, head], places, dim, True, whole)  # noqa: FBT003
+        for at in range(0, rows[2, index], CHUNK):
+            count = min(CHUNK, rows[2, index] - at)
+            _scales(scales, rows[1, index] + at, count, factors)
+            products[:] = 0
+            for block in range(places.shape[1]):
+                if places[0, block]:
+                    _decode_block(
+                        words, rows[0, index] + at * size, size, count, places[:, block], scratch, levels
+                    )
+                    _interleave(levels, pairs)
+                    add_products(pairs, whole[block * dim * _BLOCK :], products, dim)
+            for i in range(count):
+                factor, vector = factors[i] * unit[row, head], out[index, at + i]
+                for j in range(dim):
+                    vector[j] = factor * np.float32(products[j * CHUNK + i]) + mean[row, head, j]
