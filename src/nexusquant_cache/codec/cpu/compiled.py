@@ -114,8 +114,10 @@ def constant(value: float) -> np.float32:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products(typing_context: Any, pairs: Any, factors: Any, sums: Any, rows: Any) -> Any:  # noqa: ANN401
-    """Add to each row of sums that of 8 channels, each times its factor for that row, without rounding.
+def add_products(
+    typing_context: Any, pairs: Any, factors: Any, unit: Any, sums: Any, rows: Any  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    """Add to each row of sums that of 8 channels, each times its factor for that row, times a unit.
 
     It is written for the compiler because none makes of loops over 16-bit numbers what processors have for them: an
     instruction that multiplies pairs of them and adds the two products.  Two rows are done at once, to load channels
@@ -125,18 +127,21 @@ def add_products(typing_context: Any, pairs: Any, factors: Any, sums: Any, rows:
         typing_context: The compiler's.
         pairs: Channels of tokens: for each two channels `CHUNK` pairs, int16.
         factors: For each row those of the 8 channels, int16.
-        sums: For each row those of `CHUNK` tokens, int32.
+        unit: Unit of the factors, float32.
+        sums: For each row those of `CHUNK` tokens, float32.
         rows: How many rows there are; an even number.
     """
     del typing_context
-    return types.void(pairs, factors, sums, rows), _generate_products
+    return types.void(pairs, factors, unit, sums, rows), _generate_products
 
 
 def _generate_products(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:  # noqa: ANN401
-    kinds = zip(signature.args[:3], arguments[:3], strict=True)
-    data = [context.make_array(kind)(context, builder, argument).data for kind, argument in kinds]
-    pairs, factors, sums = (builder.bitcast(x, _I32.as_pointer()) for x in data)
-    rows, index = arguments[3], arguments[3].type
+    pairs, factors, sums = (
+        builder.bitcast(context.make_array(signature.args[k])(context, builder, arguments[k]).data, kind.as_pointer())
+        for k, kind in ((0, _I32), (1, _I32), (3, _F32))
+    )
+    rows, index = arguments[4], arguments[4].type
+    unit = _spread(builder, arguments[2], _SUMS)
 
     def number(value: int) -> Any:  # noqa: ANN401
         return ir.Constant(index, value)
@@ -147,7 +152,10 @@ def _generate_products(context: Any, builder: Any, signature: Any, arguments: An
     with cgutils.for_range(builder, builder.udiv(rows, number(2))) as half:
         row = builder.mul(half.index, number(2))
         first = builder.mul(row, number(4))
-        spread = [_spread(builder, builder.load(builder.gep(factors, [builder.add(first, number(k))]))) for k in range(8)]
+        spread = [
+            builder.bitcast(_spread(builder, builder.load(builder.gep(factors, [builder.add(first, number(k))])), _DOTS), _PAIRS)
+            for k in range(8)
+        ]
         with cgutils.for_range(builder, number(CHUNK // _LANES)) as loop:
             token = builder.mul(loop.index, number(_LANES))
             loaded = [
@@ -156,33 +164,35 @@ def _generate_products(context: Any, builder: Any, signature: Any, arguments: An
             for k in range(2):
                 start = builder.mul(builder.add(row, number(k)), number(CHUNK))
                 place = at(sums, builder.add(start, token), _SUMS)
-                total = builder.load(place, align=4)
-                for x, y in zip(loaded, spread[4 * k : 4 * k + 4], strict=True):
+                total = _dot(context, builder, loaded[0], spread[4 * k])
+                for x, y in zip(loaded[1:], spread[4 * k + 1 : 4 * k + 4], strict=True):
                     total = builder.add(total, _dot(context, builder, x, y))
-                builder.store(total, place, align=4)
+                added = builder.fmul(builder.sitofp(total, _SUMS), unit, flags=("contract",))
+                builder.store(builder.fadd(builder.load(place, align=4), added, flags=("contract",)), place, align=4)
     return context.get_dummy_value()
 
 
 _LANES = 8
-_I32 = ir.IntType(32)
-_PAIRS, _SUMS = ir.VectorType(ir.IntType(16), 2 * _LANES), ir.VectorType(_I32, _LANES)
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+_PAIRS, _DOTS = ir.VectorType(ir.IntType(16), 2 * _LANES), ir.VectorType(_I32, _LANES)
+_SUMS = ir.VectorType(_F32, _LANES)
 
 
-def _spread(builder: Any, pair: Any) -> Any:  # noqa: ANN401
-    """Return a pair of 16-bit numbers in all lanes."""
-    empty = ir.Constant(_SUMS, ir.Undefined)
-    one = builder.insert_element(empty, pair, ir.Constant(_I32, 0))
-    return builder.bitcast(builder.shuffle_vector(one, empty, ir.Constant(_SUMS, [0] * _LANES)), _PAIRS)
+def _spread(builder: Any, one: Any, kind: Any) -> Any:  # noqa: ANN401
+    """Return a number in all lanes."""
+    empty = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(empty, one, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(_DOTS, [0] * _LANES))
 
 
 def _dot(context: Any, builder: Any, x: Any, y: Any) -> Any:  # noqa: ANN401
     """Return the sum of the two products of each lane."""
     if "+avx2" in context.codegen().magic_tuple()[2].split(","):
-        kind = ir.FunctionType(_SUMS, [_PAIRS, _PAIRS])
+        kind = ir.FunctionType(_DOTS, [_PAIRS, _PAIRS])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd"), [x, y])
     found = []
     for first in (0, 1):
-        lanes = ir.Constant(_SUMS, [2 * lane + first for lane in range(_LANES)])
-        a, b = (builder.sext(builder.shuffle_vector(z, z, lanes), _SUMS) for z in (x, y))
+        lanes = ir.Constant(_DOTS, [2 * lane + first for lane in range(_LANES)])
+        a, b = (builder.sext(builder.shuffle_vector(z, z, lanes), _DOTS) for z in (x, y))
         found.append(builder.mul(a, b))
     return builder.add(*found)

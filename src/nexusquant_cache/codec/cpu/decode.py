@@ -7,7 +7,8 @@ from torch import Tensor
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.cpu import kernels_read
 from nexusquant_cache.codec.cpu.support import rows_of, side_of
-from nexusquant_cache.codec.cpu.workers import share
+from nexusquant_cache.codec.cpu.compiled import CHUNK
+from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.transform import VectorTransform
 
@@ -20,5 +21,8 @@ def decode(
     if out.numel():
         rows = rows_of(packed)
         given = (*rows, *side_of(transform, layouts))
-        share(lambda worker, workers: kernels_read.decode(*given, worker, workers, out.flatten(0, 1).numpy()))
+        share(
+            lambda worker, workers: kernels_read.decode(*given, worker, workers, out.flatten(0, 1).numpy()),
+            workers_for(packed.scales.numel() // CHUNK),
+        )
     return out

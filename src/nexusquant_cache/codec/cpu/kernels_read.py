@@ -4,7 +4,7 @@ All is channel by channel, and the innermost loops run along the tokens of a chu
 dimension, and a chunk stays in the first two levels of a core's cache.  For each head and chunk
 
 - a block of 8 channels is decoded by arithmetic, without tables: its levels are small whole numbers (`_decode_block`);
-- their products with the axes of the head, whole numbers too, are added up without rounding (`add_products`).  That is
+- their products with the axes of the head, whole numbers too, are added up (`add_products`).  That is
   the largest part of the work, and done only for keys, and of these for channels that turn with the position.  For the
   others the axes are folded into the queries, once for each head;
 - the phase is put back, by sines that are computed on the way (`_turn`): no table of positions is made or kept;
@@ -210,13 +210,12 @@ def _whole_axes(axes, factors, blocks, turning, interleaved, out):
 
 
 @part
-def _turn(products, row, unit, scales, mean, inv_freq, first, offsets, keys):
+def _turn(products, row, scales, mean, inv_freq, first, offsets, keys):
     """Write four pairs of channels of keys, turned: the first channels of the pairs, then the second ones.
 
     Args:
         products: Sums of products of levels and axes; those of a pair stand in rows one behind the other.
         row: The first row.
-        unit: Unit of the products.
         scales: Scale of each key.
         mean: Mean key, by row.
         inv_freq: Radians per position of each pair.
@@ -244,8 +243,7 @@ def _turn(products, row, unit, scales, mean, inv_freq, first, offsets, keys):
             cos = c * (_S1 + c2 * (_S3 + c2 * (_S5 + c2 * (_S7 + c2 * _S9))))
             sin = s * (_S1 + s2 * (_S3 + s2 * (_S5 + s2 * (_S7 + s2 * _S9))))
             sin = -sin if turn < _ZERO else sin
-            scale = scales[i] * unit
-            u, v = np.float32(x[i]) * scale + mean_x, np.float32(y[i]) * scale + mean_y
+            u, v = x[i] * scales[i] + mean_x, y[i] * scales[i] + mean_y
             a[i] = u * cos - v * sin
             b[i] = v * cos + u * sin
 
@@ -486,7 +484,7 @@ def _finish(
 
 _BYTES, _FLOATS = array(types.uint8, 1), array(types.float32, 1)
 _ROWS = (_BYTES, _BYTES, array(types.int64, 2))
-_SIDE = (array(types.int8, 4), *(array(types.float32, 3),) * 3, array(types.float32, 2), array(types.int32, 4))
+_SIDE = (array(types.int8, 4), *(array(types.float32, 3),) * 4, array(types.int32, 4))
 _EXACT = array(types.float32, 4)
 
 
@@ -532,15 +530,15 @@ def attend(
         values1: Where these are.
         key_axes: What each coded channel adds to a key, in whole numbers; rows and heads may share them.
         key_units: Unit of each axis times that of the levels.
-        key_factors: The same in a unit of the head, in which axes are whole numbers of 16 bits.
+        key_factors: The same in a unit of the block, in which axes are whole numbers of 16 bits.
         key_mean: Mean key.
-        key_unit: Unit of the head.
+        key_unit: Unit of each block.
         key_blocks: Bits of each block, its first byte in a row, and its odd byte.
         value_axes: The same of values.
         value_units: Units.
         value_factors: Units again.
         value_mean: Mean value.
-        value_unit: Unit of the head.
+        value_unit: Unit of each block.
         value_blocks: Blocks.
         inv_freq: Radians per position of each pair of channels that turns; empty if keys were coded with their phase.
         interleaved: Whether pairs are neighbours.
@@ -573,7 +571,7 @@ def attend(
     scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
     pairs, channels = np.empty(_BLOCK * CHUNK, np.int16), np.empty(_BLOCK * CHUNK, np.float32)
     scales, offsets = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.int32)
-    products, logits = np.empty(rotary * CHUNK, np.int32), np.empty(rows * CHUNK, np.float32)
+    products, logits = np.empty(rotary * CHUNK, np.float32), np.empty(rows * CHUNK, np.float32)
     whole, means = np.empty(key_dim * rotary, np.int16), np.empty(rotary, np.float32)
     turned, folded = np.empty((2 * _PAIRS * groups, rows), np.float32), np.empty((key_dim, rows), np.float32)
     constants, q = np.empty(rows, np.float32), np.empty((rows, key_dim), np.float32)
@@ -598,7 +596,6 @@ def attend(
         for r in range(rows):
             for j in range(key_dim):
                 q[r, j] = queries[row, head * (rows // count) + r // count, r % count, j] * scaling
-        unit = key_unit[row, head]
         _whole_axes(key_head, key_factors[row, head], places, rotary, interleaved, whole)
         _fold_queries(
             q, key_head, units, key_mean[row, head], places, rotary, interleaved, turned, folded, constants, means
@@ -619,7 +616,7 @@ def attend(
             size, token = min(CHUNK, of_keys[2, index] - at), at if is_first else keys0[2, index] + at
 
             _scales(key_scales, of_keys[1, index] + at, size, scales)
-            logits[:], products[:] = _ZERO, 0
+            logits[:], products[:] = _ZERO, _ZERO
             for block in range(places.shape[1]):
                 if places[0, block]:
                     _decode_block(
@@ -627,7 +624,9 @@ def attend(
                     )
                     if rotary:
                         _interleave(levels, pairs)
-                        add_products(pairs, whole[block * rotary * _BLOCK :], products, rotary)
+                        add_products(
+                            pairs, whole[block * rotary * _BLOCK :], key_unit[row, head, block], products, rotary
+                        )
                     if rotary < key_dim:
                         _to_float(levels, channels)
                         _add_logits(channels, folded, block * _BLOCK, rows, logits)
@@ -642,9 +641,7 @@ def attend(
                 for i in range(size, CHUNK):
                     offsets[i] = 0
                 for group in range(groups):
-                    _turn(
-                        products, 2 * _PAIRS * group, unit, scales, means, inv_freq, np.float64(first), offsets, channels
-                    )
+                    _turn(products, 2 * _PAIRS * group, scales, means, inv_freq, np.float64(first), offsets, channels)
                     _add_logits(channels, turned, 2 * _PAIRS * group, rows, logits)
 
             _scales(value_scales, of_values[1, index] + at, size, scales)
@@ -704,7 +701,7 @@ def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, wo
         units: Units.
         whole_units: Units again.
         mean: Mean vector.
-        unit: Unit of each head.
+        unit: Unit of each block.
         blocks: Blocks.
         worker: Number of this thread, which decodes every so many-th head.
         workers: How many there are.
@@ -712,7 +709,7 @@ def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, wo
     """
     heads, dim = units.shape[1:]
     scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
-    pairs, products = np.empty(_BLOCK * CHUNK, np.int16), np.empty(dim * CHUNK, np.int32)
+    pairs, products = np.empty(_BLOCK * CHUNK, np.int16), np.empty(dim * CHUNK, np.float32)
     factors, whole = np.empty(CHUNK, np.float32), np.empty(dim * dim, np.int16)
     for index in range(worker, units.shape[0] * heads, workers):
         row, head = index // heads, index % heads
@@ -723,15 +720,15 @@ def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, wo
         for at in range(0, rows[2, index], CHUNK):
             count = min(CHUNK, rows[2, index] - at)
             _scales(scales, rows[1, index] + at, count, factors)
-            products[:] = 0
+            products[:] = _ZERO
             for block in range(places.shape[1]):
                 if places[0, block]:
                     _decode_block(
                         words, rows[0, index] + at * size, size, count, places[:, block], scratch, levels
                     )
                     _interleave(levels, pairs)
-                    add_products(pairs, whole[block * dim * _BLOCK :], products, dim)
+                    add_products(pairs, whole[block * dim * _BLOCK :], unit[row, head, block], products, dim)
             for i in range(count):
-                factor, vector = factors[i] * unit[row, head], out[index, at + i]
+                vector = out[index, at + i]
                 for j in range(dim):
-                    vector[j] = factor * np.float32(products[j * CHUNK + i]) + mean[row, head, j]
+                    vector[j] = factors[i] * products[j * CHUNK + i] + mean[row, head, j]

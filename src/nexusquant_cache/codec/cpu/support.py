@@ -18,8 +18,7 @@ from nexusquant_cache.codec.transform import VectorTransform
 
 UNITS = (0, 128, 128, 64, 16)
 """What the whole numbers that compiled functions decode levels to count, in units of ``2 ** -24``, by rate."""
-_LARGEST = (0, 7, 26, 58, 356)  # levels
-_LEVEL, _INT16, _INT32 = 2.0**-24, 2**15 - 1, 2**31 - 2**20
+_LEVEL, _INT16 = 2.0**-24, 2**15 - 1
 
 
 def is_wanted(device: torch.device) -> bool:
@@ -63,9 +62,9 @@ class Side(NamedTuple):
     Attributes:
         axes: What each coded channel adds to a vector, ``[b or 1, h or 1, d, d]``.
         units: Their units, ``[b, h, d]``.
-        whole_units: Units in units of the head, in which axes are whole numbers of 16 bits, ``[b, h, d]``.
+        whole_units: Units in units of the block, in which axes are whole numbers of 16 bits, ``[b, h, d]``.
         mean: Mean vector, ``[b, h, d]``.
-        unit: The unit of each head, ``[b, h]``.
+        unit: The unit of each block, ``[b, h, blocks]``.
         blocks: For each head and block its bits, its first byte in a row, and its odd byte, ``[b, h, 3, blocks]``.
     """
 
@@ -93,13 +92,11 @@ def _side(plan: SidePlan, layouts: tuple[CodeLayout, ...]) -> Side:
     blocks = np.array([_places(layout) for layout in layouts], np.int32)[plan.plans.numpy()]
     bits = blocks[:, :, 0].repeat(BLOCK, -1)
     units = plan.step.double().numpy() * plan.factor.double().numpy()[..., None] * np.array(UNITS)[bits] * _LEVEL
-    # No factor may leave 16 bits, and no sum of products 32.
-    largest = units * plan.axes.abs().amax(-1).numpy()
-    sums = (largest * np.array(_LARGEST)[bits]).sum(-1)
-    unit = np.maximum(largest.max(-1) / _INT16, sums / _INT32)
-    unit = np.where(unit > 0, unit, 1.0)
+    # Products of 16 bits with eight levels add up to less than 31.
+    largest = (units * plan.axes.abs().amax(-1).numpy()).reshape(*blocks.shape[:2], -1, BLOCK).max(-1)
+    unit = np.where(largest > 0, largest, 1.0) / _INT16
     mean = np.zeros(units.shape, np.float32) if plan.mean is None else plan.mean[:, :, 0].float().numpy()
-    numbers = (units, units / unit[..., None], mean, unit)
+    numbers = (units, units / unit.repeat(BLOCK, -1), mean, unit)
     return Side(plan.axes.numpy(), *(np.ascontiguousarray(x, np.float32) for x in numbers), blocks)
 
 

@@ -9,16 +9,24 @@ import torch
 Work = Callable[[int, int], object]
 
 
-def share(work: Work) -> None:
-    """Do work in as many threads as torch uses, this one among them.
+def workers_for(tasks: int) -> int:
+    """Return how many threads shall share so many tasks: none has few, and there are no more than torch uses."""
+    return max(min(torch.get_num_threads(), tasks // _LEAST_TASKS), 1)
 
-    They are threads of Python's: of numba's own pools, what is there on all platforms must not be used by two callers
-    at once.
+
+_LEAST_TASKS = 8  # chunks of tokens; fewer take less time than a thread to begin
+
+
+def share(work: Work, workers: int) -> None:
+    """Do work in several threads, this one among them.
+
+    They are threads of Python's: numba has pools of its own, but the only one that is there on all platforms must not
+    be used by two callers at once.
 
     Args:
         work: Does a part of it, given the number of the part and how many there are.
+        workers: How many threads.
     """
-    workers = torch.get_num_threads()
     others = [_pool(workers).submit(work, worker, workers) for worker in range(1, workers)]
     try:
         work(0, workers)
