@@ -56,6 +56,7 @@ class Cells:
 
 @lru_cache(maxsize=64)
 def cells_of(bits: int, device: torch.device) -> Cells:
+    """Return the cells of a rate, made once for each device."""
     magnitudes = torch.tensor(block_code(bits).magnitudes, dtype=torch.float32, device="cpu").double()
     half = 1 << (bits - 1)
     k = torch.arange(-half, half, device="cpu")

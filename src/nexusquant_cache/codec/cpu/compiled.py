@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
-import numpy as np
 from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
@@ -108,14 +107,14 @@ def shifted(typing_context: Any, bits: Any, places: Any) -> Any:  # noqa: ANN401
     return types.uint16(types.uint16, types.uint16), generate
 
 
-def constant(value: float) -> np.float32:
-    """Return a number that does not turn float32 arithmetic into float64."""
-    return np.float32(value)
-
-
 @intrinsic  # type: ignore[untyped-decorator]
-def add_products(
-    typing_context: Any, pairs: Any, factors: Any, unit: Any, sums: Any, rows: Any  # noqa: ANN401
+def add_products(  # noqa: PLR0913, PLR0917 - a compiled function
+    typing_context: Any,  # noqa: ANN401
+    pairs: Any,  # noqa: ANN401
+    factors: Any,  # noqa: ANN401
+    unit: Any,  # noqa: ANN401
+    sums: Any,  # noqa: ANN401
+    rows: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
     """Add to each row of sums that of 8 channels, each times its factor for that row, times a unit.
 
@@ -152,15 +151,13 @@ def _generate_products(context: Any, builder: Any, signature: Any, arguments: An
     with cgutils.for_range(builder, builder.udiv(rows, number(2))) as half:
         row = builder.mul(half.index, number(2))
         first = builder.mul(row, number(4))
-        spread = [
-            builder.bitcast(_spread(builder, builder.load(builder.gep(factors, [builder.add(first, number(k))])), _DOTS), _PAIRS)
-            for k in range(8)
-        ]
+        spread = []
+        for k in range(8):
+            factor = builder.load(builder.gep(factors, [builder.add(first, number(k))]))
+            spread.append(builder.bitcast(_spread(builder, factor, _DOTS), _PAIRS))
         with cgutils.for_range(builder, number(CHUNK // _LANES)) as loop:
             token = builder.mul(loop.index, number(_LANES))
-            loaded = [
-                builder.load(at(pairs, builder.add(token, number(k * CHUNK)), _PAIRS), align=2) for k in range(4)
-            ]
+            loaded = [builder.load(at(pairs, builder.add(token, number(k * CHUNK)), _PAIRS), align=2) for k in range(4)]
             for k in range(2):
                 start = builder.mul(builder.add(row, number(k)), number(CHUNK))
                 place = at(sums, builder.add(start, token), _SUMS)
@@ -187,7 +184,7 @@ def _spread(builder: Any, one: Any, kind: Any) -> Any:  # noqa: ANN401
 
 def _dot(context: Any, builder: Any, x: Any, y: Any) -> Any:  # noqa: ANN401
     """Return the sum of the two products of each lane."""
-    if "+avx2" in context.codegen().magic_tuple()[2].split(","):
+    if _has_dots(context):
         kind = ir.FunctionType(_DOTS, [_PAIRS, _PAIRS])
         return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd"), [x, y])
     found = []
@@ -196,3 +193,8 @@ def _dot(context: Any, builder: Any, x: Any, y: Any) -> Any:  # noqa: ANN401
         a, b = (builder.sext(builder.shuffle_vector(z, z, lanes), _DOTS) for z in (x, y))
         found.append(builder.mul(a, b))
     return builder.add(*found)
+
+
+def _has_dots(context: Any) -> bool:  # noqa: ANN401
+    """Tell whether the processor has one instruction for that, by the name that we call."""
+    return "+avx2" in context.codegen().magic_tuple()[2].split(",")

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.cpu import kernels_read
-from nexusquant_cache.codec.cpu.support import rows_of, side_of
 from nexusquant_cache.codec.cpu.compiled import CHUNK
+from nexusquant_cache.codec.cpu.support import rows_of, side_of
 from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.transform import VectorTransform

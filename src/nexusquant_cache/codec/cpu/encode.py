@@ -12,8 +12,8 @@ from torch import Tensor
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.blocks import cells_of
 from nexusquant_cache.codec.cpu import kernels_encode
-from nexusquant_cache.codec.cpu.support import side_of
 from nexusquant_cache.codec.cpu.compiled import CHUNK
+from nexusquant_cache.codec.cpu.support import side_of
 from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.layout import MAX_BITS, CodeLayout
 from nexusquant_cache.codec.scale import encode_scales

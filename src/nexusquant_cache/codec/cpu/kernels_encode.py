@@ -7,10 +7,10 @@ nothing is fused, so that the codes are the same.
 import numpy as np
 from numba import types
 
-from nexusquant_cache.codec.cpu.compiled import CHUNK, array, constant, entry, exact_part
+from nexusquant_cache.codec.cpu.compiled import CHUNK, array, entry, exact_part
 
 _BLOCK = 8
-_ZERO, _ONE = constant(0), constant(1)
+_ZERO, _ONE = np.float32(0), np.float32(1)
 _TINY = np.finfo(np.float32).tiny
 _NONE = np.uint8(_BLOCK)  # no channel takes its second choice
 
@@ -171,7 +171,11 @@ def encode(
     choices, best_choices = np.empty(dim * CHUNK, np.uint8), np.empty(dim * CHUNK, np.uint8)
     peak, power, inverse = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
     fit, best_fit = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
-    now_inner, now_norm, best_norm = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    now_inner, now_norm, best_norm = (
+        np.empty(CHUNK, np.float32),
+        np.empty(CHUNK, np.float32),
+        np.empty(CHUNK, np.float32),
+    )
     coded, factor, better = np.empty(size, np.float32), np.empty(CHUNK, np.float32), np.empty(CHUNK, np.uint8)
     begin, end = heads * several * worker // workers, heads * several * (worker + 1) // workers
     for number in range(begin, end):

@@ -28,7 +28,6 @@ from nexusquant_cache.codec.cpu.compiled import (
     add_products,
     array,
     bits_of,
-    constant,
     entry,
     exact_part,
     float_of,
@@ -39,10 +38,10 @@ from nexusquant_cache.codec.cpu.compiled import (
 _BLOCK = 8
 _PAIRS = 4  # of channels that are turned together
 
-_ZERO, _ONE, _HALF = constant(0), constant(1), constant(0.5)
-_FAR = constant(-np.inf)
+_ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_FAR = np.float32(-np.inf)
 
-# The levels of a rate in units of `support.UNITS`: ``step * field + offset``, and beyond a bound more, as `layout` has it.
+# The levels of a rate in units of `support.UNITS`: ``step * field + offset``, and more beyond a bound, as in `layout`.
 _STEPS = np.array([0, 4, 6, 6, 14], np.int16)
 _OFFSETS = np.array([0, 3, 3, 3, 7], np.int16)
 
@@ -50,17 +49,18 @@ _SCALES = np.exp2((np.arange(256) - 128) / 16).astype(np.float32)
 _SCALES[0] = 0
 
 # exp by Cody and Waite: a power of two, and a polynomial found by least squares, to 1e-7.
-_LEAST = constant(-87)
-_LOG2_E, _LN2_HIGH, _LN2_LOW = constant(1.44269504), constant(0.693359375), constant(-2.12194440e-4)
-_ROUND = constant(1.5 * 2**23)  # a number added to it is rounded to a whole one, in its lowest bits
-_E5, _E4, _E3, _E2 = (constant(x) for x in (0.008312422568, 0.041889963256, 0.166671148143, 0.499992328724))
+_LEAST = np.float32(-87)
+_LOG2_E = np.float32(1.44269504)
+_LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
+_ROUND = np.float32(1.5 * 2**23)  # a number added to it is rounded to a whole one, in its lowest bits
+_E5, _E4, _E3, _E2 = (np.float32(x) for x in (0.008312422568, 0.041889963256, 0.166671148143, 0.499992328724))
 
 # sin(2 pi x) for |x| <= 1/4, found likewise, to 4e-9.
 _S9, _S7, _S5, _S3, _S1 = (
-    constant(x) for x in (39.5367053267, -76.5497821897, 81.6010040684, -41.3416550313, 6.28318516009)
+    np.float32(x) for x in (39.5367053267, -76.5497821897, 81.6010040684, -41.3416550313, 6.28318516009)
 )
-_QUARTER = constant(0.25)
-_TURN = constant(2.0**-32)
+_QUARTER = np.float32(0.25)
+_TURN = np.float32(2.0**-32)
 _TURNS, _WHOLE = 1 / (2 * math.pi), 2.0**32
 
 
@@ -141,7 +141,7 @@ def _decode_field(codes, flips, shift, bits, y):
         for i in range(CHUNK):
             t = np.int16(shifted(codes[i], shift) & field)
             level = np.int16(step * t + offset)
-            level = max(max(level, np.int16(2 * level - 128)), np.int16(4 * level - 512))
+            level = max(level, np.int16(2 * level - 128), np.int16(4 * level - 512))
             minus = np.int16(-((t ^ flips[i]) & 1))
             y[i] = np.int16((level ^ minus) - minus)
     else:
@@ -502,7 +502,7 @@ def attend(
     key_words0, key_scales0, keys0, value_words0, value_scales0, values0,
     key_words1, key_scales1, keys1, value_words1, value_scales1, values1,
     key_axes, key_units, key_factors, key_mean, key_unit, key_blocks,
-    value_axes, value_units, value_factors, value_mean, value_unit, value_blocks,
+    value_axes, value_units, value_factors, value_mean, value_unit, value_blocks,  # noqa: ARG001 - all of a side
     inv_freq, interleaved,
     start, covered, bitmap, hidden, origins,
     mask_kind, shown, added,
@@ -620,7 +620,13 @@ def attend(
             for block in range(places.shape[1]):
                 if places[0, block]:
                     _decode_block(
-                        key_words, of_keys[0, index] + at * key_bytes, key_bytes, size, places[:, block], scratch, levels
+                        key_words,
+                        of_keys[0, index] + at * key_bytes,
+                        key_bytes,
+                        size,
+                        places[:, block],
+                        scratch,
+                        levels,
                     )
                     if rotary:
                         _interleave(levels, pairs)
@@ -665,10 +671,8 @@ def attend(
                     own[i] *= scales[i]
             for block in range(value_places.shape[1]):
                 if value_places[0, block]:
-                    _decode_block(
-                        value_words, of_values[0, index] + at * value_bytes, value_bytes, size, value_places[:, block], scratch,
-                        levels,
-                    )  # fmt: skip
+                    first_byte = of_values[0, index] + at * value_bytes
+                    _decode_block(value_words, first_byte, value_bytes, size, value_places[:, block], scratch, levels)
                     _to_float(levels, channels)
                     _add_values(channels, logits, rows, state, 2 + block * _BLOCK)
     if is_last:
@@ -690,7 +694,7 @@ def attend(
 
 
 @entry(*_ROWS, *_SIDE, types.int64, types.int64, array(types.float32, 3))
-def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, worker, workers, out):  # noqa: ARG001
+def decode(words, scales, rows, axes, units, factors, mean, unit, blocks, worker, workers, out):
     """Decode the vectors of some heads.
 
     Args:
@@ -699,7 +703,7 @@ def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, wo
         rows: For each row of the batch and head, where in these its first vector is, and how many there are.
         axes: As of `attend`.
         units: Units.
-        whole_units: Units again.
+        factors: Units again.
         mean: Mean vector.
         unit: Unit of each block.
         blocks: Blocks.
@@ -710,25 +714,23 @@ def decode(words, scales, rows, axes, units, whole_units, mean, unit, blocks, wo
     heads, dim = units.shape[1:]
     scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
     pairs, products = np.empty(_BLOCK * CHUNK, np.int16), np.empty(dim * CHUNK, np.float32)
-    factors, whole = np.empty(CHUNK, np.float32), np.empty(dim * dim, np.int16)
+    own_scales, whole = np.empty(CHUNK, np.float32), np.empty(dim * dim, np.int16)
     for index in range(worker, units.shape[0] * heads, workers):
         row, head = index // heads, index % heads
         places = blocks[row, head]
         size = places[0].sum()
         own = axes[min(row, axes.shape[0] - 1), min(head, axes.shape[1] - 1)]
-        _whole_axes(own, whole_units[row, head], places, dim, True, whole)  # noqa: FBT003
+        _whole_axes(own, factors[row, head], places, dim, True, whole)  # noqa: FBT003
         for at in range(0, rows[2, index], CHUNK):
             count = min(CHUNK, rows[2, index] - at)
-            _scales(scales, rows[1, index] + at, count, factors)
+            _scales(scales, rows[1, index] + at, count, own_scales)
             products[:] = _ZERO
             for block in range(places.shape[1]):
                 if places[0, block]:
-                    _decode_block(
-                        words, rows[0, index] + at * size, size, count, places[:, block], scratch, levels
-                    )
+                    _decode_block(words, rows[0, index] + at * size, size, count, places[:, block], scratch, levels)
                     _interleave(levels, pairs)
                     add_products(pairs, whole[block * dim * _BLOCK :], unit[row, head, block], products, dim)
             for i in range(count):
                 vector = out[index, at + i]
                 for j in range(dim):
-                    vector[j] = factors[i] * products[j * CHUNK + i] + mean[row, head, j]
+                    vector[j] = own_scales[i] * products[j * CHUNK + i] + mean[row, head, j]

@@ -138,9 +138,7 @@ def rows_of(packed: PackedVectors) -> Rows:
 
 
 @lru_cache(maxsize=64)
-def _where(
-    shape: tuple[int, ...], of_words: tuple[int, ...], of_scales: tuple[int, ...]
-) -> NDArray[np.int64]:
+def _where(shape: tuple[int, ...], of_words: tuple[int, ...], of_scales: tuple[int, ...]) -> NDArray[np.int64]:
     batch, heads, tokens = shape
     rows, heads_of_row = np.divmod(np.arange(batch * heads), heads)
     starts = [rows * row + heads_of_row * head for row, head in (of_words, of_scales)]
