@@ -69,9 +69,9 @@ class CacheConfig:
             A layer above it gets one more bit per channel, and again, up to 4.
         codec: Name of the codec of keys and values: ``"e8"``, or one of your own (`register_codec`), for which the
             bits, the centring, the transform and the candidates have no meaning.
-        impl: ``"auto"`` encodes, decodes and attends by functions that numba compiles on a CPU, and by Triton kernels on
-            a GPU that can run them; where numba, or what such a GPU needs, is missing, in plain torch, and a line in
-            the log says why.  ``"torch"`` uses neither; ``"cpu"`` and ``"triton"`` insist on one of them.
+        impl: ``"auto"`` encodes, decodes and attends by functions that numba compiles on a CPU, and by Triton kernels
+            on a GPU.  Where numba, or what the kernels need, is missing, plain torch does, and a line in the log says
+            why.  ``"torch"`` uses neither; ``"cpu"`` and ``"triton"`` insist on one of them.
 
     Raises:
         OptionError: If a value is outside its range, or an option does not exist.

@@ -9,14 +9,15 @@ from integration.packed import codec_of, correlated, poisoned
 from integration.tiny import SMALL, prompt, tiny_llama
 from torch import Tensor
 
-numba = pytest.importorskip("numba")
+pytest.importorskip("numba", reason="an extra")
 
+import numba
 import numpy as np
 
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec import impl as selector
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.codec.cpu import attend, compiled, decode, encode
+from nexusquant_cache.codec.cpu import attend, compiled, decode, encode, kernels_read
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.codec.layout import CodeLayout
@@ -61,7 +62,9 @@ def test_codes_and_vectors_of_plain_torch(codec: E8Codec, dtype: torch.dtype) ->
     same = (found.words == expected.words).all(-1) & (found.scales == expected.scales)
     assert same.float().mean() >= 0.995
     vectors = plain_decode.decode(expected, transform, codec.layouts)
-    decoded = decode.decode(PackedVectors(poisoned(expected.words), poisoned(expected.scales)), transform, codec.layouts)
+    decoded = decode.decode(
+        PackedVectors(poisoned(expected.words), poisoned(expected.scales)), transform, codec.layouts
+    )
     assert (decoded - vectors).abs().max() <= TOLERANCE * vectors.abs().max()
 
 
@@ -89,16 +92,16 @@ def test_few_vectors(tokens: int) -> None:
 
 
 def test_a_processor_without_an_instruction_for_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compiled, "_has_dots", lambda _context: False)
+    monkeypatch.setattr(kernels_read, "_has_dots", lambda _context: False)
 
     @numba.njit
     def run(pairs, factors, sums, rows):
-        compiled.add_products(pairs, factors, np.float32(0.5), sums, rows)
+        kernels_read.add_whole_products(pairs, factors, np.float32(0.5), sums, rows)
 
     generator = np.random.default_rng(0)
-    pairs = generator.integers(-356, 357, (4, compiled.CHUNK, 2)).astype(np.int16)
+    pairs = generator.integers(-356, 357, (4, kernels_read.CHUNK, 2)).astype(np.int16)
     factors = generator.integers(-32767, 32768, (6, 4, 2)).astype(np.int16)
-    sums = np.ones((6, compiled.CHUNK), np.float32)
+    sums = np.ones((6, kernels_read.CHUNK), np.float32)
     run(pairs.reshape(-1), factors.reshape(-1), sums.reshape(-1), 6)
     expected = np.einsum("ktp,rkp->rt", pairs.astype(np.float64), factors.astype(np.float64))
     assert np.allclose(sums, 1 + 0.5 * expected, rtol=1e-6)
@@ -314,7 +317,7 @@ def test_what_is_wrong_is_not_used(
     expected = logits_of("torch", "quant", rotary=False, dtype=torch.float32)
     monkeypatch.setattr(selector, "_ERRORS", {})
     selector._say_once.cache_clear()
-    kernels = attend.kernels_read if what != "encode" else encode.kernels_encode
+    kernels = kernels_read if what != "encode" else encode.kernels_encode
     monkeypatch.setattr(kernels, what, lambda *given: given[-1].fill(0))
     with pytest.raises(UnsupportedError, match=f"a kernel differs from plain torch on this device.*{what}"):
         logits_of("cpu", "quant", rotary=False, dtype=torch.float32)

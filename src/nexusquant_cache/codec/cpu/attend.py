@@ -12,6 +12,7 @@ from torch import Tensor
 
 from nexusquant_cache.codec.cpu import kernels_read, support
 from nexusquant_cache.codec.cpu.support import Side, rows_of, side_of
+from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
 
@@ -50,8 +51,16 @@ def attend(
         *_mask(mask, queries.shape),
         *_exact(held),
     )
-    parts = np.empty((1, batch * query_heads * count, value_dim + 2), np.float32)
-    kernels_read.attend(*given, 0, 1, parts, True, out.numpy())  # noqa: FBT003 - a compiled function has no names
+    workers = workers_for(held.keys.packed.scales.numel() // kernels_read.CHUNK)
+    parts, found = np.empty((workers, batch * query_heads * count, value_dim + 2), np.float32), out.numpy()
+    if workers == 1:
+        kernels_read.attend(*given, 0, 1, parts, kernels_read.BOTH, found)
+    else:
+        share(
+            lambda worker, workers: kernels_read.attend(*given, worker, workers, parts, kernels_read.SHARE, found),
+            workers,
+        )
+        kernels_read.attend(*given, 0, workers, parts, kernels_read.FINISH, found)
     return out, None
 
 

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.cpu import kernels_read
-from nexusquant_cache.codec.cpu.compiled import CHUNK
 from nexusquant_cache.codec.cpu.support import rows_of, side_of
 from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.layout import CodeLayout
@@ -23,6 +22,6 @@ def decode(
         given = (*rows, *side_of(transform, layouts))
         share(
             lambda worker, workers: kernels_read.decode(*given, worker, workers, out.flatten(0, 1).numpy()),
-            workers_for(packed.scales.numel() // CHUNK),
+            workers_for(packed.scales.numel() // kernels_read.CHUNK),
         )
     return out

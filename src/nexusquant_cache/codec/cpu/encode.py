@@ -12,7 +12,6 @@ from torch import Tensor
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.blocks import cells_of
 from nexusquant_cache.codec.cpu import kernels_encode
-from nexusquant_cache.codec.cpu.compiled import CHUNK
 from nexusquant_cache.codec.cpu.support import side_of
 from nexusquant_cache.codec.cpu.workers import share, workers_for
 from nexusquant_cache.codec.layout import MAX_BITS, CodeLayout
@@ -43,7 +42,7 @@ def encode(
     out = (words.flatten(0, 1).numpy(), scales.flatten(0, 1).numpy())
     share(
         lambda worker, workers: kernels_encode.encode(*given, worker, workers, *out),
-        workers_for(shape.numel() // CHUNK * _WEIGHT),
+        workers_for(shape.numel() // kernels_encode.CHUNK * _WEIGHT),
     )
     return PackedVectors(words, encode_scales(scales, transform.reference))
 

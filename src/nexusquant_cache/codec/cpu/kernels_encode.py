@@ -7,7 +7,10 @@ nothing is fused, so that the codes are the same.
 import numpy as np
 from numba import types
 
-from nexusquant_cache.codec.cpu.compiled import CHUNK, array, entry, exact_part
+from nexusquant_cache.codec.cpu.compiled import array, entry, exact_part
+
+CHUNK = 128
+"""Vectors that are encoded together."""
 
 _BLOCK = 8
 _ZERO, _ONE = np.float32(0), np.float32(1)

@@ -4,7 +4,7 @@ All is channel by channel, and the innermost loops run along the tokens of a chu
 dimension, and a chunk stays in the first two levels of a core's cache.  For each head and chunk
 
 - a block of 8 channels is decoded by arithmetic, without tables: its levels are small whole numbers (`_decode_block`);
-- their products with the axes of the head, whole numbers too, are added up (`add_products`).  That is
+- their products with the axes of the head, whole numbers too, are added up (`add_whole_products`).  That is
   the largest part of the work, and done only for keys, and of these for channels that turn with the position.  For the
   others the axes are folded into the queries, once for each head;
 - the phase is put back, by sines that are computed on the way (`_turn`): no table of positions is made or kept;
@@ -21,20 +21,17 @@ References:
 import math
 
 import numpy as np
+from llvmlite import ir
 from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
 
-from nexusquant_cache.codec.cpu.compiled import (
-    CHUNK,
-    add_products,
-    array,
-    bits_of,
-    entry,
-    exact_part,
-    float_of,
-    part,
-    shifted,
-)
+from nexusquant_cache.codec.cpu.compiled import array, entry, exact_part, part
 
+CHUNK = 64
+"""Tokens of a head that are treated together: with so few, sums of products stay in the first level of a cache."""
+SHARE, BOTH, FINISH = 0, 1, 2
+"""Stages of `attend`."""
 _BLOCK = 8
 _PAIRS = 4  # of channels that are turned together
 
@@ -55,13 +52,145 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 _ROUND = np.float32(1.5 * 2**23)  # a number added to it is rounded to a whole one, in its lowest bits
 _E5, _E4, _E3, _E2 = (np.float32(x) for x in (0.008312422568, 0.041889963256, 0.166671148143, 0.499992328724))
 
-# sin(2 pi x) for |x| <= 1/4, found likewise, to 4e-9.
-_S9, _S7, _S5, _S3, _S1 = (
-    np.float32(x) for x in (39.5367053267, -76.5497821897, 81.6010040684, -41.3416550313, 6.28318516009)
-)
+# sin(2 pi x) for |x| <= 1/4, found likewise, to 6e-7.
+_S7, _S5, _S3, _S1 = (np.float32(x) for x in (-70.9934303559, 81.3407685692, -41.3371423612, 6.28316404423))
 _QUARTER = np.float32(0.25)
 _TURN = np.float32(2.0**-32)
 _TURNS, _WHOLE = 1 / (2 * math.pi), 2.0**32
+
+
+# Instructions
+
+
+def _same_bits(target, kind):
+    """Return what generates code that takes the 32 bits of a number for those of another type."""
+
+    def generate(context, builder, signature, arguments):
+        del context, signature
+        return builder.bitcast(arguments[0], kind)
+
+    return target, generate
+
+
+@intrinsic
+def float_of(typing_context, bits):
+    """Return the float32 of 32 bits."""
+    del typing_context, bits
+    target, generate = _same_bits(types.float32, ir.FloatType())
+    return target(types.uint32), generate
+
+
+@intrinsic
+def bits_of(typing_context, number):
+    """Return the 32 bits of a float32."""
+    del typing_context, number
+    target, generate = _same_bits(types.uint32, ir.IntType(32))
+    return target(types.float32), generate
+
+
+@intrinsic
+def shifted(typing_context, bits, places):
+    """Return 16 bits, shifted down by fewer than 16 places; Python's shift is one of 64 bits here."""
+    del typing_context, bits, places
+
+    def generate(context, builder, signature, arguments):
+        del context, signature
+        return builder.lshr(*arguments)
+
+    return types.uint16(types.uint16, types.uint16), generate
+
+
+@intrinsic
+def add_whole_products(
+    typing_context,
+    pairs,
+    factors,
+    unit,
+    sums,
+    rows,
+):
+    """Add to each row of sums that of 8 channels, each times its factor for that row, times a unit.
+
+    It is written for the compiler because none makes of loops over 16-bit numbers what processors have for them: an
+    instruction that multiplies pairs of them and adds the two products.  Two rows are done at once, to load channels
+    for both.
+
+    Args:
+        typing_context: The compiler's.
+        pairs: Channels of tokens: for each two channels `CHUNK` pairs, int16.
+        factors: For each row those of the 8 channels, int16.
+        unit: Unit of the factors, float32.
+        sums: For each row those of `CHUNK` tokens, float32.
+        rows: How many rows there are; an even number.
+    """
+    del typing_context
+    return types.void(pairs, factors, unit, sums, rows), _generate_products
+
+
+def _generate_products(context, builder, signature, arguments):
+    pairs, factors, sums = (
+        builder.bitcast(context.make_array(signature.args[k])(context, builder, arguments[k]).data, kind.as_pointer())
+        for k, kind in ((0, _I32), (1, _I32), (3, _F32))
+    )
+    rows, index = arguments[4], arguments[4].type
+    unit = _spread(builder, arguments[2], _SUMS)
+
+    def number(value):
+        return ir.Constant(index, value)
+
+    def at(start, place, kind):
+        return builder.bitcast(builder.gep(start, [place]), kind.as_pointer())
+
+    with cgutils.for_range(builder, builder.udiv(rows, number(2))) as half:
+        row = builder.mul(half.index, number(2))
+        first = builder.mul(row, number(4))
+        spread = []
+        for k in range(8):
+            factor = builder.load(builder.gep(factors, [builder.add(first, number(k))]))
+            spread.append(builder.bitcast(_spread(builder, factor, _DOTS), _TWOS))
+        with cgutils.for_range(builder, number(CHUNK // _LANES)) as loop:
+            token = builder.mul(loop.index, number(_LANES))
+            loaded = [builder.load(at(pairs, builder.add(token, number(k * CHUNK)), _TWOS), align=2) for k in range(4)]
+            for k in range(2):
+                start = builder.mul(builder.add(row, number(k)), number(CHUNK))
+                place = at(sums, builder.add(start, token), _SUMS)
+                total = _two_products(context, builder, loaded[0], spread[4 * k])
+                for x, y in zip(loaded[1:], spread[4 * k + 1 : 4 * k + 4], strict=True):
+                    total = builder.add(total, _two_products(context, builder, x, y))
+                added = builder.fmul(builder.sitofp(total, _SUMS), unit, flags=("contract",))
+                builder.store(builder.fadd(builder.load(place, align=4), added, flags=("contract",)), place, align=4)
+    return context.get_dummy_value()
+
+
+_LANES = 8
+_I32, _F32 = ir.IntType(32), ir.FloatType()
+_TWOS, _DOTS = ir.VectorType(ir.IntType(16), 2 * _LANES), ir.VectorType(_I32, _LANES)
+_SUMS = ir.VectorType(_F32, _LANES)
+
+
+def _spread(builder, one, kind):
+    """Return a number in all lanes."""
+    empty = ir.Constant(kind, ir.Undefined)
+    first = builder.insert_element(empty, one, ir.Constant(_I32, 0))
+    return builder.shuffle_vector(first, empty, ir.Constant(_DOTS, [0] * _LANES))
+
+
+def _two_products(context, builder, x, y):
+    """Return the sum of the two products of each lane."""
+    if _has_dots(context):
+        kind = ir.FunctionType(_DOTS, [_TWOS, _TWOS])
+        return builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.avx2.pmadd.wd"), [x, y])
+    found = []
+    for first in (0, 1):
+        lanes = ir.Constant(_DOTS, [2 * lane + first for lane in range(_LANES)])
+        a, b = (builder.sext(builder.shuffle_vector(z, z, lanes), _DOTS) for z in (x, y))
+        found.append(builder.mul(a, b))
+    return builder.add(*found)
+
+
+def _has_dots(context) -> bool:
+    """Tell whether the processor has one instruction for that, by the name that we call."""
+    return "+avx2" in context.codegen().magic_tuple()[2].split(",")
 
 
 # Decoding
@@ -156,7 +285,7 @@ def _decode_field(codes, flips, shift, bits, y):
 
 @part
 def _interleave(y, pairs):
-    """Put each two channels of a block side by side, as `add_products` reads them."""
+    """Put each two channels of a block side by side, as `add_whole_products` reads them."""
     for k in range(_BLOCK // 2):
         a, b = y[2 * k * CHUNK : (2 * k + 1) * CHUNK], y[(2 * k + 1) * CHUNK : (2 * k + 2) * CHUNK]
         out = pairs[2 * k * CHUNK : 2 * (k + 1) * CHUNK]
@@ -169,6 +298,21 @@ def _interleave(y, pairs):
 def _to_float(y, out):
     for i in range(_BLOCK * CHUNK):
         out[i] = np.float32(y[i])
+
+
+@part
+def _add_products(channels, factors, channel, rows, out):
+    """Add to each row the sum of 8 channels of `CHUNK` tokens, each times its factor for that row."""
+    for row in range(rows):
+        f0, f1 = factors[channel, row], factors[channel + 1, row]
+        f2, f3 = factors[channel + 2, row], factors[channel + 3, row]
+        f4, f5 = factors[channel + 4, row], factors[channel + 5, row]
+        f6, f7 = factors[channel + 6, row], factors[channel + 7, row]
+        sums, x = out[row * CHUNK : (row + 1) * CHUNK], channels
+        for i in range(CHUNK):
+            total = f0 * x[i] + f1 * x[i + CHUNK] + f2 * x[i + 2 * CHUNK] + f3 * x[i + 3 * CHUNK]
+            total += f4 * x[i + 4 * CHUNK] + f5 * x[i + 5 * CHUNK] + f6 * x[i + 6 * CHUNK] + f7 * x[i + 7 * CHUNK]
+            sums[i] += total
 
 
 @part
@@ -185,7 +329,7 @@ def _scales(scales, at, count, out):
 
 @part
 def _whole_axes(axes, factors, blocks, turning, interleaved, out):
-    """Write the first channels of a head's axes in whole numbers, for `add_products`.
+    """Write the first channels of a head's axes in whole numbers, for `add_whole_products`.
 
     Args:
         axes: What each coded channel adds to a vector.
@@ -240,27 +384,12 @@ def _turn(products, row, scales, mean, inv_freq, first, offsets, keys):
             size = abs(turn)
             c, s = _QUARTER - size, _QUARTER - abs(size - _QUARTER)
             c2, s2 = c * c, s * s
-            cos = c * (_S1 + c2 * (_S3 + c2 * (_S5 + c2 * (_S7 + c2 * _S9))))
-            sin = s * (_S1 + s2 * (_S3 + s2 * (_S5 + s2 * (_S7 + s2 * _S9))))
+            cos = c * (_S1 + c2 * (_S3 + c2 * (_S5 + c2 * _S7)))
+            sin = s * (_S1 + s2 * (_S3 + s2 * (_S5 + s2 * _S7)))
             sin = -sin if turn < _ZERO else sin
             u, v = x[i] * scales[i] + mean_x, y[i] * scales[i] + mean_y
             a[i] = u * cos - v * sin
             b[i] = v * cos + u * sin
-
-
-@part
-def _add_logits(keys, factors, channel, rows, logits):
-    """Add the sum of 8 channels of keys, each times that of a query, for all queries."""
-    for row in range(rows):
-        f0, f1 = factors[channel, row], factors[channel + 1, row]
-        f2, f3 = factors[channel + 2, row], factors[channel + 3, row]
-        f4, f5 = factors[channel + 4, row], factors[channel + 5, row]
-        f6, f7 = factors[channel + 6, row], factors[channel + 7, row]
-        out = logits[row * CHUNK : (row + 1) * CHUNK]
-        for i in range(CHUNK):
-            total = f0 * keys[i] + f1 * keys[i + CHUNK] + f2 * keys[i + 2 * CHUNK] + f3 * keys[i + 3 * CHUNK]
-            total += f4 * keys[i + 4 * CHUNK] + f5 * keys[i + 5 * CHUNK]
-            out[i] += total + f6 * keys[i + 6 * CHUNK] + f7 * keys[i + 7 * CHUNK]
 
 
 # Softmax
@@ -495,7 +624,7 @@ _EXACT = array(types.float32, 4)
     array(types.int64, 1),
     *(types.int64, array(types.uint8, 4, strided=True), array(types.float32, 4, strided=True)),
     *(_EXACT, _EXACT, _EXACT, _EXACT, array(types.int64, 2, strided=True), types.int64),
-    *(types.int64, types.int64, array(types.float32, 3), types.boolean, array(types.float32, 4)),
+    *(types.int64, types.int64, array(types.float32, 3), types.int64, array(types.float32, 4)),
 )
 def attend(
     queries, scaling, softcap, sink_logits,
@@ -507,7 +636,7 @@ def attend(
     start, covered, bitmap, hidden, origins,
     mask_kind, shown, added,
     sink_keys, sink_values, tail_keys, tail_values, sink_positions, seen,
-    worker, workers, parts, is_last, out,
+    worker, workers, parts, stage, out,
 ):  # fmt: skip
     """Attend to packed tokens, and perhaps put together what all threads have found and write the output.
 
@@ -560,7 +689,7 @@ def attend(
         workers: How many there are.
         parts: What each has found: by row, head and query, the largest logit, the sum of the weights, and the sum of
             the values in coded channels.
-        is_last: Whether to put all together.
+        stage: `SHARE` to attend to packed tokens, `FINISH` to put all together, or `BOTH`.
         out: The output.
     """
     batch, query_heads, count, key_dim = queries.shape
@@ -576,13 +705,13 @@ def attend(
     turned, folded = np.empty((2 * _PAIRS * groups, rows), np.float32), np.empty((key_dim, rows), np.float32)
     constants, q = np.empty(rows, np.float32), np.empty((rows, key_dim), np.float32)
     positions, visible = np.empty(0, np.int64), np.empty(0, np.bool_)
-    looks = rotary > 0 or mask_kind > 0 or hidden.shape[2] > 0
+    hides = mask_kind > 0 or hidden.shape[2] > 0
 
     total = 0
     for index in range(batch * heads):
         total += -(-keys0[2, index] // CHUNK) - (-keys1[2, index] // CHUNK)
     begin, end, number = total * worker // workers, total * (worker + 1) // workers, 0
-    for index in range(batch * heads):
+    for index in range(batch * heads if stage != FINISH else 0):
         row, head = index // heads, index % heads
         state = parts[worker, index * rows : (index + 1) * rows]
         state[:, 0], state[:, 1:] = _FAR, _ZERO
@@ -601,7 +730,7 @@ def attend(
             q, key_head, units, key_mean[row, head], places, rotary, interleaved, turned, folded, constants, means
         )
         tokens = keys0[2, index] + keys1[2, index]
-        if looks:
+        if hides or rotary:
             if len(positions) < tokens:
                 positions, visible = np.empty(tokens, np.int64), np.empty(tokens, np.bool_)
             near = hidden[row, head] if hidden.shape[2] else bitmap[row, head, :0]
@@ -630,12 +759,12 @@ def attend(
                     )
                     if rotary:
                         _interleave(levels, pairs)
-                        add_products(
+                        add_whole_products(
                             pairs, whole[block * rotary * _BLOCK :], key_unit[row, head, block], products, rotary
                         )
                     if rotary < key_dim:
                         _to_float(levels, channels)
-                        _add_logits(channels, folded, block * _BLOCK, rows, logits)
+                        _add_products(channels, folded, block * _BLOCK, rows, logits)
             if rotary < key_dim:
                 for r in range(rows):
                     for i in range(CHUNK):
@@ -648,14 +777,14 @@ def attend(
                     offsets[i] = 0
                 for group in range(groups):
                     _turn(products, 2 * _PAIRS * group, scales, means, inv_freq, np.float64(first), offsets, channels)
-                    _add_logits(channels, turned, 2 * _PAIRS * group, rows, logits)
+                    _add_products(channels, turned, 2 * _PAIRS * group, rows, logits)
 
             _scales(value_scales, of_values[1, index] + at, size, scales)
             for r in range(rows):
                 own = logits[r * CHUNK : (r + 1) * CHUNK]
                 if softcap > _ZERO:
                     _cap(own, softcap)
-                if looks:
+                if hides:
                     g, m = head * (rows // count) + r // count, r % count
                     _mask(
                         own, size, positions[token:], visible[token:], mask_kind,
@@ -675,7 +804,7 @@ def attend(
                     _decode_block(value_words, first_byte, value_bytes, size, value_places[:, block], scratch, levels)
                     _to_float(levels, channels)
                     _add_values(channels, logits, rows, state, 2 + block * _BLOCK)
-    if is_last:
+    if stage != SHARE:
         for index in range(batch * heads):
             row, head = index // heads, index % heads
             value_head = value_axes[min(row, value_axes.shape[0] - 1), min(head, value_axes.shape[1] - 1)]
@@ -694,7 +823,7 @@ def attend(
 
 
 @entry(*_ROWS, *_SIDE, types.int64, types.int64, array(types.float32, 3))
-def decode(words, scales, rows, axes, units, factors, mean, unit, blocks, worker, workers, out):
+def decode(words, scales, rows, axes, units, _factors, mean, _unit, blocks, worker, workers, out):
     """Decode the vectors of some heads.
 
     Args:
@@ -703,9 +832,7 @@ def decode(words, scales, rows, axes, units, factors, mean, unit, blocks, worker
         rows: For each row of the batch and head, where in these its first vector is, and how many there are.
         axes: As of `attend`.
         units: Units.
-        factors: Units again.
         mean: Mean vector.
-        unit: Unit of each block.
         blocks: Blocks.
         worker: Number of this thread, which decodes every so many-th head.
         workers: How many there are.
@@ -713,24 +840,26 @@ def decode(words, scales, rows, axes, units, factors, mean, unit, blocks, worker
     """
     heads, dim = units.shape[1:]
     scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
-    pairs, products = np.empty(_BLOCK * CHUNK, np.int16), np.empty(dim * CHUNK, np.float32)
-    own_scales, whole = np.empty(CHUNK, np.float32), np.empty(dim * dim, np.int16)
+    channels, vectors = np.empty(_BLOCK * CHUNK, np.float32), np.empty(dim * CHUNK, np.float32)
+    factors, own_scales = np.empty((dim, dim), np.float32), np.empty(CHUNK, np.float32)
     for index in range(worker, units.shape[0] * heads, workers):
         row, head = index // heads, index % heads
         places = blocks[row, head]
         size = places[0].sum()
         own = axes[min(row, axes.shape[0] - 1), min(head, axes.shape[1] - 1)]
-        _whole_axes(own, factors[row, head], places, dim, True, whole)  # noqa: FBT003
+        for c in range(dim):
+            for j in range(dim):
+                factors[c, j] = np.float32(own[c, j]) * units[row, head, c]
         for at in range(0, rows[2, index], CHUNK):
             count = min(CHUNK, rows[2, index] - at)
             _scales(scales, rows[1, index] + at, count, own_scales)
-            products[:] = _ZERO
+            vectors[:] = _ZERO
             for block in range(places.shape[1]):
                 if places[0, block]:
                     _decode_block(words, rows[0, index] + at * size, size, count, places[:, block], scratch, levels)
-                    _interleave(levels, pairs)
-                    add_products(pairs, whole[block * dim * _BLOCK :], unit[row, head, block], products, dim)
+                    _to_float(levels, channels)
+                    _add_products(channels, factors, block * _BLOCK, dim, vectors)
             for i in range(count):
                 vector = out[index, at + i]
                 for j in range(dim):
-                    vector[j] = own_scales[i] * products[j * CHUNK + i] + mean[row, head, j]
+                    vector[j] = own_scales[i] * vectors[j * CHUNK + i] + mean[row, head, j]

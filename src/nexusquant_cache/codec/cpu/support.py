@@ -3,7 +3,7 @@
 from collections.abc import Hashable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -95,9 +95,13 @@ def _side(plan: SidePlan, layouts: tuple[CodeLayout, ...]) -> Side:
     # Products of 16 bits with eight levels add up to less than 31.
     largest = (units * plan.axes.abs().amax(-1).numpy()).reshape(*blocks.shape[:2], -1, BLOCK).max(-1)
     unit = np.where(largest > 0, largest, 1.0) / _INT16
-    mean = np.zeros(units.shape, np.float32) if plan.mean is None else plan.mean[:, :, 0].float().numpy()
-    numbers = (units, units / unit.repeat(BLOCK, -1), mean, unit)
-    return Side(plan.axes.numpy(), *(np.ascontiguousarray(x, np.float32) for x in numbers), blocks)
+    mean = np.zeros(units.shape) if plan.mean is None else plan.mean[:, :, 0].float().numpy()
+
+    def single(x: NDArray[Any]) -> NDArray[np.float32]:
+        return np.ascontiguousarray(x, np.float32)
+
+    whole_units = units / unit.repeat(BLOCK, -1)
+    return Side(plan.axes.numpy(), single(units), single(whole_units), single(mean), single(unit), blocks)
 
 
 @lru_cache(maxsize=64)
