@@ -77,7 +77,7 @@ class VectorTransform:
     mean: Float[Tensor, "b h 1 d"] | None
     reference: Float[Tensor, "b h 1"]
     plans: UInt8[Tensor, "b h"] | None = None
-    _side_plans: dict[int, tuple[tuple[CodeLayout, ...], SidePlan | None]] = field(
+    _side_plans: dict[tuple[CodeLayout, ...], SidePlan | None] = field(
         default_factory=dict, init=False, repr=False, compare=False
     )
 
@@ -87,13 +87,11 @@ class VectorTransform:
         Args:
             layouts: The codec's layouts.
         """
-        # By identity: every layer asks several times in each generation step, and a codec has one tuple of layouts.
-        known = self._side_plans.get(id(layouts))
-        if known is None or known[0] != layouts:
+        if layouts not in self._side_plans:
             axes = self.rotation.axes(self.reference.device)
             plan = None if axes is None else side_plan(self.reference, *axes, self.mean, layouts, self.plans)
-            self._side_plans[id(layouts)] = known = (layouts, plan)
-        return known[1]
+            self._side_plans[layouts] = plan
+        return self._side_plans[layouts]
 
     @cached_property
     def plan_of_heads(self) -> tuple[int, ...]:

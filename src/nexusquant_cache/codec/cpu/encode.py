@@ -35,7 +35,7 @@ def encode(
     given = (
         y.flatten(0, 1).numpy(),
         _weights(transform, layouts),
-        side_of(transform, layouts).blocks.reshape(shape[0] * shape[1], 3, -1),
+        _blocks(transform, layouts),
         np.array(candidates, np.float32),
         *_tables(),
     )
@@ -47,12 +47,18 @@ def encode(
     return PackedVectors(words, encode_scales(scales, transform.reference))
 
 
+def _blocks(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> NDArray[np.int32]:
+    """Return for each block of each head its bits, its first byte in a row, and its odd byte."""
+    side = side_of(transform, layouts)
+    return side.layouts[side.plans].reshape(-1, *side.layouts.shape[1:])
+
+
 def _weights(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> NDArray[np.float32]:
     """Return how much each block of each head weighs; 0 for those without bits."""
-    bits = side_of(transform, layouts).blocks[:, :, 0]
+    bits = _blocks(transform, layouts)[:, 0]
     variances = transform.rotation.block_variances if transform.heads_by_plan else None
-    weights = np.ones(bits.shape, np.float32) if variances is None else variances.numpy()
-    return (weights * (bits > 0)).reshape(-1, bits.shape[-1]).astype(np.float32)
+    weights = np.ones(bits.shape, np.float32) if variances is None else variances.flatten(0, 1).numpy()
+    return (weights * (bits > 0)).astype(np.float32)
 
 
 class _Tables(NamedTuple):

@@ -27,6 +27,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from nexusquant_cache.codec.cpu.compiled import array, entry, exact_part, part
+from nexusquant_cache.codec.layout import COMPANDER
 
 CHUNK = 64
 """Tokens of a head that are treated together: with so few, sums of products stay in the first level of a cache."""
@@ -36,9 +37,12 @@ _BLOCK = 8
 _PAIRS = 4  # of channels that are turned together
 
 _ZERO, _ONE, _HALF = np.float32(0), np.float32(1), np.float32(0.5)
+_INT16 = np.float32(32767)
 _FAR = np.float32(-np.inf)
 
-# The levels of a rate in units of `support.UNITS`: ``step * field + offset``, and more beyond a bound, as in `layout`.
+# The levels of a rate in units of `_UNITS`: ``step * field + offset``, and more beyond a bound, as in `layout`.
+_UNITS = (0, 128, 128, 64, 16)  # in units of 2 ** -24
+_LEVELS = np.array([COMPANDER[bits][2] * unit if bits else 0 for bits, unit in enumerate(_UNITS)], np.float32)
 _STEPS = np.array([0, 4, 6, 6, 14], np.int16)
 _OFFSETS = np.array([0, 3, 3, 3, 7], np.int16)
 
@@ -198,7 +202,7 @@ def _has_dots(context) -> bool:
 
 @part
 def _decode_block(words, at, row_bytes, count, place, scratch, y):
-    """Decode 8 channels of some rows, to whole numbers of `support.UNITS`.
+    """Decode 8 channels of some rows, to whole numbers of `_UNITS`.
 
     Args:
         words: Packed rows.
@@ -325,6 +329,38 @@ def _scales(scales, at, count, out):
 
 
 # Axes
+
+
+@part
+def _of_head(x, row, head):
+    """Return what a head has of its own, or shares with the other heads or rows."""
+    return x[min(row, x.shape[0] - 1), min(head, x.shape[1] - 1)]
+
+
+@part
+def _units(axes, steps, reference, blocks, units, factors, unit):
+    """Write what a level counts in each coded channel, and how axes are whole numbers of 16 bits.
+
+    Args:
+        axes: What each coded channel adds to a vector.
+        steps: Unit of each axis for channels of unit variance.
+        reference: Scale of byte 128.
+        blocks: Bits of each block, and its places.
+        units: Where to: unit of each axis for levels.
+        factors: Where to: the same in a unit of the block, in which axes are numbers of 16 bits.
+        unit: Where to: the unit of each block.
+    """
+    for block in range(blocks.shape[1]):
+        level, largest = _LEVELS[blocks[0, block]] * reference, _ZERO
+        for c in range(block * _BLOCK, (block + 1) * _BLOCK):
+            units[c] = steps[c] * level
+            most = np.int32(0)
+            for number in axes[c]:
+                most = max(most, abs(np.int32(number)))
+            largest = max(largest, np.float32(most) * units[c])
+        unit[block] = largest / _INT16 if largest > _ZERO else _ONE
+        for c in range(block * _BLOCK, (block + 1) * _BLOCK):
+            factors[c] = units[c] / unit[block]
 
 
 @part
@@ -613,7 +649,14 @@ def _finish(
 
 _BYTES, _FLOATS = array(types.uint8, 1), array(types.float32, 1)
 _ROWS = (_BYTES, _BYTES, array(types.int64, 2))
-_SIDE = (array(types.int8, 4), *(array(types.float32, 3),) * 4, array(types.int32, 4))
+_SIDE = (
+    array(types.int8, 4),
+    array(types.float32, 3),
+    array(types.float32, 2),
+    array(types.float32, 3),
+    array(types.uint8, 2),
+    array(types.int32, 3),
+)
 _EXACT = array(types.float32, 4)
 
 
@@ -630,8 +673,8 @@ def attend(
     queries, scaling, softcap, sink_logits,
     key_words0, key_scales0, keys0, value_words0, value_scales0, values0,
     key_words1, key_scales1, keys1, value_words1, value_scales1, values1,
-    key_axes, key_units, key_factors, key_mean, key_unit, key_blocks,
-    value_axes, value_units, value_factors, value_mean, value_unit, value_blocks,  # noqa: ARG001 - all of a side
+    key_axes, key_steps, key_reference, key_mean, key_plans, key_layouts,
+    value_axes, value_steps, value_reference, value_mean, value_plans, value_layouts,
     inv_freq, interleaved,
     start, covered, bitmap, hidden, origins,
     mask_kind, shown, added,
@@ -658,17 +701,17 @@ def attend(
         value_scales1: Their scales.
         values1: Where these are.
         key_axes: What each coded channel adds to a key, in whole numbers; rows and heads may share them.
-        key_units: Unit of each axis times that of the levels.
-        key_factors: The same in a unit of the block, in which axes are whole numbers of 16 bits.
-        key_mean: Mean key.
-        key_unit: Unit of each block.
-        key_blocks: Bits of each block, its first byte in a row, and its odd byte.
+        key_steps: Unit of each axis for channels of unit variance; likewise.
+        key_reference: Scale of byte 128, by row and head.
+        key_mean: Mean key; likewise.
+        key_plans: Which of the layouts each head has.
+        key_layouts: For each layout the bits of each block, its first byte in a row, and its odd byte.
         value_axes: The same of values.
-        value_units: Units.
-        value_factors: Units again.
+        value_steps: Units.
+        value_reference: Scales.
         value_mean: Mean value.
-        value_unit: Unit of each block.
-        value_blocks: Blocks.
+        value_plans: Layouts of heads.
+        value_layouts: Layouts.
         inv_freq: Radians per position of each pair of channels that turns; empty if keys were coded with their phase.
         interleaved: Whether pairs are neighbours.
         start: Position of the first token that was not a sink.
@@ -693,7 +736,7 @@ def attend(
         out: The output.
     """
     batch, query_heads, count, key_dim = queries.shape
-    heads, value_dim, rotary = key_units.shape[1], value_units.shape[2], 2 * len(inv_freq)
+    heads, value_dim, rotary = key_reference.shape[1], value_axes.shape[2], 2 * len(inv_freq)
     rows = query_heads // heads * count
     groups = -(-len(inv_freq) // _PAIRS)
 
@@ -705,6 +748,8 @@ def attend(
     turned, folded = np.empty((2 * _PAIRS * groups, rows), np.float32), np.empty((key_dim, rows), np.float32)
     constants, q = np.empty(rows, np.float32), np.empty((rows, key_dim), np.float32)
     positions, visible = np.empty(0, np.int64), np.empty(0, np.bool_)
+    units, factors = np.empty(key_dim, np.float32), np.empty(key_dim, np.float32)
+    unit = np.empty(key_dim // _BLOCK, np.float32)
     hides = mask_kind > 0 or hidden.shape[2] > 0
 
     total = 0
@@ -719,16 +764,15 @@ def attend(
         first_number, number = number, number + chunks0 + chunks1
         if number <= begin or first_number >= end:
             continue
-        key_head = key_axes[min(row, key_axes.shape[0] - 1), min(head, key_axes.shape[1] - 1)]
-        units, places, value_places = key_units[row, head], key_blocks[row, head], value_blocks[row, head]
+        axes, mean = _of_head(key_axes, row, head), _of_head(key_mean, row, head)
+        places, value_places = key_layouts[key_plans[row, head]], value_layouts[value_plans[row, head]]
+        _units(axes, _of_head(key_steps, row, head), key_reference[row, head], places, units, factors, unit)
         key_bytes, value_bytes = places[0].sum(), value_places[0].sum()
         for r in range(rows):
             for j in range(key_dim):
                 q[r, j] = queries[row, head * (rows // count) + r // count, r % count, j] * scaling
-        _whole_axes(key_head, key_factors[row, head], places, rotary, interleaved, whole)
-        _fold_queries(
-            q, key_head, units, key_mean[row, head], places, rotary, interleaved, turned, folded, constants, means
-        )
+        _whole_axes(axes, factors, places, rotary, interleaved, whole)
+        _fold_queries(q, axes, units, mean, places, rotary, interleaved, turned, folded, constants, means)
         tokens = keys0[2, index] + keys1[2, index]
         if hides or rotary:
             if len(positions) < tokens:
@@ -759,9 +803,7 @@ def attend(
                     )
                     if rotary:
                         _interleave(levels, pairs)
-                        add_whole_products(
-                            pairs, whole[block * rotary * _BLOCK :], key_unit[row, head, block], products, rotary
-                        )
+                        add_whole_products(pairs, whole[block * rotary * _BLOCK :], unit[block], products, rotary)
                     if rotary < key_dim:
                         _to_float(levels, channels)
                         _add_products(channels, folded, block * _BLOCK, rows, logits)
@@ -807,11 +849,15 @@ def attend(
     if stage != SHARE:
         for index in range(batch * heads):
             row, head = index // heads, index % heads
-            value_head = value_axes[min(row, value_axes.shape[0] - 1), min(head, value_axes.shape[1] - 1)]
+            axes, mean = _of_head(value_axes, row, head), _of_head(value_mean, row, head)
+            steps, level = _of_head(value_steps, row, head), value_layouts[value_plans[row, head]]
+            value_units = np.empty(value_dim, np.float32)
+            for c in range(value_dim):
+                value_units[c] = steps[c] * (_LEVELS[level[0, c // _BLOCK]] * value_reference[row, head])
             for r in range(rows):
                 g, m = head * (rows // count) + r // count, r % count
                 _finish(
-                    parts, index * rows + r, value_head, value_units[row, head], value_mean[row, head],
+                    parts, index * rows + r, axes, value_units, mean,
                     queries[row, g, m], scaling, softcap, sink_logits[g] if len(sink_logits) else _FAR,
                     mask_kind, shown[row, g, m], added[row, g, m],
                     sink_keys[row, head], sink_values[row, head], tail_keys[row, head], tail_values[row, head],
@@ -823,7 +869,7 @@ def attend(
 
 
 @entry(*_ROWS, *_SIDE, types.int64, types.int64, array(types.float32, 3))
-def decode(words, scales, rows, axes, units, _factors, mean, _unit, blocks, worker, workers, out):
+def decode(words, scales, rows, axes, steps, reference, mean, plans, layouts, worker, workers, out):
     """Decode the vectors of some heads.
 
     Args:
@@ -831,25 +877,27 @@ def decode(words, scales, rows, axes, units, _factors, mean, _unit, blocks, work
         scales: Their scales.
         rows: For each row of the batch and head, where in these its first vector is, and how many there are.
         axes: As of `attend`.
-        units: Units.
+        steps: Units.
+        reference: Scales.
         mean: Mean vector.
-        blocks: Blocks.
+        plans: Layouts of heads.
+        layouts: Layouts.
         worker: Number of this thread, which decodes every so many-th head.
         workers: How many there are.
         out: The vectors of each row and head.
     """
-    heads, dim = units.shape[1:]
+    (batch, heads), dim = reference.shape, axes.shape[2]
     scratch, levels = np.empty((3, CHUNK), np.uint16), np.empty(_BLOCK * CHUNK, np.int16)
     channels, vectors = np.empty(_BLOCK * CHUNK, np.float32), np.empty(dim * CHUNK, np.float32)
     factors, own_scales = np.empty((dim, dim), np.float32), np.empty(CHUNK, np.float32)
-    for index in range(worker, units.shape[0] * heads, workers):
+    for index in range(worker, batch * heads, workers):
         row, head = index // heads, index % heads
-        places = blocks[row, head]
-        size = places[0].sum()
-        own = axes[min(row, axes.shape[0] - 1), min(head, axes.shape[1] - 1)]
+        places, own, own_mean = layouts[plans[row, head]], _of_head(axes, row, head), _of_head(mean, row, head)
+        size, step = places[0].sum(), _of_head(steps, row, head)
         for c in range(dim):
+            unit = step[c] * (_LEVELS[places[0, c // _BLOCK]] * reference[row, head])
             for j in range(dim):
-                factors[c, j] = np.float32(own[c, j]) * units[row, head, c]
+                factors[c, j] = np.float32(own[c, j]) * unit
         for at in range(0, rows[2, index], CHUNK):
             count = min(CHUNK, rows[2, index] - at)
             _scales(scales, rows[1, index] + at, count, own_scales)
@@ -862,4 +910,4 @@ def decode(words, scales, rows, axes, units, _factors, mean, _unit, blocks, work
             for i in range(count):
                 vector = out[index, at + i]
                 for j in range(dim):
-                    vector[j] = own_scales[i] * vectors[j * CHUNK + i] + mean[row, head, j]
+                    vector[j] = own_scales[i] * vectors[j * CHUNK + i] + own_mean[j]

@@ -3,8 +3,7 @@
 from collections.abc import Hashable
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +12,7 @@ from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.layout import BLOCK, CodeLayout
-from nexusquant_cache.codec.operands import SidePlan
 from nexusquant_cache.codec.transform import VectorTransform
-
-UNITS = (0, 128, 128, 64, 16)
-"""What the whole numbers that compiled functions decode levels to count, in units of ``2 ** -24``, by rate."""
-_LEVEL, _INT16 = 2.0**-24, 2**15 - 1
 
 
 def is_wanted(device: torch.device) -> bool:
@@ -28,8 +22,9 @@ def is_wanted(device: torch.device) -> bool:
 
 def why_not(layouts: tuple[CodeLayout, ...], transform: VectorTransform) -> str | None:
     """Return why compiled functions cannot compute with these layouts and this transform; None if they can."""
+    del layouts
     reason = why_not_on(transform.reference.device)
-    if reason is None and transform.side_plan(layouts) is None:
+    if reason is None and transform.rotation.axes(transform.reference.device) is None:
         reason = f"{type(transform.rotation).__name__} is not written as whole numbers (Rotation.axes)"
     return reason
 
@@ -47,64 +42,69 @@ def _has_numba() -> bool:
 
 
 def specialisation(layouts: tuple[CodeLayout, ...], transform: VectorTransform) -> Hashable:
-    """Return what decides which ways functions that encode and decode with these take."""
-    plan = transform.side_plan(layouts)
-    assert plan is not None, "why_not has found nothing"
-    return plan.head_dim, plan.rates
+    """Return what decides which ways functions that encode and decode with these take: the rates that occur."""
+    rates = 0
+    for plan in set(transform.plan_of_heads) or {0}:
+        rates |= _rates(layouts[plan])
+    return layouts[0].head_dim, rates
+
+
+@lru_cache(maxsize=256)
+def _rates(layout: CodeLayout) -> int:
+    return sum(1 << bits for bits in set(layout.block_bits))
 
 
 class Side(NamedTuple):
-    """What the packed keys, or values, of a layer share, as compiled functions take it.
-
-    A decoded vector is ``scale * sum(level[c] * units[c] * axes[c]) + mean``, where levels are whole numbers of `UNITS`
-    and scales relative to the reference.
+    """What the packed keys, or values, of a layer share, as compiled functions take it: views of what the layer holds.
 
     Attributes:
-        axes: What each coded channel adds to a vector, ``[b or 1, h or 1, d, d]``.
-        units: Their units, ``[b, h, d]``.
-        whole_units: Units in units of the block, in which axes are whole numbers of 16 bits, ``[b, h, d]``.
-        mean: Mean vector, ``[b, h, d]``.
-        unit: The unit of each block, ``[b, h, blocks]``.
-        blocks: For each head and block its bits, its first byte in a row, and its odd byte, ``[b, h, 3, blocks]``.
+        axes: What each coded channel adds to a vector, in whole numbers, ``[b or 1, h or 1, d, d]``.
+        steps: Unit of each axis for channels of unit variance, ``[b or 1, h or 1, d]``.
+        reference: Scale that scale byte 128 stands for, ``[b, h]``.
+        mean: Mean vector, ``[b or 1, h or 1, d]``.
+        plans: Which of the layouts each head has, ``[b, h]``.
+        layouts: For each layout the bits of each block, its first byte in a row, and its odd byte.
     """
 
     axes: NDArray[np.int8]
-    units: NDArray[np.float32]
-    whole_units: NDArray[np.float32]
+    steps: NDArray[np.float32]
+    reference: NDArray[np.float32]
     mean: NDArray[np.float32]
-    unit: NDArray[np.float32]
-    blocks: NDArray[np.int32]
+    plans: NDArray[np.uint8]
+    layouts: NDArray[np.int32]
 
 
 def side_of(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> Side:
-    """Return a transform as compiled functions take it, made once; only where `why_not` returns None."""
-    plan = transform.side_plan(layouts)
-    assert plan is not None, "why_not has found nothing"
-    if plan not in _SIDES:
-        _SIDES[plan] = _side(plan, layouts)
-    return _SIDES[plan]
+    """Return a transform as compiled functions take it; only where `why_not` returns None."""
+    found = transform.rotation.axes(transform.reference.device)
+    assert found is not None, "why_not has found nothing"
+    (axes, steps), reference = found, transform.reference[..., 0]
+    steps = steps[None, None] if steps.ndim == 1 else steps
+    mean = (
+        _none(layouts[0].head_dim) if transform.mean is None else transform.mean[:, :, 0].float().contiguous().numpy()
+    )
+    plans = _first_layout(reference.shape) if transform.plans is None else transform.plans.contiguous().numpy()
+    tables = _tables(tuple(layout.block_bits for layout in layouts))
+    axes, steps, reference = axes.contiguous(), steps.contiguous(), reference.contiguous()
+    return Side(axes.numpy(), steps.numpy(), reference.numpy(), mean, plans, tables)
 
 
-_SIDES: WeakKeyDictionary[SidePlan, Side] = WeakKeyDictionary()
+@lru_cache(maxsize=16)
+def _none(dim: int) -> NDArray[np.float32]:
+    return np.zeros((1, 1, dim), np.float32)
 
 
-def _side(plan: SidePlan, layouts: tuple[CodeLayout, ...]) -> Side:
-    blocks = np.array([_places(layout) for layout in layouts], np.int32)[plan.plans.numpy()]
-    bits = blocks[:, :, 0].repeat(BLOCK, -1)
-    units = plan.step.double().numpy() * plan.factor.double().numpy()[..., None] * np.array(UNITS)[bits] * _LEVEL
-    # Products of 16 bits with eight levels add up to less than 31.
-    largest = (units * plan.axes.abs().amax(-1).numpy()).reshape(*blocks.shape[:2], -1, BLOCK).max(-1)
-    unit = np.where(largest > 0, largest, 1.0) / _INT16
-    mean = np.zeros(units.shape) if plan.mean is None else plan.mean[:, :, 0].float().numpy()
-
-    def single(x: NDArray[Any]) -> NDArray[np.float32]:
-        return np.ascontiguousarray(x, np.float32)
-
-    whole_units = units / unit.repeat(BLOCK, -1)
-    return Side(plan.axes.numpy(), single(units), single(whole_units), single(mean), single(unit), blocks)
+@lru_cache(maxsize=16)
+def _first_layout(shape: torch.Size) -> NDArray[np.uint8]:
+    return np.zeros(shape, np.uint8)
 
 
 @lru_cache(maxsize=64)
+def _tables(plans: tuple[tuple[int, ...], ...]) -> NDArray[np.int32]:
+    layouts = (CodeLayout(BLOCK * len(plan), plan) for plan in plans)
+    return np.array([_places(layout) for layout in layouts], np.int32)
+
+
 def _places(layout: CodeLayout) -> tuple[tuple[int, ...], ...]:
     """Return bits, first byte and odd byte of each block."""
     words, odd = [0] * layout.blocks, [0] * layout.blocks
