@@ -17,7 +17,7 @@ import numpy as np
 from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec import impl as selector
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.codec.cpu import attend, compiled, decode, encode, kernels_read
+from nexusquant_cache.codec.cpu import attend, compiled, decode, encode, kernels_read, workers
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import CodedSide, HeldTokens
 from nexusquant_cache.codec.layout import CodeLayout
@@ -345,3 +345,19 @@ def test_a_machine_that_keeps_nothing_on_disk_compiles_all_the_same(monkeypatch:
     numbers = np.ones(3, np.float32)
     double(numbers)
     assert numbers.tolist() == [2, 2, 2]
+
+
+def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    held, queries = held_of(replace(PLAIN, tokens=700, batch=2, rotary_dim=64)), torch.randn(2, 4, 2, 64)
+    side = held.keys
+    vectors = plain_decode.decode(side.packed, side.transform, side.codec.layouts)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        out = attend.attend(queries, held, None, Softmax(0.125))[0]
+        encoded = encode.encode(vectors, side.transform, side.codec.layouts, (1.0,))
+        found.append((out, encoded.words, decode.decode(side.packed, side.transform, side.codec.layouts)))
+    assert workers.workers_for(2 * 2 * 700 // kernels_read.CHUNK) == 3
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(found[0][1], found[1][1])
+    assert torch.equal(found[0][2], found[1][2])

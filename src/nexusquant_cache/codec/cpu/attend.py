@@ -91,7 +91,7 @@ def _side(side: CodedSide) -> Side:
 
 def _phase(held: HeldTokens) -> tuple[Array, bool]:
     """Return the frequencies of pairs of channels, and whether pairs are neighbours."""
-    return (_NO_FLOATS, False) if held.phase is None else (held.phase.inv_freq.numpy(), held.phase.interleaved)
+    return (_NO_FLOATS, False) if held.phase is None else (_floats(held.phase.inv_freq), held.phase.interleaved)
 
 
 def _positions(held: HeldTokens) -> tuple[int, int, Array, Array, Array]:
