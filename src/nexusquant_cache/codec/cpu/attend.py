@@ -98,12 +98,17 @@ def _positions(held: HeldTokens) -> tuple[int, int, Array, Array, Array]:
     """Return where packed tokens stand: the first one, how many are covered, which of them are kept, and hidden."""
     assert held.positions is not None
     places, (batch, heads) = held.positions, held.tail[0].shape[:2]
-    none = np.broadcast_to(_NO_BYTES, (batch, heads, 0))
+    none = _no_bitmap(batch, heads)
     origins = _NO_NUMBERS if held.origins is None else held.origins.to(torch.int64).numpy()
     if places.bitmap is None:  # all follow one another
         return places.start, 0, none, none, origins
     hidden = none if places.hidden is None else places.hidden.numpy()
     return places.start, places.covered, places.bitmap.numpy(), hidden, origins
+
+
+@lru_cache(maxsize=8)
+def _no_bitmap(batch: int, heads: int) -> Array:
+    return np.empty((batch, heads, 0), np.uint8)
 
 
 def _mask(mask: Tensor | None, shape: torch.Size) -> tuple[int, Array, Array]:
@@ -126,9 +131,13 @@ def _exact(held: HeldTokens) -> tuple[Array | int, ...]:
     """Return sinks and tail, where the sinks stand, and how many tokens have been seen."""
     assert held.sinks is not None
     batch, sinks = held.tail[0].shape[0], held.sinks[0].shape[2]
-    positions = np.arange(sinks)[None] if held.sink_positions is None else held.sink_positions.numpy()
-    exact = (_floats(x) for x in (*held.sinks, *held.tail))
-    return *exact, np.broadcast_to(positions, (batch, sinks)), held.seen
+    positions = _first(batch, sinks) if held.sink_positions is None else held.sink_positions.numpy()
+    return *(_floats(x) for x in (*held.sinks, *held.tail)), positions, held.seen
+
+
+@lru_cache(maxsize=8)
+def _first(batch: int, sinks: int) -> Array:
+    return np.tile(np.arange(sinks), (batch, 1))
 
 
 def _floats(x: Tensor) -> Array:
