@@ -29,6 +29,8 @@ def checked(function: Any, *, typechecker: Any = None) -> Any:
     del typechecker
     if not inspect.isclass(function) and function.__code__.co_filename.endswith("uncompiled.py"):
         return function  # its wrappers have one code object, which torch.compile is told to pass over
+    if not inspect.isclass(function) and not function.__annotations__:
+        return function  # one that numba compiles, or triton
     if inspect.isclass(function):
         if dataclasses.is_dataclass(function) and "__init__" in vars(function):
             function.__init__ = checked(function.__init__)

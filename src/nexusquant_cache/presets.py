@@ -71,7 +71,7 @@ class CacheConfig:
             bits, the centring, the transform and the candidates have no meaning.
         impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that can run them, and in plain torch
             elsewhere; of a GPU that cannot, a line in the log says why.  ``"torch"`` never uses Triton kernels;
-            ``"triton"`` insists on them.
+            ``"triton"`` insists on them.  ``"cpu"`` insists on functions that numba compiles for a CPU.
 
     Raises:
         OptionError: If a value is outside its range, or an option does not exist.

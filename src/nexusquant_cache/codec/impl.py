@@ -7,7 +7,7 @@ An implementation is a folder beside this file and its name in `Impl`.  The fold
   `codec.torch`; the last with ``specialisation(queries, held)`` too.  ``attend`` may return None for a mask that it
   does not know, and raise `UnsupportedError` where the device cannot do the work after all.
 
-`codec.triton` is the example.  Nothing of a folder is imported before it is chosen, or asked why not.
+`codec.cpu` and `codec.triton` are the examples.  Nothing of a folder is imported before it is chosen, or asked why not.
 """
 
 import logging
@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
@@ -30,7 +30,7 @@ from nexusquant_cache.codec.torch import encode as plain_encode
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import UnsupportedError
 
-Impl = Literal["auto", "torch", "triton"]
+Impl = Literal["auto", "torch", "cpu", "triton"]
 """``"torch"``, or the name of another folder, insists on that implementation.  ``"auto"`` goes through those after
 ``"torch"`` and takes the first that is wanted on the device and can do the work; plain torch if there is none."""
 
@@ -40,6 +40,7 @@ _OTHERS: tuple[str, ...] = get_args(Impl)[2:]
 _MOST_ERROR = 2e-3
 _MOST_ATTENTION_ERROR = 0.03  # products may have float16 operands, and outputs be bfloat16
 _MOST_TIES = 0.05  # vectors of which rounding may have decided
+_COMPARED = 256  # tokens of each head that are encoded or decoded in plain torch too
 
 
 def _module(name: str, what: str) -> Any:  # noqa: ANN401 - see the top of this file
@@ -80,13 +81,18 @@ def encode(
         packed: PackedVectors = _module(name, "encode").encode(vectors, transform, layouts, candidates)
 
         def error() -> float:
-            plain = plain_encode.encode(vectors, transform, layouts, candidates)
-            return _code_error(vectors, packed, plain, transform, layouts)
+            some = vectors[:, :, :_COMPARED]
+            plain = plain_encode.encode(some, transform, layouts, candidates)
+            return _code_error(some, packed.map(_compared), plain, transform, layouts)
 
         key = (name, "encode", vectors.device, vectors.dtype, _specialisation(name, layouts, transform))
         if not vectors.numel() or is_right(codec.impl, key, error, _MOST_ERROR):
             return packed
     return plain_encode.encode(vectors, transform, layouts, candidates)
+
+
+def _compared(x: Shaped[Tensor, "b h n *rest"]) -> Shaped[Tensor, "b h some *rest"]:
+    return x[:, :, :_COMPARED]
 
 
 def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform) -> Float[Tensor, "b h n d"]:
@@ -96,7 +102,7 @@ def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform
         vectors: Tensor = _module(name, "decode").decode(packed, transform, layouts)
 
         def error() -> float:
-            return distance(vectors, plain_decode.decode(packed, transform, layouts))
+            return distance(_compared(vectors), plain_decode.decode(packed.map(_compared), transform, layouts))
 
         key = (name, "decode", vectors.device, vectors.dtype, _specialisation(name, layouts, transform))
         if not vectors.numel() or is_right(codec.impl, key, error, _MOST_ERROR):
