@@ -274,6 +274,7 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (0, 0)  # to which tokens attention was seen
         self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
         self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
+        self.scored: dict[int, list[list[float]]] = {}  # of the rows, while a compression chooses
         self.far: dict[tuple[int, int, int], float] = {}  # by row, head and position: the greatest attention from afar
         self.far_before = self.far
 
@@ -472,6 +473,7 @@ class OracleLayer(CacheLayerMixin):
         self.pending_from = None
         self.known = self.known_before = (0, 0)
         self.far = self.far_before = {}
+        self.scored = {}
 
     # Compression
 
@@ -573,6 +575,11 @@ class OracleLayer(CacheLayerMixin):
 
     def scores(self, row: Row) -> list[list[float]]:
         """Return the scores of what a policy chooses from, by head; all alike if there is nothing to choose."""
+        if id(row) not in self.scored:  # a policy is asked once
+            self.scored[id(row)] = self.asked_scores(row)
+        return self.scored[id(row)]
+
+    def asked_scores(self, row: Row) -> list[list[float]]:
         real = self.real(row)
         if self.budget(row) == len(real):
             return [[0.0] * len(real)] * len(row.alive)

@@ -12,12 +12,16 @@ from nexusquant_cache.layer.selection import Scope, Scores, Selection, shared_co
 def compress_together(layers: Sequence[NexusQuantLayer]) -> None:
     """Compress layers that wait, all now: what they keep together is shared out where their scores can be compared.
 
-    Nothing changes before all scores are there.  After an error half-way, some layers are compressed and others still
-    wait.
+    An error, or an interrupt, leaves all of them as they are now: those that still wait would choose otherwise alone.
     """
-    selections = _selections(layers)
-    for layer in layers:
-        layer.compress(selections.pop(layer.layer_idx, None))
+    selections, saved = _selections(layers), [(layer.state, layer.state.snapshot()) for layer in layers]
+    try:
+        for layer in layers:
+            layer.compress(selections.pop(layer.layer_idx, None))
+    except BaseException:
+        for state, before in saved:
+            state.restore(before)
+        raise
 
 
 def crop_together(layers: Sequence[NexusQuantLayer], count: int) -> None:
