@@ -274,6 +274,7 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (0, 0)  # to which tokens attention was seen
         self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
         self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
+        self.room_at = -1  # tokens seen when another layer's update compressed it
         self.scored: dict[int, list[list[float]]] = {}  # of the rows, while a compression chooses
         self.far: dict[tuple[int, int, int], float] = {}  # by row, head and position: the greatest attention from afar
         self.far_before = self.far
@@ -397,10 +398,11 @@ class OracleLayer(CacheLayerMixin):
         """Compress what an update of so many tokens begins with, which stays if the update fails."""
         self.known_before, self.far_before = self.known, self.far
         if self.is_due(tokens) and self.pending_from is not None:
-            self.owner.compress_together(
-                [each for each in self.owner.used if each.pending_from is not None and each.is_due(tokens)]
-            )
-        elif self.is_due(tokens):
+            waiting = [each for each in self.owner.used if each.pending_from is not None and each.is_due(tokens)]
+            self.owner.compress_together(waiting)
+            for each in waiting:
+                each.room_at = each.seen
+        elif self.is_due(tokens) and self.room_at != self.seen:
             self.make_room()
 
     def is_due(self, tokens: int) -> bool:

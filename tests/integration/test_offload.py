@@ -33,7 +33,7 @@ from nexusquant_cache.layer import host
 from nexusquant_cache.layer import residency as residency_module
 from nexusquant_cache.layer import tokens as tokens_module
 from nexusquant_cache.layer.host import to_device
-from nexusquant_cache.layer.tokens import TokenBuffer
+from nexusquant_cache.layer.tokens import RaggedBuffer, TokenBuffer
 from nexusquant_cache.releases import CACHE
 
 
@@ -43,7 +43,9 @@ def model() -> LlamaForCausalLM:
 
 
 def codes_of(layer: Any) -> list[Tensor]:
-    return [buffer.data for buffer in layer.state.buffers]
+    """Return the tensors in which codes and scales are stored."""
+    parts = ([b.front, b.rest.data] if isinstance(b, RaggedBuffer) else [b.data] for b in layer.state.buffers)
+    return [x for part in parts for x in part]
 
 
 def code_bytes(cache: NexusQuantCache) -> int:

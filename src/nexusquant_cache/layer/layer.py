@@ -47,6 +47,7 @@ class NexusQuantLayer(CacheLayerMixin):
         state: What it holds and counts.
         shared: What all layers of the cache share.
         residency: Where its tensors are.
+        room_at: Tokens seen when it was last compressed because another layer was given new ones.
     """
 
     is_sliding = False
@@ -62,6 +63,7 @@ class NexusQuantLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, including what was fitted."""
         self.is_initialized = False
+        self.room_at = -1
         self.state = LayerState(self.layer_idx)
         self.residency = Residency(self.state, self.shared)
 
@@ -152,7 +154,7 @@ class NexusQuantLayer(CacheLayerMixin):
         if is_due(state, self.shared, query_length):
             if state.turn.is_pending:
                 self.shared.compress_waiting(query_length)  # this layer among them
-            else:
+            elif self.room_at != state.seen:
                 self.compress()
         saved = state.snapshot_of_update()
         try:

@@ -223,17 +223,21 @@ Buffer: TypeAlias = TokenBuffer | RaggedBuffer
 
 
 def chosen(buffer: Buffer, stay: Bool[Tensor, "b h n"]) -> Buffer:
-    """Return a new buffer of some of the tokens.
+    """Return a new buffer of some of the tokens, lent to where the others are.
 
     Args:
         buffer: The tokens.
         stay: Which of its places; of empty ones none.
     """
-    counts = stay.sum(-1).cpu()
-    rows = buffer.rectangle()[stay.to(buffer.rectangle().device)]
+    counts, whole = stay.sum(-1).cpu(), buffer.rectangle()
+    rows = whole[stay.to(whole.device)]
+    found: Buffer
     if int(counts.min()) < int(counts.max()):
-        return RaggedBuffer.of(rows, counts)
-    return TokenBuffer.of(rows.view(*stay.shape[:2], -1, *rows.shape[1:]))
+        found = RaggedBuffer.of(rows, counts)
+    else:
+        found = TokenBuffer.of(rows.view(*stay.shape[:2], -1, *rows.shape[1:]))
+    found.fetch(buffer.view().device)  # where the others were lent to
+    return found
 
 
 def own(x: Tensor) -> Tensor:
