@@ -172,9 +172,13 @@ class SpreadCache(NexusQuantCache):
 def stored(layer: NexusQuantLayer) -> list[Tensor]:
     """Return the tensors that a layer holds for itself.
 
-    What layers share and the tables of the phase, which has some for each device, are not its own.
+    What layers share and the tables of the phase, which has some for each device, are not its own.  How many tokens
+    each head has stays on the CPU.
     """
-    return list(reachable_tensors({name: value for name, value in vars(layer.state).items() if name != "phase"}))
+    found = reachable_tensors({name: value for name, value in vars(layer.state).items() if name != "phase"})
+    holders = [*layer.state.buffers, *([] if layer.state.body is None else [layer.state.body.positions])]
+    counts = [id(getattr(holder, "counts", None)) for holder in holders]
+    return [x for x in found if id(x) not in counts]
 
 
 def pads() -> Tensor:

@@ -304,9 +304,9 @@ def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
     other = list(state.holders("positions", "transform"))
     host = 0
     if state.device != HOST:
-        # Without what is always there: plans and the places of sinks.
+        # Without what is always there: plans, the places of sinks, and how many tokens each head has.
         reference = () if state.body is None else (state.body.keys.transform.reference,)
-        host = storage_bytes(exact, codes, only=HOST)
+        host = storage_bytes(exact, [buffer.on_the_way for buffer in state.buffers], only=HOST)
         host += storage_bytes(other) if storage_bytes(reference, only=HOST) else 0
     return LayerReport(
         layer_idx=state.layer_idx,
