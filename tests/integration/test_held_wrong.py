@@ -195,11 +195,12 @@ def test_a_speculative_loop_of_ones_own_is_compressed(model: LlamaForCausalLM) -
     speculate(model, cache, 1)
     assert cache.layers[0].state.body is None
     speculate(model, cache, 1)
-    assert {layer.state.kept for layer in cache.layers} == {2 + 46 + 8 + 2}  # 92 + 4 - 2 candidates, of which half stay
+    # Of 92 + 4 - 2 candidates half stay, on average over the layers.
+    assert sum(layer.state.kept for layer in cache.layers) == 2 * (2 + 46 + 8 + 2)
     speculate(model, cache, 40)
+    assert sum(layer.state.kept for layer in cache.layers) == 2 * (58 + 80)
     for layer in cache.layers:
         assert layer.state.seen == 100 + 84
-        assert layer.state.kept == 58 + 80
         assert layer.state.tail_tokens <= SMALL["residual_length"] + SMALL["flush_length"] + 4
         assert layer.state.turn.pending_from is None
 
@@ -935,7 +936,7 @@ def test_a_cache_is_one_line(sdpa: LlamaForCausalLM) -> None:
     )
     cache = lossless_cache(sdpa.config, keep_ratio=0.5)
     logits(sdpa, prompt(60), cache)
-    assert "60 tokens seen, 60.0 KiB (0.2x), not compressed yet: waits for the first generation step)" in repr(cache)
+    assert "60 tokens seen, 60.9 KiB (0.2x), not compressed yet: waits for the first generation step)" in repr(cache)
     logits(sdpa, step(), cache)
     assert re.search(r"61 tokens seen, 36 kept, [\d.]+ KiB \(\d\.\dx\), compressed\)$", repr(cache))
     logits(sdpa, prompt(30, seed=1), cache)

@@ -158,7 +158,7 @@ def test_masks_that_kernels_do_not_know_are_for_plain_torch(kind: str, launches:
 
 
 def test_rows_of_different_length_are_attended_to_by_kernels(launches: list[tuple[int, ...]]) -> None:
-    """The long row keeps 10 of 50, fewer than the 14 of the short one, and its heads fill up with other tokens."""
+    """The long row keeps 10 of 50, fewer than the 14 of the short one: its heads have empty places."""
     model = tiny_llama(num_hidden_layers=1)
     mask = torch.ones(2, 60, dtype=torch.int64)
     mask[0, :36] = 0
@@ -169,7 +169,6 @@ def test_rows_of_different_length_are_attended_to_by_kernels(launches: list[tupl
         cache.compress()
         visible = part_of(cache.layers[0], 0).held().visible
         assert visible.logical_not().sum(-1).flatten(1).tolist() == [[0, 0], [4, 4]]
-        assert not torch.equal(*visible[1])
         plain = copy.deepcopy(cache)
         plain.layers[0].state.codecs = tuple(replace(codec, impl="torch") for codec in plain.layers[0].state.codecs)
         mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
