@@ -300,13 +300,14 @@ def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
         return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = state.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    exact, codes = list(state.holders("exact")), list(state.holders("codes", "scales"))
-    other = list(state.holders("positions", "transform"))
+    exact, codes = list(state.holders("exact")), [buffer.on_the_way for buffer in state.buffers]
+    counts = [getattr(buffer, "counts", None) for buffer in state.buffers]
+    other = [*state.holders("positions", "transform"), *counts]
     host = 0
     if state.device != HOST:
         # Without what is always there: plans, the places of sinks, and how many tokens each head has.
         reference = () if state.body is None else (state.body.keys.transform.reference,)
-        host = storage_bytes(exact, [buffer.on_the_way for buffer in state.buffers], only=HOST)
+        host = storage_bytes(exact, codes, only=HOST)
         host += storage_bytes(other) if storage_bytes(reference, only=HOST) else 0
     return LayerReport(
         layer_idx=state.layer_idx,
