@@ -593,8 +593,8 @@ class TestStreams:
             cache = self.on_its_way(model)
             watched.clear()
             logits(model, prompt(1), cache)
-        # The first has been on its way since the last step; four buffers each.
-        assert watched == [*[("beside", 1)] * 4, ("arrives", 0), *[("beside", 0)] * 4, ("arrives", 1)]
+        # The first has been on its way since the last step; four buffers each, of two parts.
+        assert watched == [*[("beside", 1)] * 8, ("arrives", 0), *[("beside", 0)] * 8, ("arrives", 1)]
 
     @pytest.mark.usefixtures("fresh_tables")
     @pytest.mark.parametrize("operation", [*CHANGING, look, transforms, step, recording, layer_states, lengths])

@@ -53,8 +53,12 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     cache = NexusQuantCache("quant", keep_ratio=0.5, key_bits=3, value_bits=2, transform="hadamard", **SMALL)
     feed(cache, *random_states((1, 2, 100, 16), 0), 0)
     plain, queries = cache.memory_report().layers[0], 64 * GROUP * 2 * 16 * 4  # the last of them wait too
-    assert (plain.exact_bytes, plain.code_bytes, plain.other_bytes) == (100 * 2 * 32 * 4 + queries, 0, 0)
-    assert cache.memory_report().compression_factor == 12800 / (25600 + queries)  # float32 against 16 bit
+    assert (plain.exact_bytes, plain.code_bytes, plain.other_bytes) == (
+        100 * 2 * 32 * 4 + queries + 100 * 2 * 4,
+        0,
+        0,
+    )  # and far attention
+    assert cache.memory_report().compression_factor == 12800 / (25600 + queries + 800)  # float32 against 16 bit
 
     cache.compress()
     row, whole = cache.memory_report().layers[0], cache.memory_report()
@@ -62,7 +66,8 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     assert row.exact_bytes == (2 + 8) * 2 * 32 * 4
     assert row.code_bytes == 45 * 2 * ((6 + 1) + (4 + 1))
     bitmap, means, references = 2 * 12, 2 * 16 * 2, 2 * 2 * 4
-    assert row.other_bytes == bitmap + means + references
+    counts = 5 * 2 * 8  # of tokens by head: of the positions and of four buffers
+    assert row.other_bytes == bitmap + means + references + counts
     assert row.held_bytes == whole.held_bytes == 2560 + 1080 + 104
     assert whole.dense_bytes == 100 * 2 * 32 * 2
     assert whole.compression_factor == 12800 / 3744
@@ -99,7 +104,7 @@ def test_the_peak_is_the_exact_prompt() -> None:
     for length in (300, 1):
         feed(cache, *random_states((1, 2, length, 16), 0, torch.bfloat16), 0)
     queries = 64 * GROUP * 2 * 16 * 2
-    assert cache.memory_report().peak_bytes == 300 * 2 * 32 * 2 + queries
+    assert cache.memory_report().peak_bytes == 300 * 2 * 32 * 2 + queries + 300 * 2 * 4  # and far attention
     assert cache.memory_report().held_bytes < 300 * 2 * 32 * 2 / 4
     cache.reset()
     assert cache.memory_report().peak_bytes == 0

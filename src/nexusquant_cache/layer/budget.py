@@ -1,6 +1,7 @@
 """How the layers of a cache share what they keep of a prompt."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -40,14 +41,16 @@ def _selections(layers: Sequence[NexusQuantLayer]) -> dict[int, Selection]:
     sharing = [layer for layer in layers if evicts_now(layer.state, layer.shared) and _is_comparable(layer)]
     if len(sharing) <= 1:
         return {}
+    scopes: list[Scope] = []
     found: list[Scores] = []
     for layer in sharing:
         state = layer.state
         with layer.residency.at_home(codes=False), torch.autocast(state.home.type, enabled=False):
-            found.append(Scope.of(state, layer.shared).scores())
+            scopes.append(Scope.of(state, layer.shared))
+            found.append(scopes[-1].scores())
     return {
-        layer.layer_idx: Selection.of(scores.scores, counts)
-        for layer, scores, counts in zip(sharing, found, shared_counts(found), strict=True)
+        layer.layer_idx: replace(Selection.of(scores.scores, counts), scope=scope)
+        for layer, scope, scores, counts in zip(sharing, scopes, found, shared_counts(found), strict=True)
     }
 
 

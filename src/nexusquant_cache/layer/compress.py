@@ -42,7 +42,7 @@ def make_room(state: LayerState, shared: Shared, selection: Selection | None = N
     compression = Compression(state, shared)
     with torch.autocast(state.home.type, enabled=False):
         if state.turn.is_pending and count >= settings.min_tokens:
-            scope = Scope.of(state, shared)
+            scope = (selection and selection.scope) or Scope.of(state, shared)
             if not state.may_evict and ceil(settings.keep_ratio * count) < count:
                 shared.warn_kept_whole(state.layer_idx)
             if evicts_now(state, shared):

@@ -187,11 +187,13 @@ class Selection:
         taken: Which tokens are encoded.
         kept: Which of them are kept.
         unlike: Which of them say nothing of the tokens of their row: it keeps fewer than others in all of its heads.
+        scope: What was chosen from, if that is known already.
     """
 
     taken: Bool[Tensor, "b h n"]
     kept: Bool[Tensor, "b h n"]
     unlike: Bool[Tensor, "b h n"]
+    scope: Scope | None = None
 
     @classmethod
     def of(cls, scores: Float[Tensor, "b h n"], counts: Int[Tensor, "b h"]) -> "Selection":
