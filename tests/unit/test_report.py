@@ -68,7 +68,7 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     bitmap, means, references = 2 * 12, 2 * 16 * 2, 2 * 2 * 4
     counts = 5 * 2 * 8  # of tokens by head: of the positions and of four buffers
     assert row.other_bytes == bitmap + means + references + counts
-    assert row.held_bytes == whole.held_bytes == 2560 + 1080 + 104
+    assert row.held_bytes == whole.held_bytes == 2560 + 1080 + 104 + counts
     assert whole.dense_bytes == 100 * 2 * 32 * 2
     assert whole.compression_factor == 12800 / 3744
     assert whole.peak_bytes == 25600 + queries
