@@ -66,7 +66,7 @@ def test_the_numbers_of_a_small_case_by_hand() -> None:
     assert row.exact_bytes == (2 + 8) * 2 * 32 * 4
     assert row.code_bytes == 45 * 2 * ((6 + 1) + (4 + 1))
     bitmap, means, references = 2 * 12, 2 * 16 * 2, 2 * 2 * 4
-    counts = 5 * 2 * 8  # of tokens by head: of the positions and of four buffers
+    counts = 2 * 8  # of tokens by head
     assert row.other_bytes == bitmap + means + references + counts
     assert row.held_bytes == whole.held_bytes == 2560 + 1080 + 104 + counts
     assert whole.dense_bytes == 100 * 2 * 32 * 2

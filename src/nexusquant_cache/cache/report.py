@@ -301,8 +301,7 @@ def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
     keys, values = state.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
     exact, codes = list(state.holders("exact")), [buffer.on_the_way for buffer in state.buffers]
-    counts = [getattr(buffer, "counts", None) for buffer in state.buffers]
-    other = [*state.holders("positions", "transform"), *counts]
+    other = list(state.holders("positions", "transform"))
     host = 0
     if state.device != HOST:
         # Without what is always there: plans, the places of sinks, and how many tokens each head has.

@@ -70,7 +70,7 @@ class RaggedVectors:
     @cached_property
     def front(self) -> int:
         """The most vectors that a head has before the rest."""
-        return int(self.counts.max()) if self.counts.numel() else 0
+        return int(self.counts.max())
 
     @property
     def tokens(self) -> int:
@@ -90,7 +90,7 @@ class RaggedVectors:
         behind = self.rest.part(slice(max(start - self.front, 0), max(stop - self.front, 0)))
         if front.start == front.stop:
             return behind
-        index = places(self.counts, self.words.device)[..., front]
+        index = places(self.counts, self.words.device, front)
         before = PackedVectors(self.words[index], self.scales[index])
         return PackedVectors.cat([before, behind]) if behind.tokens else before
 
@@ -99,24 +99,24 @@ class RaggedVectors:
         return self.part(slice(None))
 
 
-def places(counts: Int[Tensor, "b h"], device: torch.device) -> Int[Tensor, "b h most"]:
+def places(counts: Int[Tensor, "b h"], device: torch.device, some: slice = slice(None)) -> Int[Tensor, "b h some"]:
     """Return where the vectors of each head lie, stored one head behind the other; behind the last one it is repeated.
 
     Args:
         counts: How many each head has, on the CPU.
         device: Where the result shall be.
+        some: Which of the places of each head, as many as the head with most vectors has.
     """
-    counts = counts.to(device)
-    ends = counts.flatten().cumsum(0).view_as(counts)[..., None]
-    most = int(counts.max()) if counts.numel() else 0
-    index = ends - counts[..., None] + torch.arange(most, device=device)
+    start, stop, _ = some.indices(int(counts.max()))
+    counts = counts.to(device)[..., None]
+    ends = counts.flatten().cumsum(0).view_as(counts)
+    index = ends - counts + torch.arange(start, stop, device=device)
     return index.minimum(ends - 1).clamp_min(0)
 
 
 def is_there(counts: Int[Tensor, "b h"], device: torch.device) -> Bool[Tensor, "b h most"]:
     """Return which vectors of such a rectangle a head has."""
-    most = int(counts.max()) if counts.numel() else 0
-    return torch.arange(most, device=device) < counts.to(device)[..., None]
+    return torch.arange(int(counts.max()), device=device) < counts.to(device)[..., None]
 
 
 def filled(rows: Shaped[Tensor, "total *rest"], counts: Int[Tensor, "b h"]) -> Shaped[Tensor, "b h most *rest"]:

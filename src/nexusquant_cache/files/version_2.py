@@ -16,7 +16,7 @@ def drop_hidden(state: LayerState, source: Source) -> None:
     kept = positions.bits_of(positions.bitmap)
     stay = torch.ones(*kept.shape[:2], positions.tokens, dtype=torch.bool, device=kept.device)
     stay[..., : positions.kept] = ~hidden[kept].view(*kept.shape[:2], positions.kept)
-    state.body.choose(stay)
     later = torch.ones(*kept.shape[:2], positions.dense, dtype=torch.bool, device=kept.device)
     positions.dense = 0
     positions.cover(torch.cat([kept & ~hidden, later], -1))
+    state.body.choose(stay)

@@ -145,11 +145,12 @@ class Compression:
             positions.append_all(tokens)
             return
         before, fresh = positions.visible(), kept[taken].view(*kept.shape[:2], tokens)
-        if before is not None or not bool(fresh.all()):
-            if before is None:
-                before = fresh.new_ones(*fresh.shape[:2], positions.tokens)
-            body.choose(torch.cat([before, fresh], 2))
+        is_ragged = before is not None or not bool(fresh.all())
+        if before is None:
+            before = fresh.new_ones(*fresh.shape[:2], positions.tokens)
         positions.append(kept)
+        if is_ragged:
+            body.choose(torch.cat([before, fresh], 2))
 
     def _append(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> None:
         body, codecs = self.state.body, self.state.codecs

@@ -231,7 +231,7 @@ def listed() -> dict[str, Declared]:
     return {declared.name: declared for declared in TENSORS if declared.is_listed}
 
 
-_POSITIONS = "body.positions."
+_BODY = "body."
 _KINDS: tuple[Kind, ...] = ("exact", "codes", "scales", "positions", "transform")
 
 
@@ -476,13 +476,11 @@ class LayerState:
     def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor by what ``function`` makes of the rows of the batch; it keeps the other axes."""
         for declared in _of(_KINDS, but="transform"):
-            found = find(self, declared.path)
-            if isinstance(found, Buffer):
-                found.map_rows(function)
-            elif found is not None and not declared.path.startswith(_POSITIONS):
+            found = None if declared.path.startswith(_BODY) else find(self, declared.path)
+            if found is not None:
                 put(self, declared.path, function(found))
         if self.body is not None:
-            self.body.map_positions(function)
+            self.body.map_rows(function)
             self._map_transforms(function)
 
     def move(self, function: Callable[[Tensor], Tensor], *kinds: Kind) -> None:

@@ -84,8 +84,9 @@ class TokenBuffer:
         """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
         return replace(self)
 
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, function: Callable[[Tensor], Tensor], counts: Int[Tensor, "b h"] | None = None) -> None:
         """Replace the stored tokens by the result of a function of the rows of a batch, dropping unused room."""
+        del counts
         self.move(function)
 
     def move(self, function: Callable[[Tensor], Tensor]) -> None:
@@ -121,7 +122,7 @@ class RaggedBuffer:
 
     Attributes:
         front: What the prompt has left.
-        counts: How many of these each row and head has, on the CPU.
+        counts: How many of these each row and head has, on the CPU: the tensor that `PositionMap` has.
         rest: What came later.
         fetched: A copy of ``front`` where it is needed.
     """
@@ -140,7 +141,6 @@ class RaggedBuffer:
             counts: How many of these each has, on the CPU, without those behind.
             behind: How many of the last rows of each head are not counted.
         """
-        counts = counts.clone()
         lead = tuple(counts.shape)
         if not behind:
             return cls(_exact(rows), counts, TokenBuffer(rows.new_empty(*lead, 0, *rows.shape[1:]), 0))
@@ -184,11 +184,16 @@ class RaggedBuffer:
         """Return another holder of the same tokens, which stays as it is when tokens come to this one, or go."""
         return replace(self, rest=self.rest.shallow())
 
-    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace the stored tokens by the result of a function of the rows of a batch, dropping unused room."""
+    def map_rows(self, function: Callable[[Tensor], Tensor], counts: Int[Tensor, "b h"] | None) -> None:
+        """Replace the stored tokens by the result of a function of the rows of a batch, dropping unused room.
+
+        Args:
+            function: Keeps the other axes.
+            counts: The result for `counts`.
+        """
+        assert counts is not None
         rows = function(filled(self.front, self.counts))
-        counts = function(self.counts)
-        self.rest.map_rows(function)
+        self.rest.move(function)
         rows = rows[:, :, : int(counts.max())][is_there(counts, rows.device)]
         self.front, self.fetched, self.counts = rows, None, counts
 
@@ -222,20 +227,21 @@ class RaggedBuffer:
 Buffer: TypeAlias = TokenBuffer | RaggedBuffer
 
 
-def chosen(buffer: Buffer, stay: Bool[Tensor, "b h n"]) -> Buffer:
+def chosen(buffer: Buffer, stay: Bool[Tensor, "b h n"], counts: Int[Tensor, "b h"] | None) -> Buffer:
     """Return a new buffer of some of the tokens, lent to where the others are.
 
     Args:
         buffer: The tokens.
         stay: Which of its places; of empty ones none.
+        counts: How many that are in each head, on the CPU; None if equally many.
     """
-    counts, whole = stay.sum(-1).cpu(), buffer.rectangle()
+    whole = buffer.rectangle()
     rows = whole[stay.to(whole.device)]
     found: Buffer
-    if int(counts.min()) < int(counts.max()):
-        found = RaggedBuffer.of(rows, counts)
-    else:
+    if counts is None:
         found = TokenBuffer.of(rows.view(*stay.shape[:2], -1, *rows.shape[1:]))
+    else:
+        found = RaggedBuffer.of(rows, counts)
     found.fetch(buffer.view().device)  # where the others were lent to
     return found
 
@@ -288,9 +294,9 @@ class PackedSide:
         self.words.append(packed.words)
         self.scales.append(packed.scales)
 
-    def choose(self, stay: Bool[Tensor, "b h n"]) -> None:
-        """Keep some of the tokens."""
-        self.words, self.scales = chosen(self.words, stay), chosen(self.scales, stay)
+    def choose(self, stay: Bool[Tensor, "b h n"], counts: Int[Tensor, "b h"] | None) -> None:
+        """Keep some of the tokens; see `chosen`."""
+        self.words, self.scales = chosen(self.words, stay, counts), chosen(self.scales, stay, counts)
 
     def packed(self) -> PackedVectors | RaggedVectors:
         """Return all packed tokens; shares memory."""
@@ -316,17 +322,20 @@ class PackedTokens:
         )
         return PackedTokens(keys, values, replace(self.positions))
 
-    def map_positions(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Let the positions follow the tokens through a function of the rows of a batch."""
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Put codes and positions through a function of the rows of a batch."""
         positions = self.positions
         positions.map_rows(function)
+        for side in (self.keys, self.values):
+            side.words.map_rows(function, positions.counts)
+            side.scales.map_rows(function, positions.counts)
         if positions.counts is not None and int(positions.counts.min()) == positions.kept:  # of the rows that are left
             stay = positions.visible()
             assert stay is not None
-            self.choose(stay)
             positions.counts = None
+            self.choose(stay)
 
     def choose(self, stay: Bool[Tensor, "b h n"]) -> None:
-        """Keep some of the tokens; the positions are not changed."""
-        self.keys.choose(stay)
-        self.values.choose(stay)
+        """Keep some of the tokens; the positions say so already, and of none behind those that they cover."""
+        self.keys.choose(stay, self.positions.counts)
+        self.values.choose(stay, self.positions.counts)
