@@ -53,7 +53,7 @@ def exact_part(function: Function) -> Function:
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""
     told = threading.Timer(
-        _PATIENCE, _LOG.warning, ["compiling the codec for this machine, once; that takes about a minute"]
+        _PATIENCE, _LOG.warning, ["compiling the codec for this machine, once; that takes a while"]
     )
     told.daemon = True
     told.start()
