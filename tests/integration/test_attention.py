@@ -9,7 +9,7 @@ import pytest
 import torch
 from integration.families import FAMILIES, VISION_START, WITHOUT_INTERFACE, build, inputs
 from integration.modes import MODES, PROMPT, assistant_of, pad_left
-from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, kept_positions, logits, prompt, tiny_llama
+from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, kept_mask, logits, prompt, tiny_llama
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -422,14 +422,14 @@ class TestReconstruct:
         attention.reconstruct(model, cache, ids)
         scores = [layer.state.observed.reconstruction for layer in cache.layers]
         generate(model, torch.cat([ids, question], 1), cache, 2)
-        kept = SMALL["sink_tokens"] + cache.layers[0].state.body.positions.tokens
         for index, score in enumerate(scores):
-            positions = kept_positions(cache, index)[0]
+            kept = kept_mask(cache, index)[0]
             for head in (0, 1):
-                found = set(positions[head].tolist())
-                assert set(range(60, 90)) <= found
+                assert kept[head, 60:90].all()
                 best = 2 + score[0, head, 2:].argsort(descending=True, stable=True)
-                assert found - set(range(60, 95)) - {0, 1} == set(best[: kept - 2 - 22].tolist())
+                found = set((2 + kept[head, 2:60].nonzero()[:, 0]).tolist())
+                assert 0 < len(found) < 58
+                assert found == set(best[: len(found)].tolist())
             assert cache.layers[index].state.observed.reconstruction is None
 
     def test_padded_rows_are_read_as_if_alone(self, model: LlamaForCausalLM) -> None:

@@ -52,9 +52,7 @@ def exact_part(function: Function) -> Function:
 @contextmanager
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""
-    told = threading.Timer(
-        _PATIENCE, _LOG.warning, ["compiling the codec for this machine, once; that takes a while"]
-    )
+    told = threading.Timer(_PATIENCE, _LOG.warning, ["compiling the codec for this machine, once; that takes a while"])
     told.daemon = True
     told.start()
     try:
