@@ -1,15 +1,19 @@
 """Packed tokens as kernels read them, with poison around them, and what they decode to."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from integration.tiny import SMALL, prompt, tiny_llama
 from torch import Tensor
 
+from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.operands import PackedOperand, Places, RopeOperand
 from nexusquant_cache.codec.rope import RotaryPhase
+from nexusquant_cache.releases import CACHE
 
 ROOM = 3  # tokens behind the stored ones
 
@@ -82,3 +86,23 @@ def phase_of(
         places = Places(start=start)
     low, high = rotary.tables(positions.device, int(positions.max()) + 1)
     return Phase(rotary, positions, RopeOperand(low, high, interleaved), places)
+
+
+def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: int = 0, **options: Any) -> Tensor:
+    """Return logits of generated tokens, always the same ones, computed by an implementation."""
+    model = tiny_llama(num_hidden_layers=1).to(dtype)
+    ids = prompt(60, batch=2)
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = ids[1, :pads] = 0
+    settings = SMALL | {"policy": LeveragePolicy(), "impl": impl} | options
+    config = model.config if rotary else None
+    cache = NexusQuantCache(preset, config=config, **settings)
+    out = []
+    with torch.no_grad():
+        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 6, 1], 1)):
+            if chunk is not ids:
+                mask = torch.cat([mask, torch.ones_like(chunk)], 1)
+            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
+            given = {"attention_mask": mask, "position_ids": positions} if pads else {}
+            out.append(model(chunk, **{CACHE: cache}, **given).logits[:, -1].float())
+    return torch.stack(out)

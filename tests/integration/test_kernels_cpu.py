@@ -5,8 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration.packed import codec_of, correlated, poisoned
-from integration.tiny import SMALL, prompt, tiny_llama
+from integration.packed import codec_of, correlated, logits_of, poisoned
 from torch import Tensor
 
 pytest.importorskip("numba", reason="an extra")
@@ -14,7 +13,6 @@ pytest.importorskip("numba", reason="an extra")
 import numba
 import numpy as np
 
-from nexusquant_cache import LeveragePolicy, NexusQuantCache
 from nexusquant_cache.codec import impl as selector
 from nexusquant_cache.codec.base import PackedVectors, RaggedVectors, is_there
 from nexusquant_cache.codec.cpu import attend, compiled, decode, encode, kernels_read, support, workers
@@ -28,7 +26,6 @@ from nexusquant_cache.codec.torch import attend as plain_attend
 from nexusquant_cache.codec.torch import decode as plain_decode
 from nexusquant_cache.codec.torch import encode as plain_encode
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.releases import CACHE
 
 # Axes are rounded to 16 bits, which is 2 ** -16 of the largest in a block.
 TOLERANCE = 3e-4
@@ -283,25 +280,6 @@ def test_what_is_no_number_shows(value: float) -> None:
 
 
 # Whole generations
-
-
-def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: int = 0, **options: Any) -> Tensor:
-    """Return logits of generated tokens, always the same ones."""
-    model = tiny_llama(num_hidden_layers=1).to(dtype)
-    ids = prompt(60, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, :pads] = ids[1, :pads] = 0
-    settings = SMALL | {"policy": LeveragePolicy(), "impl": impl} | options
-    cache = NexusQuantCache(preset, config=model.config if rotary else None, **settings)
-    out = []
-    with torch.no_grad():
-        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 6, 1], 1)):
-            if chunk is not ids:
-                mask = torch.cat([mask, torch.ones_like(chunk)], 1)
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
-            given = {"attention_mask": mask, "position_ids": positions} if pads else {}
-            out.append(model(chunk, **{CACHE: cache}, **given).logits[:, -1].float())
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from integration.packed import logits_of
 from integration.tiny import SMALL, prompt, tiny_llama
 from torch import Tensor
 
@@ -49,26 +50,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     whole = kernel.attend_packed
     monkeypatch.setattr(kernel, "attend_packed", spy)
     return found
-
-
-def logits_of(impl: Any, preset: str, rotary: bool, dtype: torch.dtype, pads: int = 0, **options: Any) -> Tensor:
-    """Return logits of generated tokens, always the same ones."""
-    model = tiny_llama(num_hidden_layers=1).to(dtype)
-    ids = prompt(60, batch=2)
-    mask = torch.ones_like(ids)
-    mask[1, :pads] = ids[1, :pads] = 0
-    settings = SMALL | {"policy": LeveragePolicy(), "impl": impl} | options
-    config = model.config if rotary else None
-    cache = NexusQuantCache(preset, config=config, **settings)
-    out = []
-    with torch.no_grad():
-        for chunk in (ids, *prompt(8, batch=2, seed=3).split([1, 6, 1], 1)):
-            if chunk is not ids:
-                mask = torch.cat([mask, torch.ones_like(chunk)], 1)
-            positions = (mask.cumsum(1) - 1).clamp_min(0)[:, -chunk.shape[1] :]
-            given = {"attention_mask": mask, "position_ids": positions} if pads else {}
-            out.append(model(chunk, **{CACHE: cache}, **given).logits[:, -1].float())
-    return torch.stack(out)
 
 
 @pytest.mark.parametrize(
