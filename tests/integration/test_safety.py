@@ -75,11 +75,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, layer_idx: int, kind: type[BaseEx
     """Let the next compression of a layer, and no other, fail half-way."""
     original, fails = layer_module.make_room, [True]
 
-    def make_room(state: Any, shared: Any) -> None:
+    def make_room(state: Any, shared: Any, *selected: Any) -> None:
         if state.layer_idx == layer_idx and fails and state.turn.is_pending:
             fails.clear()
             raise kind
-        original(state, shared)
+        original(state, shared, *selected)
 
     monkeypatch.setattr(layer_module, "make_room", make_room)
 
@@ -131,10 +131,10 @@ def test_an_interrupt_in_a_later_flush_takes_the_step_back(
     other, step = copy.deepcopy(cache), torch.tensor([[50]])
     original = layer_module.make_room
 
-    def make_room(state: Any, shared: Any) -> None:
+    def make_room(state: Any, shared: Any, *selected: Any) -> None:
         if state.layer_idx == layer_idx:
             raise kind
-        original(state, shared)
+        original(state, shared, *selected)
 
     with monkeypatch.context() as patch:
         patch.setattr(layer_module, "make_room", make_room)
