@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from integration.tiny import SMALL, generate, kept_positions, lossless_cache, prompt
+from integration.tiny import SMALL, generate, kept_mask, kept_positions, lossless_cache, prompt
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
@@ -30,8 +30,9 @@ class MeanOverHeadsPolicy(KeyNormPolicy):
 
 
 CACHES: dict[str, Callable[[LlamaForCausalLM], NexusQuantCache]] = {
-    "balanced": lambda model: NexusQuantCache("balanced", config=model.config, **SMALL),
-    "lossless": lambda model: lossless_cache(model.config, keep_ratio=0.4),
+    "balanced": lambda model: NexusQuantCache("balanced", config=model.config, policy=KeyNormPolicy(), **SMALL),
+    "lossless": lambda model: lossless_cache(model.config, keep_ratio=0.4, policy=KeyNormPolicy()),
+    "one budget": lambda model: lossless_cache(model.config, keep_ratio=0.4),
     "over heads": lambda model: lossless_cache(model.config, keep_ratio=0.4, policy=MeanOverHeadsPolicy()),
 }
 
@@ -45,7 +46,8 @@ def converse(model: LlamaForCausalLM, cache: NexusQuantCache) -> dict[str, Any]:
     return {
         "text": text,
         "positions": [kept_positions(cache, index) for index in range(2)],
-        "codes": [body.keys.words.view().clone(), body.values.words.view().clone()],
+        "kept": [kept_mask(cache, index).sum((1, 2)) for index in range(2)],
+        "codes": [side.words.stored().clone() for side in (body.keys, body.values)],
     }
 
 

@@ -223,6 +223,16 @@ def test_two_processes_with_half_the_heads_each_are_one(two_processes: list[dict
 
 
 @pytest.mark.slow
+def test_each_process_shares_out_what_its_own_heads_keep(two_processes: list[dict[str, Any]]) -> None:
+    """They keep as many in all as one process does; which heads keep more is decided among those of a process."""
+    alone, ranks = in_one_process("one budget"), [rank["one budget"] for rank in two_processes]
+    of_ranks = [sum(rank["kept"]) for rank in ranks]
+    assert torch.equal(*of_ranks)
+    assert torch.equal(sum(of_ranks), sum(alone["kept"]))
+    assert not torch.equal(ranks[0]["kept"][0], ranks[0]["kept"][1])  # of layers
+
+
+@pytest.mark.slow
 def test_a_policy_that_mixes_heads_sees_those_of_its_process_alone(two_processes: list[dict[str, Any]]) -> None:
     """The last test can fail, and this is the kind of policy for which the law does not hold."""
     alone, ranks = in_one_process("over heads"), [rank["over heads"] for rank in two_processes]
