@@ -494,9 +494,9 @@ class OracleLayer(CacheLayerMixin):
         """Compress; of a prompt what is chosen of each row and head, by default what the layer chooses alone."""
         settings, candidates = self.owner.cache_config, self.candidates()
         if self.pending_from is not None and candidates >= settings.min_tokens:
-            if not self.may_evict and ceil(settings.keep_ratio * candidates) < candidates:
+            if self.can_shrink() and not self.may_evict:
                 self.owner.note_refused_eviction()
-            if self.evicts() and chosen is None:
+            if self.can_shrink() and self.may_evict and chosen is None:
                 chosen = self.owner.choose_together([self])[0]
             self.encode(chosen)
         elif self.pending_from is None and candidates >= (settings.min_tokens if self.first else settings.flush_length):
@@ -572,8 +572,15 @@ class OracleLayer(CacheLayerMixin):
 
     def budget(self, row: Row) -> int:
         """Return how many tokens a head of a row keeps, on average."""
-        settings, count = self.owner.cache_config, len(self.real(row))
-        return count if count < settings.min_tokens else ceil(settings.keep_ratio * count)
+        settings, count, before = self.owner.cache_config, len(self.real(row)), max(self.tail_from - row.origin, 0)
+        if count < settings.min_tokens:
+            return count
+        return max(ceil(settings.keep_ratio * count), min(settings.min_kept - before, count))
+
+    def can_shrink(self) -> bool:
+        """Tell whether a row has more tokens than its budget."""
+        self.begin()
+        return any(self.budget(row) < len(self.real(row)) for row in self.rows)
 
     def scores(self, row: Row) -> list[list[float]]:
         """Return the scores of what a policy chooses from, by head; all alike if there is nothing to choose."""
@@ -820,6 +827,7 @@ class OracleCache(DynamicCache):
     def choose_for(self, layers: list[OracleLayer]) -> "list[list[list[list[int]]] | None]":
         """Return what layers keep of each row and head; None for those that evict nothing, or choose alone."""
         sharing = [layer for layer in layers if layer.evicts() and layer.policy.scores_are_comparable]
+        sharing = [layer for layer in sharing if layer.can_shrink()]
         chosen = dict(zip(map(id, sharing), self.choose_together(sharing), strict=True))
         return [chosen.get(id(layer)) for layer in layers]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
+from math import ceil
 from typing import Any, get_args
 
 from nexusquant_cache.codec.e8 import TransformRule
@@ -10,7 +11,7 @@ from nexusquant_cache.codec.layout import MAX_BITS, Bits
 from nexusquant_cache.codec.registry import check_codec_name
 from nexusquant_cache.errors import OptionError, suggest
 
-_LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1}
+_LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "min_kept": 0}
 _CHOICES = {"transform": TransformRule, "impl": Impl}
 _LEAST_BITS = 0.5  # per channel: a head of 16 channels then has one coded block
 
@@ -59,6 +60,8 @@ class CacheConfig:
         flush_length: Tokens by which the residual may grow before its oldest ones are encoded together.
         min_tokens: Fewer tokens than this between sinks and residual stay in full precision: what is fitted to the
             first tokens serves all later ones, and a handful would not do.
+        min_kept: So many of the tokens seen are kept whatever `keep_ratio` says, on average over heads: a text that is
+            not longer is only coded, since eviction would save little of it.
         center_keys: Remove the mean key of each head before coding.
         remove_rope: Code keys without their rotary phase; needs the model's config.
         transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
@@ -84,6 +87,7 @@ class CacheConfig:
     residual_length: int = 64
     flush_length: int = 16
     min_tokens: int = 128
+    min_kept: int = 0
     center_keys: bool = True
     remove_rope: bool = True
     transform: TransformRule = "auto"
@@ -131,6 +135,15 @@ class CacheConfig:
             msg = f"most_code_error must be a positive number, got {self.most_code_error!r}"
             raise OptionError(msg)
 
+    def budget(self, tokens: int, before: int = 0) -> int:
+        """Return how many of so many tokens heads keep, on average, where they come behind so many others.
+
+        Fewer than `min_tokens` are all kept.
+        """
+        if tokens < self.min_tokens:
+            return tokens
+        return min(max(ceil(self.keep_ratio * tokens), self.min_kept - before), tokens)
+
     def override(self, options: Mapping[str, Any]) -> "CacheConfig":
         """Return a copy with these options changed.
 
@@ -173,10 +186,10 @@ def _check_whole(name: str, value: object, least: int) -> None:
 # (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
-    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72),
-    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507),
-    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411),
-    "max": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32),
+    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72, min_kept=512),
+    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507, min_kept=512),
+    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411, min_kept=512),
+    "max": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32, min_kept=384),
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 

@@ -70,8 +70,8 @@ def main(capability: int) -> None:
         cache = NexusQuantCache("quant", config=config, policy=LeveragePolicy(), impl="triton", **SMALL, **options)
         for index in range(2):
             feed(cache, *random_states((1, 2, 100, 64), 1, torch.bfloat16), index)
+        cache.compress()
         layer = part_of(cache.layers[0], 0)
-        layer.compress()
         layer.dense()
         softmax = Softmax(0.125, softcap=None if config else 30.0)
         assert (

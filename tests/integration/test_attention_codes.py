@@ -197,7 +197,7 @@ def test_codecs_of_users_are_read(rotary: bool, reads: list[tuple[int, ...]], de
 
     plain, enabled = tiny_llama(), tiny_llama()
     attention.enable(enabled)
-    small = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16}
+    small = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0}
     for kind in (Lossless, Shrunk):
         found = [
             generate(model, prompt(60), kind("quant", config=model.config if rotary else None, **small), 6)
@@ -344,6 +344,7 @@ def held_tokens(
         residual_length=8,
         flush_length=4,
         min_tokens=16,
+        min_kept=0,
         **options,
     )
     keys, values = random_states((batch, heads, tokens, 16), 1, dtype)

@@ -14,6 +14,7 @@ from integration.tiny import (
     balanced,
     fingerprint,
     generate,
+    kept_mask,
     logits,
     lossless_cache,
     prompt,
@@ -263,7 +264,8 @@ def test_everything_that_generate_can_return(model: LlamaForCausalLM) -> None:
     assert torch.equal(torch.stack(result.logits, 1).argmax(-1), result.sequences[:, 60:])
     # Attention weights are those of all tokens seen; evicted ones have none.
     assert [step[0].shape[-1] for step in result.attentions] == [*range(60, 66)]
-    assert int((result.attentions[-1][0] != 0).sum(-1).max()) == cache.layers[0].state.kept < 65
+    assert torch.equal((result.attentions[-1][0] != 0)[:, ::2, 0], kept_mask(cache, 0))
+    assert cache.memory_report().kept_tokens < 60
 
 
 def test_a_decoding_loop_of_ones_own_gets_the_cache(model: LlamaForCausalLM) -> None:

@@ -27,7 +27,7 @@ from nexusquant_cache.codec.base import VectorCodec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.torch import attend as plain
 from nexusquant_cache.files import inspect_file
-from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.policy import KeyNormPolicy, ScoreInputs
 from nexusquant_cache.releases import CACHE
 
 
@@ -107,7 +107,7 @@ def test_a_policy_of_ones_own(model: LlamaForCausalLM) -> None:
 
 
 def test_a_cache_of_ones_own(model: LlamaForCausalLM) -> None:
-    cache = CarefulStart("balanced", config=model.config, transform="hadamard", **SMALL)
+    cache = CarefulStart("balanced", config=model.config, policy=KeyNormPolicy(), transform="hadamard", **SMALL)
     text = generate(model, prompt(100), cache, 4)
     assert text.shape == (1, 104)
     first, second = cache.memory_report().layers
@@ -117,12 +117,15 @@ def test_a_cache_of_ones_own(model: LlamaForCausalLM) -> None:
 
 
 def test_a_policy_per_layer(model: LlamaForCausalLM) -> None:
-    caches = [FirstLayerByValue("balanced", **SMALL), NexusQuantCache("balanced", **SMALL)]
+    by_value = NexusQuantCache("balanced", policy=ValueNormPolicy(), **SMALL)
+    caches = [FirstLayerByValue("balanced", **SMALL), NexusQuantCache("balanced", **SMALL), by_value]
     for cache in caches:
         model(input_ids=prompt(100), **{CACHE: cache})
         cache.compress()
-    assert not torch.equal(kept_positions(caches[0], 0), kept_positions(caches[1], 0))
-    assert torch.equal(kept_positions(caches[0], 1), kept_positions(caches[1], 1))
+    for layer_idx in (0, 1):
+        mixed, default, chosen = (kept_positions(cache, layer_idx) for cache in caches)
+        assert not torch.equal(default, chosen)
+        assert torch.equal(mixed, chosen) == (layer_idx == 0)
 
 
 def test_a_codec_of_ones_own_needs_no_more_than_four_methods(model: LlamaForCausalLM) -> None:

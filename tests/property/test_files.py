@@ -206,7 +206,9 @@ def check_goes_on(cache: NexusQuantCache) -> None:
     """Check what every layer of ours holds, and give it a token more."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, NexusQuantLayer) and layer.is_initialized:
-            assert layer.keys.shape[:3] == layer.values.shape[:3] == (*layer.state.tail[0].shape[:2], layer.state.kept)
+            state = layer.state
+            places = state.sink_tokens + state.packed_tokens + state.tail_tokens
+            assert layer.keys.shape[:3] == layer.values.shape[:3] == (*state.tail[0].shape[:2], places)
             for x in (layer.keys, layer.values):
                 assert x.dtype not in {torch.float32, torch.float64} or bool(x.isfinite().all())
             try:

@@ -34,6 +34,7 @@ SETTINGS: dict[str, Any] = {
     "residual_length": 2,
     "flush_length": 2,
     "min_tokens": 4,
+    "min_kept": 0,
     "most_code_error": 1e9,  # numbers make strange keys
 }
 

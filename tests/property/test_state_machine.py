@@ -69,6 +69,7 @@ lengths = st.fixed_dictionaries(
         "residual_length": st.sampled_from([1, 2, 7]),
         "flush_length": st.sampled_from([1, 3, 8]),
         "min_tokens": st.sampled_from([1, 5, 12]),
+        "min_kept": st.sampled_from([0, 0, 10, 25]),
     }
 )
 coding = st.fixed_dictionaries(
@@ -608,7 +609,7 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(stateful_step_count=12, max_examples=2 * settings().max_examples)
 SIMPLE: dict[str, Any] = {
     "preset": {"key_bits": 2, "value_bits": 2},
-    "lengths": {"keep_ratio": 0.5, "sink_tokens": 2, "residual_length": 2, "flush_length": 2, "min_tokens": 4},
+    "lengths": {"keep_ratio": 0.5, "sink_tokens": 2, "residual_length": 2, "flush_length": 2, "min_tokens": 4, "min_kept": 0},
     "model": {
         "layers": 1,
         "heads": 1,

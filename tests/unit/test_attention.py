@@ -280,7 +280,7 @@ class TestObserveQueries:
 
     @pytest.fixture
     def cache(self) -> NexusQuantCache:
-        settings: dict[str, Any] = {"sink_tokens": 1, "residual_length": 4, "min_tokens": 4}
+        settings: dict[str, Any] = {"sink_tokens": 1, "residual_length": 4, "min_tokens": 4, "min_kept": 0}
         return NexusQuantCache("balanced", policy=WindowAttentionPolicy(), **settings)
 
     def feed(self, cache: NexusQuantCache, tokens: int) -> None:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nexusquant_cache.errors import NonFiniteError, OptionError, ShapeError
+from nexusquant_cache.layer.selection import Selection
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy, ScoreInputs
 from nexusquant_cache.policy.keys import key_attention
 
@@ -24,13 +25,6 @@ class Fixed(EvictionPolicy):
         return self.scores
 
 
-class Unasked(EvictionPolicy):
-    """Fails when it is asked."""
-
-    def score(self, inputs: ScoreInputs) -> Tensor:
-        raise AssertionError(inputs)
-
-
 def inputs_of(keys: Tensor, protected: Tensor | None = None, sinks: int = 0, recent: int = 0) -> ScoreInputs:
     tokens = keys.shape[2]
     order = torch.arange(tokens)
@@ -41,6 +35,13 @@ def inputs_of(keys: Tensor, protected: Tensor | None = None, sinks: int = 0, rec
 
 def inputs_for(scores: Tensor, protected: Tensor | None = None, sinks: int = 0, recent: int = 0) -> ScoreInputs:
     return inputs_of(torch.zeros(*scores.shape, 8), protected, sinks, recent)
+
+
+def kept_by(policy: EvictionPolicy, inputs: ScoreInputs, count: int) -> Tensor:
+    """Return which tokens stay if each head keeps so many that are not protected."""
+    scores = policy.checked_scores(inputs).double().masked_fill(inputs.protected, -torch.inf)
+    counts = torch.full(scores.shape[:2], min(count, int((~inputs.protected).sum())))
+    return Selection.of(scores, counts).kept | inputs.protected
 
 
 @st.composite
@@ -63,9 +64,9 @@ def best_by_sorting(scores: list[float], protected: list[bool], count: int) -> l
 
 @given(scored())
 def test_keeps_protected_tokens_and_the_best_others(case: tuple[Tensor, Tensor, int]) -> None:
-    """select = protected and the count best others of each head; ties go to the earlier token."""
+    """Protected ones and the count best others of each head; ties go to the earlier token."""
     scores, protected, count = case
-    keep = Fixed(scores).select(inputs_for(scores, protected), count)
+    keep = kept_by(Fixed(scores), inputs_for(scores, protected), count)
     for b, h in torch.cartesian_prod(torch.arange(scores.shape[0]), torch.arange(scores.shape[1])).tolist():
         assert keep[b, h].tolist() == best_by_sorting(scores[b, h].tolist(), protected.tolist(), count)
 
@@ -74,7 +75,7 @@ def test_keeps_protected_tokens_and_the_best_others(case: tuple[Tensor, Tensor, 
 def test_kept_count_is_exact_and_equal_in_all_heads(case: tuple[Tensor, Tensor, int]) -> None:
     """#kept = #protected + min(count, #others) in every head, and the protected tokens are among them."""
     scores, protected, count = case
-    keep = Fixed(scores).select(inputs_for(scores, protected), count)
+    keep = kept_by(Fixed(scores), inputs_for(scores, protected), count)
     others = int((~protected).sum())
     assert (keep.sum(-1) == len(protected) - others + min(count, others)).all()
     assert keep[..., protected].all()
@@ -85,27 +86,21 @@ def test_a_larger_budget_keeps_more_of_the_same(case: tuple[Tensor, Tensor, int]
     """kept(count) is a subset of kept(count + 1)."""
     scores, protected, count = case
     policy, inputs = Fixed(scores), inputs_for(scores, protected)
-    assert (policy.select(inputs, count) <= policy.select(inputs, count + 1)).all()
+    assert (kept_by(policy, inputs, count) <= kept_by(policy, inputs, count + 1)).all()
 
 
-def test_does_not_score_when_everything_is_kept() -> None:
-    inputs = inputs_for(torch.zeros(1, 2, 10), sinks=2)
-    assert Unasked().select(inputs, 8).all()
-    assert Unasked().select(inputs, 100).all()
-
-
-def test_selecting_changes_nothing_that_it_is_given() -> None:
+def test_scoring_changes_nothing_that_it_is_given() -> None:
     scores = torch.randn(1, 2, 12)
     inputs = inputs_for(scores, sinks=1)
     protected = inputs.protected.clone()
-    Fixed(scores).select(inputs, 3)
+    kept_by(Fixed(scores), inputs, 3)
     assert torch.equal(inputs.protected, protected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_scores_may_have_any_floating_dtype(dtype: torch.dtype) -> None:
     scores = torch.tensor([[[1.0, 3.0, 2.0, 3.0]]])
-    keep = Fixed(scores.to(dtype)).select(inputs_for(scores), 2)
+    keep = kept_by(Fixed(scores.to(dtype)), inputs_for(scores), 2)
     assert keep.tolist() == [[[False, True, False, True]]]
 
 
@@ -114,13 +109,13 @@ def test_refuses_scores_that_are_not_finite(bad: float) -> None:
     scores = torch.zeros(1, 2, 8)
     scores[0, 1, 5] = bad
     with pytest.raises(NonFiniteError, match=r"Fixed\.score returned NaN or infinity in layer 3"):
-        Fixed(scores).select(inputs_for(scores), 4)
+        kept_by(Fixed(scores), inputs_for(scores), 4)
 
 
 def test_scores_of_protected_tokens_are_ignored() -> None:
     scores = torch.zeros(1, 1, 8)
     scores[..., 0], scores[..., -1] = float("nan"), float("inf")
-    keep = Fixed(scores).select(inputs_for(scores, sinks=1, recent=1), 2)
+    keep = kept_by(Fixed(scores), inputs_for(scores, sinks=1, recent=1), 2)
     assert keep[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 7]
 
 
@@ -128,7 +123,7 @@ def test_scores_of_protected_tokens_are_ignored() -> None:
 def test_refuses_scores_of_another_shape(shape: tuple[int, ...]) -> None:
     inputs = inputs_for(torch.zeros(1, 2, 8))
     with pytest.raises(ShapeError, match=r"Fixed\.score must return .* = \(1, 2, 8\), got shape"):
-        Fixed(torch.zeros(shape)).select(inputs, 4)
+        kept_by(Fixed(torch.zeros(shape)), inputs, 4)
 
 
 def test_a_policy_must_score() -> None:
@@ -148,7 +143,7 @@ def test_sinks_are_the_protected_tokens_at_the_beginning(protected: list[int], s
 class TestKeyNormPolicy:
     def test_keeps_small_keys(self) -> None:
         keys = torch.ones(1, 2, 6, 8) * torch.tensor([[5.0, 1, 4, 2, 6, 3], [1, 2, 3, 4, 5, 6]])[None, :, :, None]
-        keep = KeyNormPolicy().select(inputs_of(keys), 2)
+        keep = kept_by(KeyNormPolicy(), inputs_of(keys), 2)
         assert [head.nonzero()[:, 0].tolist() for head in keep[0]] == [[1, 3], [0, 1]]
 
     def test_half_precision_norms_do_not_overflow(self) -> None:
@@ -175,7 +170,7 @@ class TestKeyKeyPolicy:
     def test_a_planted_span_stays_together(self, seed) -> None:
         """Three strong tokens reach 10 tokens far: with 29 = 9 + 20 tokens to keep, all of the span is."""
         keys, span = planted(seed=seed)
-        keep = KeyKeyPolicy().select(inputs_of(keys, sinks=4, recent=64), 29)
+        keep = kept_by(KeyKeyPolicy(), inputs_of(keys, sinks=4, recent=64), 29)
         assert keep[..., span].all()
         assert keep[..., 140:169].all()
 
@@ -184,7 +179,7 @@ class TestKeyKeyPolicy:
         """The same budget, token by token: the strong ones are kept and others between them are not."""
         keys, span = planted(seed=seed)
         for policy in (MeanKeyKeyPolicy(pool=1), KeyKeyPolicy(pool=1)):
-            kept = policy.select(inputs_of(keys, sinks=4, recent=64), 29)[..., span]
+            kept = kept_by(policy, inputs_of(keys, sinks=4, recent=64), 29)[..., span]
             assert kept[..., ::4].all()
             assert not kept.all(-1).any()
 
@@ -197,8 +192,8 @@ class TestKeyKeyPolicy:
         keys[:, :, -32:] += 3 * common
         keys[:, :, -7] += 3 * rare - 3 * common
         inputs = inputs_of(keys, recent=32)
-        assert KeyKeyPolicy(pool=1).select(inputs, 10)[0, 0, 50]
-        assert MeanKeyKeyPolicy(pool=1).select(inputs, 10)[0, 0, 100:110].all()
+        assert kept_by(KeyKeyPolicy(pool=1), inputs, 10)[0, 0, 50]
+        assert kept_by(MeanKeyKeyPolicy(pool=1), inputs, 10)[0, 0, 100:110].all()
 
     def test_scores_are_attention_weights(self) -> None:
         """By hand: two tokens per axis, one query; the common part of the keys does not count."""

@@ -19,7 +19,7 @@ BATCH, HEADS, DIM = 2, 2, 16
 def filled(tokens: int = 200, **options: Any) -> NexusQuantCache:
     """Return a compressed cache of one layer."""
     mask = torch.ones(BATCH, tokens)
-    settings = {"residual_length": 16, "flush_length": 4, "min_tokens": 16} | options
+    settings = {"residual_length": 16, "flush_length": 4, "min_tokens": 16, "min_kept": 0} | options
     cache = NexusQuantCache("balanced", attention_mask=mask, **settings)
     for count in (tokens, 1):
         feed(cache, torch.randn(BATCH, HEADS, count, DIM), torch.randn(BATCH, HEADS, count, DIM), 0)

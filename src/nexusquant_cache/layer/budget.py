@@ -46,11 +46,15 @@ def _selections(layers: Sequence[NexusQuantLayer]) -> dict[int, Selection]:
     for layer in sharing:
         state = layer.state
         with layer.residency.at_home(codes=False), torch.autocast(state.home.type, enabled=False):
-            scopes.append(Scope.of(state, layer.shared))
-            found.append(scopes[-1].scores())
+            scope = Scope.of(state, layer.shared)
+            if scope.can_shrink:
+                scopes.append(scope)
+                found.append(scope.scores())
+    if not found:
+        return {}
     return {
-        layer.layer_idx: replace(Selection.of(scores.scores, counts), scope=scope)
-        for layer, scope, scores, counts in zip(sharing, scopes, found, shared_counts(found), strict=True)
+        scope.state.layer_idx: replace(Selection.of(scores.scores, counts), scope=scope)
+        for scope, scores, counts in zip(scopes, found, shared_counts(found), strict=True)
     }
 
 

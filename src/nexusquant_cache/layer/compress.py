@@ -1,7 +1,6 @@
 """One compression of a layer: score, keep, fit, encode."""
 
 from dataclasses import dataclass, replace
-from math import ceil
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -23,7 +22,7 @@ from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTok
 
 
 def evicts_now(state: LayerState, shared: Shared) -> bool:
-    """Tell whether a compression of the layer as it is now drops tokens: a prompt waits whose attention was seen."""
+    """Tell whether a compression of the layer as it is now may drop tokens: a prompt waits whose attention was seen."""
     is_long = candidates(state, shared) >= shared.settings.min_tokens
     return state.turn.is_pending and is_long and shared.evicts and state.may_evict
 
@@ -43,10 +42,10 @@ def make_room(state: LayerState, shared: Shared, selection: Selection | None = N
     with torch.autocast(state.home.type, enabled=False):
         if state.turn.is_pending and count >= settings.min_tokens:
             scope = (selection and selection.scope) or Scope.of(state, shared)
-            if not state.may_evict and ceil(settings.keep_ratio * count) < count:
-                shared.warn_kept_whole(state.layer_idx)
-            if evicts_now(state, shared):
+            if scope.can_shrink and state.may_evict:
                 selection = selection or select_alone(scope)
+            elif scope.can_shrink:
+                shared.warn_kept_whole(state.layer_idx)
             compression.encode_oldest(scope, selection)
         elif not state.turn.is_pending and count >= (
             settings.min_tokens if state.body is None else settings.flush_length

@@ -126,6 +126,8 @@ def greatest_attention(
     batch, heads, tokens, head_dim = keys.shape
     count, real = queries.shape[2], real.to(keys.device)
     is_padded = not bool(real.all())
+    if keys.device.type == "cpu":  # how products of half precision are rounded there depends on the processor
+        queries, keys = queries.float(), keys.float()
     groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
     greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=keys.device)
     step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)

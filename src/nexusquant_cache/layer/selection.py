@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -60,17 +60,35 @@ class Scope:
         found[:, : self.sinks] = True
         return found
 
+    @cached_property
+    def free(self) -> Bool[Tensor, "b stop"]:
+        """Which of them are real and no sinks: among these a policy chooses."""
+        taken = ~self.is_sink[:, : self.stop]
+        return taken if self.state.pads is None else taken & ~self.state.pads[:, : self.stop]
+
+    @property
+    def budgets(self) -> list[int]:
+        """How many tokens the heads of each row keep, on average, as if the row were compressed alone."""
+        state, settings = self.state, self.shared.settings
+        before = state.seen - state.tail_tokens
+        origins = [0] * len(self.free) if state.origins is None else state.origins.tolist()
+        counts = self.free.sum(1).tolist()
+        return [settings.budget(count, before - origin) for count, origin in zip(counts, origins, strict=True)]
+
+    @property
+    def can_shrink(self) -> bool:
+        """Whether a row would keep fewer tokens than it has."""
+        return self.shared.evicts and sum(self.budgets) < int(self.free.sum())
+
     def scores(self) -> "Scores":
         """Return what the policy thinks of each token.
 
         It is shown a row without its pads, as if the row had been alone; rows with the same pads together.
         """
-        state, is_sink, stop = self.state, self.is_sink, self.stop
-        policy = state.policy
+        state, is_sink, stop, free = self.state, self.is_sink, self.stop, self.free
+        policy, budgets = state.policy, self.budgets
         assert policy is not None
         pads = torch.zeros_like(is_sink) if state.pads is None else state.pads
-        free = ~is_sink[:, :stop] & ~pads[:, :stop]
-        budgets = [self._budget_of(count) for count in free.sum(1).tolist()]
         scores = torch.zeros(free.shape, dtype=torch.float64, device=free.device)
         scores = scores.masked_fill_(~free, -torch.inf)[:, None].repeat(1, state.exact[0].shape[1], 1)
         for members in self._alike():
@@ -83,11 +101,6 @@ class Scope:
             index = torch.tensor(members, device=free.device)[:, None], real[~protected]
             scores.movedim(1, 2)[index] = found[..., ~protected].movedim(1, 2)
         return Scores(scores, tuple(budgets), is_comparable=policy.scores_are_comparable)
-
-    def _budget_of(self, count: int) -> int:
-        """Return how many of so many tokens a head keeps, on average, in a row that is compressed alone."""
-        settings = self.shared.settings
-        return count if count < settings.min_tokens else ceil(settings.keep_ratio * count)
 
     def _alike(self) -> list[list[int]]:
         """Return the rows whose pads are the same, together."""

@@ -390,10 +390,18 @@ class LayerState:
         return round(self.sink_tokens + packed + self.tail_tokens)
 
     @property
+    def evicted(self) -> int:
+        """Tokens seen that are not stored, of all rows and heads together."""
+        if self.body is None:
+            return 0
+        positions, heads = self.body.positions, self.exact[0].shape[0] * self.exact[0].shape[1]
+        packed = positions.kept * heads if positions.counts is None else int(positions.counts.sum())
+        return heads * (self.seen - self.sink_tokens - positions.dense - self.tail_tokens) - packed
+
+    @property
     def is_whole(self) -> bool:
         """Whether every token seen is kept."""
-        stored = self.sink_tokens + self.packed_tokens + self.tail_tokens
-        return stored == self.seen and (self.body is None or self.body.positions.counts is None)
+        return self.evicted == 0
 
     @property
     def is_shown(self) -> bool:

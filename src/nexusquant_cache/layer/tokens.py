@@ -144,11 +144,10 @@ class RaggedBuffer:
         lead = tuple(counts.shape)
         if not behind:
             return cls(_exact(rows), counts, TokenBuffer(rows.new_empty(*lead, 0, *rows.shape[1:]), 0))
-        whole = filled(rows, counts + behind)
-        order = torch.arange(whole.shape[2], device=rows.device)
-        start = counts.to(rows.device)[..., None]
-        later = whole[(order >= start) & (order < start + behind)].view(*lead, behind, *rows.shape[1:])
-        return cls(whole[order < start], counts, TokenBuffer.of(later))
+        # Found on the CPU: a device need not be waited for.
+        is_later = torch.cat([torch.arange(count + behind) >= count for count in counts.flatten().tolist()])
+        front, later = (rows[which.nonzero()[:, 0].to(rows.device)] for which in (~is_later, is_later))
+        return cls(front, counts, TokenBuffer.of(later.view(*lead, behind, *rows.shape[1:])))
 
     @property
     def tokens(self) -> int:

@@ -18,12 +18,12 @@ class Place:
     Attributes:
         tokens: Tokens seen.
         answer_from: See `Conversation`.
-        kept: Tokens that each compressed layer keeps.
+        evicted: Tokens that each compressed layer has evicted.
     """
 
     tokens: int
     answer_from: int
-    kept: tuple[int, ...]
+    evicted: tuple[int, ...]
 
 
 class Conversation:
@@ -65,10 +65,9 @@ class Conversation:
     def begin(self, prompt: Int[Tensor, " m"]) -> Place:
         """Bring the cache to where a prompt goes on, or empty it; return where that is."""
         known = self.known_of(prompt)
-        excess = len(self.ids) - known
-        if not known or not self.go_back(Place(known, self.answer_from, tuple(n - excess for n in self._kept()))):
+        if not known or not self.go_back(Place(known, self.answer_from, self._evicted())):
             self.reset()
-        return Place(len(self.ids), self.answer_from, self._kept())
+        return Place(len(self.ids), self.answer_from, self._evicted())
 
     def go_back(self, place: Place) -> bool:
         """Take back all that came after a place; tell whether everything is as it was then.
@@ -84,13 +83,13 @@ class Conversation:
                     self.cache.crop(-excess)
         except (NexusQuantError, RuntimeError):
             return False
-        if self._kept() != place.kept or self.cache.memory_report().trouble:
+        if self._evicted() != place.evicted or self.cache.memory_report().trouble:
             return False
         self.ids, self.answer_from = self.ids[: place.tokens], place.answer_from
         return True
 
-    def _kept(self) -> tuple[int, ...]:
-        return tuple(layer.kept_tokens for layer in self.cache.memory_report().layers if layer.kind == "compressed")
+    def _evicted(self) -> tuple[int, ...]:
+        return tuple(part.state.evicted for part in self.cache.parts() if part.state is not None)
 
     def settle(self, tokens: Int[Tensor, " m"], answer_from: int) -> None:
         """Take note of what the cache has seen by now: the first of these tokens."""
