@@ -29,6 +29,7 @@ from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.parts import part_of
+from nexusquant_cache.policy import ScoreInputs
 
 LAYERS, HEADS, HEAD_DIM = 2, 2, 16
 CONFIG = tiny_config(num_hidden_layers=LAYERS, num_key_value_heads=HEADS)
@@ -231,6 +232,51 @@ def test_by_hand_rows_of_different_length_are_evicted_from_in_later_turns(make: 
     first, second = [10, 15, 16, 18, 19, 20, 21], [15, 16, 17, 18, 19, 20, 21]
     recent = [22, 23, 24, 25]
     assert positions(cache) == [[5, 6, 7, 8, *first, *recent], [0, 1, 2, 3, 5, 7, *second, *recent]]
+
+
+@both
+@pytest.mark.parametrize(("min_kept", "second"), [(9, 7), (18, 9), (99, 13)])
+def test_by_hand_a_short_text_is_only_coded(make: Any, min_kept: int, second: int) -> None:
+    """Of 7 candidates all stay; of the 13 of the next turn so many that, with the 9 tokens before them, enough do."""
+    cache = make(**(BY_HAND | {"min_kept": min_kept}))
+    feed_rows(cache, NORMS)
+    feed_rows(cache, [9])
+    assert positions(cache) == [[*range(13)]]
+    feed_rows(cache, NORMS)
+    feed_rows(cache, [9])
+    kept = positions(cache)[0]
+    assert kept[:9] == [*range(9)]
+    assert kept[-4:] == [*range(22, 26)]
+    assert len(kept) == 9 + second + 4
+
+
+@both
+def test_by_hand_rows_that_are_short_keep_all_beside_a_long_one(make: Any) -> None:
+    """Of 7 candidates 5 stay, of 4 all do."""
+    cache = make(**(BY_HAND | {"min_kept": 5}))
+    feed_rows(cache, NORMS, [1] * 3 + NORMS[:9], pads=[0, 3])
+    feed_rows(cache, [9], [9])
+    recent = [9, 10, 11, 12]
+    assert positions(cache) == [[0, 1, 2, 3, 5, 7, 8, *recent], [*range(3, 9), *recent]]
+
+
+def test_a_policy_is_not_asked_where_all_stay() -> None:
+    """Nor need it be a prompt that could be evicted from: it is coded with all its tokens."""
+
+    class Unasked(KeyNormPolicy):
+        def score(self, inputs: ScoreInputs) -> Tensor:
+            raise AssertionError(inputs)
+
+    cache = NexusQuantCache("quant", policy=Unasked(), **(SMALL | {"keep_ratio": 0.5, "min_kept": 60}))
+    feed(cache, *random_states((1, HEADS, 70, HEAD_DIM), 0), 0)
+    cache.compress()
+    state = cache.layers[0].state
+    assert (state.packed_tokens, state.kept, state.evicted) == (60, 70, 0)
+    assert state.body is not None
+    assert state.body.positions.bitmap is None  # which costs no bit then
+    feed(cache, *random_states((1, HEADS, 70, HEAD_DIM), 1), 0)
+    with pytest.raises(AssertionError):
+        cache.compress()
 
 
 @both

@@ -83,13 +83,21 @@ class TestOverride:
             with pytest.raises(OptionError, match=f"the option '{name}' was removed: .*{advice}"):
                 NexusQuantCache(**{name: value})
 
+    @pytest.mark.parametrize(
+        ("tokens", "before", "budget"),
+        [(0, 0, 0), (9, 0, 9), (10, 0, 10), (40, 0, 40), (41, 0, 40), (80, 0, 40), (90, 0, 45), (81, 0, 41)]
+        + [(40, 30, 20), (40, 15, 25), (40, 10**9, 20), (9, 50, 9)],
+    )
+    def test_budget(self, tokens, before, budget) -> None:
+        assert CacheConfig(keep_ratio=0.5, min_tokens=10, min_kept=40).budget(tokens, before) == budget
+
     def test_checks_the_values(self) -> None:
         with pytest.raises(OptionError, match=r"value_bits must be from 0\.5 to 4 bits per channel, got 9"):
             CacheConfig().override({"value_bits": 9})
 
 
 WHOLE = [
-    *[(name, value, "at least 0") for name in ("sink_tokens",) for value in (-1, 1.5, False)],
+    *[(name, value, "at least 0") for name in ("sink_tokens", "min_kept") for value in (-1, 1.5, False)],
     *[
         (name, value, "at least 1")
         for name in ("residual_length", "flush_length", "min_tokens")
