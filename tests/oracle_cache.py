@@ -69,6 +69,13 @@ class CountingCodec(VectorCodec):
         chosen.inner = self.inner.for_tokens(tokens)
         return chosen
 
+    def with_more_bits(self, bits: float = 1.0) -> VectorCodec | None:
+        more, chosen = self.inner.with_more_bits(bits), copy.copy(self)
+        if more is None:
+            return None
+        chosen.inner = more
+        return chosen
+
     @property
     def bytes_per_vector(self) -> int:
         return self.inner.bytes_per_vector
@@ -551,7 +558,8 @@ class OracleLayer(CacheLayerMixin):
             ]
         most = max(1, *(len(positions) for heads in kept for positions in heads))
         if self.first:
-            self.codecs = [codec.for_tokens(most) for codec in self.asked]
+            tokens = max(sum(map(len, heads)) // len(heads) for heads in kept)
+            self.codecs = [codec.for_tokens(tokens) for codec in self.with_whole_bits()]
             code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
             for row in self.rows:
                 row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
@@ -565,6 +573,13 @@ class OracleLayer(CacheLayerMixin):
                 fitted = [of_row if chosen is None else [*range(most)]] * len(heads)
             self.show_decoded(row, fitted)
         self.first, self.tail_from = False, stop
+
+    def with_whole_bits(self) -> list[VectorCodec]:
+        """Return the codecs that were asked for, with more bits if the text begins short."""
+        more = self.owner.cache_config.whole_bits
+        if self.can_shrink() or not more:
+            return self.asked
+        return [codec.with_more_bits(more) or codec for codec in self.asked]
 
     def real(self, row: Row) -> list[int]:
         """Return the positions that a policy chooses from: the free ones without pads."""

@@ -196,6 +196,10 @@ class VectorCodec(ABC):
         del tokens
         return self
 
-    def with_more_bits(self) -> "VectorCodec | None":
-        """Return this codec with more bits, for layers that suffer from it; None, the default, if it can have none."""
+    def with_more_bits(self, bits: float = 1.0) -> "VectorCodec | None":
+        """Return this codec with so many more bits per channel; None, the default, if it can have none.
+
+        For layers that suffer from it, and for texts that begin short (`CacheConfig.whole_bits`).
+        """
+        del bits
         return None

@@ -102,9 +102,9 @@ class E8Codec(VectorCodec):
         """Whether a subclass brings a rotation of its own, which then goes before any transform."""
         return type(self).make_rotation is not E8Codec.make_rotation
 
-    def with_more_bits(self) -> "E8Codec | None":
-        """Return the same codec at one more bit per channel, at most 4; None if it has 4."""
-        bits = min(self.layout.bits_per_channel + 1, MAX_BITS)
+    def with_more_bits(self, bits: float = 1.0) -> "E8Codec | None":
+        """Return the same codec at so many more bits per channel, at most 4; None if it has 4."""
+        bits = min(self.layout.bits_per_channel + bits, MAX_BITS)
         if bits == self.layout.bits_per_channel:
             return None
         return replace(self, layout=CodeLayout.flat(self.layout.head_dim, bits))

@@ -79,6 +79,8 @@ class _First:
         phase: What was taken off the keys.
         start: Where the map of positions begins.
         left_out: Which of them are padding, or not of the row; None if none are.
+        tokens: How many of them heads keep, on average; those of the longest row.
+        is_short: Whether all are kept, and would be if attention was seen.
     """
 
     keys: Float[Tensor, "b h n d"]
@@ -88,6 +90,8 @@ class _First:
     phase: RotaryPhase | None
     start: int
     left_out: Bool[Tensor, "b h n"] | None
+    tokens: int
+    is_short: bool
 
     @property
     def origins(self) -> Int[Tensor, " b"] | None:
@@ -121,7 +125,11 @@ class Compression:
         if taken is not None:
             columns = columns.expand(*taken.shape)[taken].view(*keys.shape[:3])
         left_out = self._left_out(columns, None if selection is None else selection.unlike)
-        first = _First(keys, values, columns, scope.places, phase, start, left_out) if is_first else None
+        first = None
+        if is_first:
+            tokens = keys.shape[2] if selection is None else selection.most_tokens
+            is_short = not scope.can_shrink
+            first = _First(keys, values, columns, scope.places, phase, start, left_out, tokens, is_short)
         if phase is not None:
             origins = state.origins if first is None else first.origins
             angles = angles_of(columns + offset, origins, *keys.shape[:2])
@@ -165,7 +173,7 @@ class Compression:
         state, most = self.state, self.shared.settings.most_code_error
         sinks = self._take_sinks(first.sinks)
         given = self.shared.given_to(state.layer_idx)
-        codecs = given.codecs if given else self._codecs_for(first.keys.shape[2])
+        codecs = given.codecs if given else self._codecs_for(first)
         while True:
             keys, values = self._encode_first(first, codecs)
             error = self._code_error(first, (codecs[0].decode(*keys), codecs[1].decode(*values)))
@@ -181,9 +189,12 @@ class Compression:
         # Sinks inside the covered range are simply not among the kept ones of the map.
         state.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
 
-    def _codecs_for(self, tokens: int) -> Codecs:
-        assert self.state.codecs is not None
-        return self.state.codecs[0].for_tokens(tokens), self.state.codecs[1].for_tokens(tokens)
+    def _codecs_for(self, first: _First) -> Codecs:
+        codecs, more = self.state.codecs, self.shared.settings.whole_bits
+        assert codecs is not None
+        if first.is_short and more:
+            codecs = _with_more_bits(codecs, more) or codecs
+        return codecs[0].for_tokens(first.tokens), codecs[1].for_tokens(first.tokens)
 
     def _encode_first(
         self, first: _First, codecs: Codecs
@@ -291,9 +302,9 @@ def fitted_transforms(state: LayerState) -> LayerTransforms | None:
     )
 
 
-def _with_more_bits(codecs: Codecs) -> Codecs | None:
+def _with_more_bits(codecs: Codecs, bits: float = 1.0) -> Codecs | None:
     """Return both codecs with more bits, or the one that has such; None if neither has."""
-    more = codecs[0].with_more_bits(), codecs[1].with_more_bits()
+    more = codecs[0].with_more_bits(bits), codecs[1].with_more_bits(bits)
     return None if more == (None, None) else (more[0] or codecs[0], more[1] or codecs[1])
 
 

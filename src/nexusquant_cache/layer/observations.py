@@ -13,7 +13,7 @@ QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
 FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
-_BLOCK = 1 << 20  # logits computed at once, over all heads: 4 MiB in float32
+_BLOCK = 1 << 19  # logits computed at once, over all heads: 2 MiB in float32
 
 
 @dataclass
@@ -129,7 +129,7 @@ def greatest_attention(
     if keys.device.type == "cpu":  # how products of half precision are rounded there depends on the processor
         queries, keys = queries.float(), keys.float()
     groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
-    greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=keys.device)
+    greatest = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
     step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)
     for start in range(tokens - count, tokens, step):
         stop = min(start + step, tokens)
@@ -139,15 +139,12 @@ def greatest_attention(
         logits[..., start:].masked_fill_(future, -torch.inf)
         if is_padded:
             logits.masked_fill_(~real[:, None, None, None, :stop], -torch.inf)
-        total = logits.logsumexp(-1, keepdim=True)
+        weights = logits.softmax(-1)
         if is_padded:
-            total.masked_fill_(~real[:, None, None, start:stop, None], torch.inf)
+            weights.masked_fill_(~real[:, None, None, start:stop, None], 0.0)
         # What is far from the first of these queries is far from all, and needs no mask.
         far = max(start - least_distance + 1, 0)
-        if far:
-            found = (logits[..., :far] - total).amax((2, 3))
-            torch.maximum(greatest[..., :far], found, out=greatest[..., :far])
         distance = torch.arange(start, stop, device=keys.device)[:, None] - torch.arange(far, stop, device=keys.device)
-        found = (logits[..., far:] - total).masked_fill_(distance < least_distance, -torch.inf).amax((2, 3))
-        torch.maximum(greatest[..., far:stop], found, out=greatest[..., far:stop])
-    return greatest.exp()
+        weights[..., far:].masked_fill_(distance < least_distance, 0.0)
+        torch.maximum(greatest[..., :stop], weights.amax((2, 3)), out=greatest[..., :stop])
+    return greatest

@@ -208,6 +208,11 @@ class Selection:
     unlike: Bool[Tensor, "b h n"]
     scope: Scope | None = None
 
+    @property
+    def most_tokens(self) -> int:
+        """How many tokens heads keep, on average, in the row that keeps most."""
+        return int(self.kept.sum(-1).double().mean(1).amax())
+
     @classmethod
     def of(cls, scores: Float[Tensor, "b h n"], counts: Int[Tensor, "b h"]) -> "Selection":
         """Return the best tokens of each head.
