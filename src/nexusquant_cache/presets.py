@@ -192,10 +192,12 @@ def _check_whole(name: str, value: object, least: int) -> None:
 # (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
-    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72, min_kept=512, whole_bits=0.5),
-    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507, min_kept=512, whole_bits=0.5),
-    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411, min_kept=512, whole_bits=0.5),
-    "max": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32, min_kept=384, whole_bits=0.5),
+    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72, min_kept=768, whole_bits=0.5),
+    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507, min_kept=768, whole_bits=0.5),
+    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411, min_kept=768, whole_bits=0.5),
+    "max": CacheConfig(
+        key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32, min_kept=384, whole_bits=0.5
+    ),
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 

@@ -17,7 +17,7 @@ from nexusquant_cache.releases import CACHE
 from nexusquant_cache.serving.app import MOST_BODY
 
 KEY = "a key of the tests"
-TEXT = "This is a sentence of some length, and there are more of its kind. " * 8
+TEXT = "This is a sentence of some length, and there are more of its kind. " * 14
 IDLE_BYTES = 250_000  # a few conversations
 PATIENCE = 120  # seconds, on a machine that is busy
 
@@ -187,7 +187,7 @@ def test_hostile_bodies(server, body, headers, status):
 
 class TestClientsThatHangUp:
     def long_stream(self, server, text):
-        stream = ask(server.client(), [user(text)], stream=True, max_tokens=3500)
+        stream = ask(server.client(), [user(text)], stream=True, max_tokens=3000)
         for piece in stream:
             if piece.choices[0].delta.content:  # it has begun
                 return stream
@@ -209,7 +209,7 @@ class TestClientsThatHangUp:
     def test_also_when_nothing_is_streamed(self, server):
         left = server.metric('answers_total{ended="left"}')
         with pytest.raises(openai.APITimeoutError):
-            ask(server.client(timeout=1.0), [user("Tell me a long story.")], max_tokens=3500)
+            ask(server.client(timeout=1.0), [user("Tell me a long story.")], max_tokens=3000)
         server.wait_for(lambda: server.metric('answers_total{ended="left"}') == left + 1)
         assert ask(server.client(), [user("Hello")]).usage.completion_tokens == 16
 
@@ -228,7 +228,7 @@ def test_a_store_outlives_the_server(folder, tmp_path):
     options = (f"--store={tmp_path / 'store'}", "--preset=max")
     server = Server(folder, tmp_path, *options)
     text = ask(server.client(), messages).choices[0].message.content
-    stream = ask(server.client(), [user("Tell me a long story.")], stream=True, max_tokens=3500)
+    stream = ask(server.client(), [user("Tell me a long story.")], stream=True, max_tokens=3000)
     next(iter(stream))
     assert server.stop() in {0, -signal.SIGTERM}
     stream.close()

@@ -179,6 +179,28 @@ def loud(keys: Tensor) -> Tensor:
 
 
 class TestBits:
+    @pytest.mark.parametrize(("tokens", "more"), [(70, 0.5), (71, 0.0)])
+    @pytest.mark.parametrize("transform", ["hadamard", "principal"])
+    def test_there_are_more_where_a_text_begins_short(self, tokens: int, more: float, transform: str) -> None:
+        """Ten tokens are protected; what comes later has the bits of the beginning."""
+        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5}
+        cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, transform=transform, **short)
+        feed(cache, *states(tokens), 0)
+        for seed in (1, 2):
+            cache.compress()
+            bits = [codec.layout.bits_per_channel for codec in cache.layers[0].state.codecs]
+            assert bits == [1.5 + more, 2 + more]
+            feed(cache, *states(200, seed=seed), 0)
+
+    def test_a_text_that_is_kept_for_another_reason_has_no_more(self) -> None:
+        """Here none is shown to attention, so none is evicted."""
+        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
+        cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, **short)
+        cache.update(*states(100), 0)
+        with pytest.warns(UserWarning, match="evict"):
+            cache.compress()
+        assert [codec.layout.bits_per_channel for codec in cache.layers[0].state.codecs] == [1.5, 2]
+
     def test_are_raised_where_attention_would_suffer(self) -> None:
         """In the layers where the error is high, and up to where it is not; all keep equally many tokens."""
         bits: dict[str, Any] = {"key_bits": 1, "value_bits": 1, "policy": KeyNormPolicy()}

@@ -33,7 +33,14 @@ TINY: dict[str, Any] = {
 # A few roundings of float32 in logits of unit size, over two layers.
 ROUNDING = 2e-5
 # Settings under which a prompt of some fifty tokens is compressed.
-SMALL: dict[str, Any] = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0, "whole_bits": 0.0}
+SMALL: dict[str, Any] = {
+    "sink_tokens": 2,
+    "residual_length": 8,
+    "flush_length": 4,
+    "min_tokens": 16,
+    "min_kept": 0,
+    "whole_bits": 0.0,
+}
 
 
 def tiny_config(**options: Any) -> LlamaConfig:

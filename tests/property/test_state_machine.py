@@ -610,7 +610,14 @@ TestCacheMachine = CacheMachine.TestCase
 TestCacheMachine.settings = settings(stateful_step_count=12, max_examples=2 * settings().max_examples)
 SIMPLE: dict[str, Any] = {
     "preset": {"key_bits": 2, "value_bits": 2},
-    "lengths": {"keep_ratio": 0.5, "sink_tokens": 2, "residual_length": 2, "flush_length": 2, "min_tokens": 4, "min_kept": 0},
+    "lengths": {
+        "keep_ratio": 0.5,
+        "sink_tokens": 2,
+        "residual_length": 2,
+        "flush_length": 2,
+        "min_tokens": 4,
+        "min_kept": 0,
+    },
     "model": {
         "layers": 1,
         "heads": 1,

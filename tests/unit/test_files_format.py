@@ -91,7 +91,9 @@ class TestContainer:
         with safetensors.safe_open(path, "pt") as file:
             assert file.metadata()["format"] == "nexusquant-cache"
             assert torch.equal(file.get_tensor("layers.0.keys.tail"), cache.layers[0].state.tail[0])
-            assert torch.equal(file.get_tensor("layers.1.values.words"), cache.layers[1].state.body.values.words.stored())
+            assert torch.equal(
+                file.get_tensor("layers.1.values.words"), cache.layers[1].state.body.values.words.stored()
+            )
 
     @pytest.mark.parametrize("name", ["compressed", "padded", "mixed"])
     @pytest.mark.parametrize("level", [None, 3])
@@ -632,8 +634,16 @@ class TestPlaces:
     @pytest.mark.parametrize(
         ("name", "change", "reason"),
         [
-            ("compressed", setting(*LAYER, "more", to=COUNTS | {"sink_positions": "int64"}), "lacks the tensor layers.0.sink"),
-            ("compressed", setting(*LAYER, "more", to=COUNTS | {"origins": "int64"}), "lacks the tensor layers.0.origins"),
+            (
+                "compressed",
+                setting(*LAYER, "more", to=COUNTS | {"sink_positions": "int64"}),
+                "lacks the tensor layers.0.sink",
+            ),
+            (
+                "compressed",
+                setting(*LAYER, "more", to=COUNTS | {"origins": "int64"}),
+                "lacks the tensor layers.0.origins",
+            ),
             ("waiting", setting(*LAYER, "more", "counts", to="int64"), "says where tokens are that it does not have"),
             ("waiting", setting(*LAYER, "more", "sink_positions", to="int64"), "where tokens are that it does not"),
             ("waiting", setting(*LAYER, "more", "origins", to="int64"), "says where tokens are that it does not have"),
@@ -708,7 +718,11 @@ class TestVersion1:
             ("compressed", setting(*LAYER, "sink_place", to=True), "first tokens of padded rows are, and of no others"),
             ("compressed", lambda content, _: content.pop("padding") and None, "none of format version 1"),
             ("compressed", lambda content, _: at(content, *LAYER).pop("sink_place"), "is of another version"),
-            ("compressed", setting(*LAYER, "more", to=COUNTS | {"pads": "bool"}), "is of another version than the file"),
+            (
+                "compressed",
+                setting(*LAYER, "more", to=COUNTS | {"pads": "bool"}),
+                "is of another version than the file",
+            ),
             ("compressed", setting(*LAYER, "shown", to=[0, 71]), "is of another version than the file"),
             ("compressed", setting(*LAYER, "updates", to=[60, 0]), "is of another version than the file"),
         ],
