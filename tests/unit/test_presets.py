@@ -85,8 +85,10 @@ class TestOverride:
 
     @pytest.mark.parametrize(
         ("tokens", "before", "budget"),
-        [(0, 0, 0), (9, 0, 9), (10, 0, 10), (40, 0, 40), (41, 0, 40), (80, 0, 40), (90, 0, 45), (81, 0, 41)]
-        + [(40, 30, 20), (40, 15, 25), (40, 10**9, 20), (9, 50, 9)],
+        [
+            *[(0, 0, 0), (9, 0, 9), (10, 0, 10), (40, 0, 40), (41, 0, 40), (80, 0, 40), (81, 0, 41), (90, 0, 45)],
+            *[(40, 30, 20), (40, 15, 25), (40, 10**9, 20), (9, 50, 9)],
+        ],
     )
     def test_budget(self, tokens, before, budget) -> None:
         assert CacheConfig(keep_ratio=0.5, min_tokens=10, min_kept=40).budget(tokens, before) == budget
