@@ -53,6 +53,8 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
             found.append(nexusquant_candidate(PRINCIPAL + name, replace(settings, transform="principal"), config))
         recipe = replace(
             settings,
+            min_kept=0,
+            whole_bits=0.0,
             key_bits=2,
             value_bits=2,
             center_keys=False,

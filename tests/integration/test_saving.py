@@ -519,7 +519,7 @@ def test_another_device(sdpa, tmp_path):
     for x in (
         *layer.state.tail,
         *layer.state.sinks,
-        layer.state.body.keys.words.stored(),
+        layer.state.body.keys.words.view(),
         layer.state.body.keys.transform.mean,
     ):
         assert x.device.type == "meta"

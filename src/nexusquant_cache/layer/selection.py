@@ -29,7 +29,6 @@ class Scope:
         stop: They are among the first so many of the tail.
         sinks: How many sinks there are among these.
         places: Where the sinks of each row are; None if they come first in all rows.
-        phase: What is taken off keys.
     """
 
     state: LayerState
@@ -37,7 +36,6 @@ class Scope:
     stop: int
     sinks: int
     places: Int[Tensor, "b s"] | None
-    phase: RotaryPhase | None
 
     @classmethod
     def of(cls, state: LayerState, shared: Shared) -> "Scope":
@@ -47,8 +45,13 @@ class Scope:
         stop = sinks + candidates(state, shared)
         is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
         places = _sink_places(state, sinks, stop) if sinks and is_padded else None
-        phase = shared.make_phase(state.layer_idx, state.seen) if is_first else state.phase
-        return cls(state, shared, stop, sinks, places, phase)
+        return cls(state, shared, stop, sinks, places)
+
+    @cached_property
+    def phase(self) -> RotaryPhase | None:
+        """What is taken off keys."""
+        state = self.state
+        return self.shared.make_phase(state.layer_idx, state.seen) if state.body is None else state.phase
 
     @property
     def is_sink(self) -> Bool[Tensor, "b tail"]:
