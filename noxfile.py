@@ -69,7 +69,7 @@ def floors() -> list[str]:
 def demo(session: nox.Session) -> None:
     """Run the demo on a real model; try `-- --help` or `-- --text FILE`."""
     install_torch(session)
-    install(session, ".[cli]")
+    install(session, ".[cli,cpu]")
     install_model(session)
     session.run("nexusquant-cache", "demo", *session.posargs)
 
@@ -78,7 +78,7 @@ def demo(session: nox.Session) -> None:
 def example(session: nox.Session) -> None:
     """Ten questions about a book, each answered from a prefix store; try `-- --help` or `-- --book FILE`."""
     install_torch(session)
-    install(session, ".[cli]")
+    install(session, ".[cli,cpu]")
     install_model(session)
     store = session.cache_dir / "book_store"  # for the next run
     session.run("python", "examples/ask_a_book.py", f"--store={store}", *session.posargs)

@@ -74,9 +74,9 @@ class CacheConfig:
             A layer above it gets one more bit per channel, and again, up to 4.
         codec: Name of the codec of keys and values: ``"e8"``, or one of your own (`register_codec`), for which the
             bits, the centring, the transform and the candidates have no meaning.
-        impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU that can run them, and in plain torch
-            elsewhere; of a GPU that cannot, a line in the log says why.  ``"torch"`` never uses Triton kernels;
-            ``"triton"`` insists on them.  ``"cpu"`` insists on functions that numba compiles for a CPU.
+        impl: ``"auto"`` encodes, decodes and attends by Triton kernels on a GPU, by functions that numba compiles on a
+            CPU, and in plain torch where these are missing or cannot work; a line in the log then says why.
+            ``"triton"`` and ``"cpu"`` insist on them, ``"torch"`` uses neither.
 
     Raises:
         OptionError: If a value is outside its range, or an option does not exist.
