@@ -46,6 +46,6 @@ model = LlamaForCausalLM(
         pad_token_id=0,
     )
 ).eval()
-inputs = {"input_ids": torch.randint(3, 256, (1, 600))}
+inputs = {"input_ids": torch.randint(3, 256, (1, 1200))}
 inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
 """

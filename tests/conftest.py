@@ -70,6 +70,16 @@ def _no_network() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _plain_torch_defines_the_truth() -> Iterator[None]:
+    """Let `auto` be plain torch on CPUs: it is exact, where compiled functions round.  Their own tests choose them."""
+    from nexusquant_cache.codec.cpu import support  # noqa: PLC0415 - after `checks.install`
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(support, "is_wanted", lambda _device: False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _poisoned_memory() -> Iterator[None]:
     """Fill fresh tensors (`torch.empty` and its kin) with NaN, so that reading unwritten memory shows.
 

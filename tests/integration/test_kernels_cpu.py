@@ -27,14 +27,16 @@ from nexusquant_cache.codec.torch import decode as plain_decode
 from nexusquant_cache.codec.torch import encode as plain_encode
 from nexusquant_cache.errors import UnsupportedError
 
+IS_WANTED = support.is_wanted  # before tests begin, see conftest.py
+
 # Axes are rounded to 16 bits, which is 2 ** -16 of the largest in a block.
 TOLERANCE = 3e-4
 
 
 @pytest.fixture(autouse=True)
 def wanted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let `auto` choose compiled functions, as it shall when all is measured."""
-    monkeypatch.setattr(support, "is_wanted", lambda device: device.type == "cpu")
+    """Let `auto` choose compiled functions, as it does outside these tests."""
+    monkeypatch.setattr(support, "is_wanted", IS_WANTED)
 
 
 # Codes
