@@ -22,9 +22,10 @@ from _codes import UNCHECKED, FlatPlanCache, MoreSharpenedCache, ScalarCache, Sh
 from _common import RESULTS, add_measuring, measuring, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
-from nexusquant_cache.attention import reconstruct
-from nexusquant_cache.evaluation import Candidate, EvaluationOptions, LoadedModel, evaluate, load_model
+from nexusquant_cache.evaluation import Candidate, EvaluationOptions, evaluate, load_model
+from nexusquant_cache.evaluation.presets import read_again
 from nexusquant_cache.policy import (
+    Averaged,
     Combined,
     EvictionPolicy,
     ExpectedAttentionPolicy,
@@ -42,10 +43,10 @@ from nexusquant_cache.policy import (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-    from transformers import Cache, PretrainedConfig
+    from transformers import PretrainedConfig
 
 EVICTING = replace(PRESETS["balanced"], most_code_error=UNCHECKED)
+WINDOW = RecentAttentionPolicy(observation_window=64, aggregate="max")
 CODES = replace(EVICTING, key_bits=2, value_bits=2, keep_ratio=1.0)
 
 
@@ -62,12 +63,6 @@ class Row:
         found = candidate_of(name, self.kind, self.settings, config, self.policy)
         needs_second_reading = self.policy is not None and self.policy.requires_reconstruction
         return replace(found, prepare=read_again) if needs_second_reading else found
-
-
-def read_again(cache: Cache, loaded: LoadedModel, ids: Tensor) -> None:
-    """Let the model read the prompt a second time."""
-    assert isinstance(cache, NexusQuantCache)
-    reconstruct(loaded.model, cache, ids)
 
 
 ROWS = {
@@ -99,6 +94,7 @@ ROWS = {
             "expected attention": ExpectedAttentionPolicy(),
             "expected attention times value": ValueAware(ExpectedAttentionPolicy(pool=1), pool=21),
             "second reading": ReconstructionPolicy(),
+            "second reading and window attention": Averaged((WINDOW, ReconstructionPolicy())),
             "far attention": FarAttentionPolicy(),
             "far attention, pooled over 5": FarAttentionPolicy(pool=5),
             "leverage or recent attention": Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3)),

@@ -54,7 +54,7 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
 def main() -> None:
     """Measure and write ``results/memory.json``."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 8192, 32_768], help="prompt lengths")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[2048, 4096, 8192, 32_768], help="prompt lengths")
     parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128], help="head dimensions")
     parser.add_argument("--output", type=Path, default=RESULTS / "memory.json", help="result file")
     given = parser.parse_args()

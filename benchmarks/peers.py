@@ -154,6 +154,7 @@ def evicting(name: str, policy: EvictionPolicy) -> Make:
 
 PEERS: dict[str, Make] = {
     "presets": lambda loaded, _tokens: preset_candidates(loaded),
+    "again": lambda loaded, _tokens: preset_candidates(loaded, read_again=True)[len(PRESETS) :],
     "predecessor": predecessors,
     "nexusquant-kv": nexusquant_kv,
     "quanto": quantized("quanto", {f"quanto@{bits}bit": {"nbits": bits} for bits in (2, 4)}),

@@ -197,6 +197,44 @@ def memory_table(content: dict[str, Any]) -> str:
     return markdown(head, ((f"`{name}`", *(f"{cells[(name, *case)]:.1f}x" for case in cases)) for name in presets))
 
 
+def presets_table(content: dict[str, Any]) -> str:
+    """Return what every preset holds, loses and takes, from several result files."""
+    held = {
+        (row["preset"], row["tokens"]): row["compression_factor"] for row in content["rows"] if row["head_dim"] == _WIDE
+    }
+    lost = {row.name: row.quality for row in summaries(_result("quality_smollm2"))}
+    facts = fact_summaries(_result("facts_smollm2"))
+    times = {row["cache"]: row["relative"] for row in _result("speed_cpu")["rows"]}
+    rows = (
+        (
+            f"`{name}`",
+            *(f"{held[name, tokens]:.1f}x" for tokens in _SHOWN_LENGTHS),
+            f"{lost[name].dppl_percent.mean:+.1f} %",
+            f"{lost[name].kl.mean:.3f}",
+            *(_lost_facts(facts, name, place) for place in _PLACES),
+            f"{times[name]:.2f}x",
+        )
+        for name in dict.fromkeys(row["preset"] for row in content["rows"])
+    )
+    lengths = (f"smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
+    places = (f"facts lost, asked {where}" for where in _PLACES.values())
+    return markdown(("preset", *lengths, "perplexity", "KL, nats", *places, "time per token"), rows)
+
+
+_WIDE = 128
+_SHOWN_LENGTHS = (4096, 32_768)
+
+
+def _lost_facts(facts: dict[str, dict[tuple[str, str], FactSummary]], name: str, place: str) -> str:
+    groups = [fact for (_, where), fact in facts[name].items() if where == place]
+    return f"{sum(fact.lost for fact in groups)} of {sum(fact.asked for fact in groups)}"
+
+
+def _result(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+    return content
+
+
 def speed_table(content: dict[str, Any]) -> str:
     """Return time per generated token, and speed of encoding."""
     head = ("cache", "ms per token", "times plain", "encoded tokens per s")
@@ -708,6 +746,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "reuse": (reuse_table, "transforms"),
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
+    "presets": (presets_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
     "states": (states_table, "states"),
     "instructions": (instructions_table, "instructions"),

@@ -387,6 +387,26 @@ class TestReconstruct:
         for layer, scores in zip(cache.layers, expected, strict=True):
             torch.testing.assert_close(layer.state.observed.reconstruction, scores, rtol=1e-3, atol=1e-5)
 
+    def test_a_cache_reads_again_by_itself(self, model: LlamaForCausalLM) -> None:
+        """With the default policy, and progress; where nothing is evicted there is nothing to read."""
+        ids, told = prompt(50), []
+        cache, other, whole = balanced(model), balanced(model), NexusQuantCache("quant", config=model.config)
+        for each in (cache, other, whole):
+            logits(model, ids, each)
+            each.read_again(model, ids, chunk=20, progress=lambda done, total: told.append((done, total)))
+            attention.reconstruct(model, other, ids, chunk=20) if each is other else None
+        assert told == [(20, 50), (40, 50), (50, 50)] * 2
+        assert whole.layers[0].state.observed.reconstruction is None
+        for each in (cache, other):
+            each.compress()
+        assert fingerprint(cache) == fingerprint(other)
+        once = balanced(model)
+        logits(model, ids, once)
+        once.compress()
+        assert fingerprint(once) != fingerprint(cache)
+        with pytest.raises(CacheStateError, match="compressed already"):
+            once.read_again(model, ids)
+
     @pytest.mark.parametrize(
         "name", ["llama", "gemma3", "gemma4", "gpt_oss", "qwen3_next", "falcon_h1", "lfm2", "gpt2"]
     )

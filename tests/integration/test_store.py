@@ -80,6 +80,18 @@ class TestPrefixes:
         for ids in (question, prompt(1, seed=4)):
             assert torch.equal(logits(sdpa, ids, loaded), logits(sdpa, ids, cache))
 
+    def test_a_text_can_be_read_again_before_it_is_stored(self, sdpa, kept):
+        """That chooses other tokens than a put without it, and the same as who reads again and then puts."""
+        book, held = prompt(60), []
+        for reads_again, reads_in_put in ((False, False), (False, True), (True, False)):
+            cache = balanced(sdpa)
+            logits(sdpa, book, cache)
+            if reads_again:
+                cache.read_again(sdpa, book)
+            kept.put(cache, book, read_again=sdpa if reads_in_put else None)
+            held.append(fingerprint(kept.get(book, config=sdpa.config, leave=0)[0]))
+        assert held[0] != held[1] == held[2]
+
     def test_generate_takes_it_with_the_whole_prompt(self, sdpa, kept):
         book = prompt(60)
         cache = balanced(sdpa)

@@ -16,6 +16,7 @@ from nexusquant_cache import (
     EvictionPolicy,
     ExpectedAttentionPolicy,
     FarAttentionPolicy,
+    IfReadAgain,
     KeyDiffPolicy,
     KeyKeyPolicy,
     KeyNormPolicy,
@@ -52,6 +53,7 @@ POLICIES: dict[str, EvictionPolicy] = {
     "value_aware": ValueAware(KeyNormPolicy(), pool=3),
     "shared": SharedOverHeads(KeyKeyPolicy()),
     "default": DEFAULT_POLICY,
+    "if_read_again": IfReadAgain(ReconstructionPolicy(), otherwise=KeyNormPolicy()),
     "combined": Combined([KeyDiffPolicy(), ValueAware(WindowAttentionPolicy(pool=1))]),
 }
 # What a token gets does not depend on its place, without pooling and rotary phase.
@@ -261,7 +263,7 @@ class TestRequirements:
         message = r"WindowAttentionPolicy scores by queries.* layer 3 are not known.*a policy that does without"
         with pytest.raises(CacheStateError, match=message):
             select(window, make_inputs(queries=None), 5)
-        message = r"ReconstructionPolicy .*nexusquant_cache\.attention\.reconstruct\(model, cache, input_ids\)"
+        message = r"ReconstructionPolicy .*cache\.read_again\(model, input_ids\)"
         with pytest.raises(CacheStateError, match=message):
             select(reconstruction, make_inputs(reconstruction=None), 5)
 
@@ -586,6 +588,23 @@ class TestAveraged:
     def test_refuses_nothing(self) -> None:
         with pytest.raises(OptionError, match="at least one policy"):
             Averaged(())
+
+
+class TestIfReadAgain:
+    def test_is_one_or_the_other(self) -> None:
+        inputs, once = make_inputs(), KeyNormPolicy()
+        policy = IfReadAgain(ReconstructionPolicy(), otherwise=once)
+        assert torch.equal(policy.score(inputs), ReconstructionPolicy().score(inputs))
+        assert torch.equal(policy.score(replace(inputs, reconstruction=None)), once.score(inputs))
+
+    def test_needs_a_second_reading_only_if_both_do(self) -> None:
+        again, once = ReconstructionPolicy(), KeyNormPolicy()
+        assert not IfReadAgain(again, otherwise=once).requires_reconstruction
+        assert IfReadAgain(once, otherwise=again).requires_reconstruction
+        assert IfReadAgain(again, otherwise=FarAttentionPolicy()).scores_are_comparable
+        assert not IfReadAgain(again, otherwise=once).scores_are_comparable
+        assert DEFAULT_POLICY.scores_are_comparable
+        assert not DEFAULT_POLICY.requires_reconstruction
 
 
 def test_parts_of_attention_can_be_compared_and_nothing_else() -> None:

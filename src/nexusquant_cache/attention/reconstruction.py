@@ -3,6 +3,7 @@
 import copy
 import inspect
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,23 +14,26 @@ from transformers.cache_utils import Cache, DynamicLayer
 from nexusquant_cache.attention.enable import attention_modules
 from nexusquant_cache.attention.function import Observer
 from nexusquant_cache.attention.recording import observing
-from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
 from nexusquant_cache.layer.observations import greatest_attention
 from nexusquant_cache.layer.parts import CompressedPart, compressed
+from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.releases import CACHE, cache_names
 
 
 @torch.no_grad()
-def reconstruct(
+def reconstruct(  # noqa: PLR0913 - all but three have defaults
     model: nn.Module,
-    cache: NexusQuantCache,
+    cache: Cache,
     input_ids: Int[Tensor, "b n"],
     *,
     chunk: int = 2048,
     repeat_prompt_ids: Int[Tensor, "*one m"] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Find out what in a prompt the model needs to repeat it, for policies that keep just that.
+
+    `NexusQuantCache.read_again` is the short way; this is for an instruction of your own, and policies of your own.
 
     The prompt is read a second time, chunk by chunk, each behind the whole prompt, and for each token in the cache the
     greatest attention that any of these queries pays it is kept for the coming compression (`ReconstructionPolicy`).
@@ -48,11 +52,12 @@ def reconstruct(
 
     Args:
         model: The model that has read the prompt; `enable` selects the attention for the time of the call.
-        cache: What it was read into: the prompt, all of it and nothing else, not yet compressed.
+        cache: A `NexusQuantCache`, into which it was read: the prompt, all of it and nothing else, not yet compressed.
         input_ids: The tokens of the prompt.  Images are not shown again.
         chunk: Tokens that are read at once.
         repeat_prompt_ids: An instruction to read before each chunk, like "Repeat the previous context:", one row for
             all.  By default there is none.
+        progress: Called after every chunk with the tokens read and how many there are.
 
     Raises:
         OptionError: If the cache is of another kind, or ``chunk`` is below 1.
@@ -65,8 +70,9 @@ def reconstruct(
         section 3.  There each chunk is scored by attention within the chunk and its repetition alone; here the softmax
         runs over the whole prompt.
     """
-    _check(cache, input_ids, chunk)
-    ours = {part.index: part for part in compressed(cache.parts())}
+    parts = _parts_of(cache)
+    _check(cache, parts, input_ids, chunk)
+    ours = {part.index: part for part in parts}
     if not ours:
         return  # sliding windows only
     context = _real(next(iter(ours.values())), input_ids)
@@ -78,25 +84,33 @@ def reconstruct(
     instruction = input_ids[:, :0]
     if repeat_prompt_ids is not None:
         instruction = repeat_prompt_ids.to(input_ids.device).reshape(1, -1).expand(len(input_ids), -1)
+    done = 0
     with observing(model, observer):
         for ids, real in zip(input_ids.split(chunk, 1), context.split(chunk, 1), strict=True):
             observer.real = torch.cat([context, torch.ones_like(instruction, dtype=torch.bool), real], 1)
             _read(model, readers, torch.cat([instruction, ids], 1), observer.real)
+            done += ids.shape[1]
+            if progress is not None:
+                progress(done, input_ids.shape[1])
     observer.store()
 
 
-def _check(cache: NexusQuantCache, input_ids: Tensor, chunk: int) -> None:
-    given: object = cache  # whatever the annotation says
-    if not isinstance(given, NexusQuantCache):
-        msg = f"cache must be a NexusQuantCache, got {type(given).__name__}"
+def _parts_of(cache: Any) -> list[CompressedPart]:  # noqa: ANN401 - whatever was given
+    """Return the compressed layers of a cache of ours, which imports this module."""
+    if not isinstance(getattr(cache, "shared", None), Shared):
+        msg = f"cache must be a NexusQuantCache, got {type(cache).__name__}"
         raise OptionError(msg)
+    return list(compressed(cache.parts()))
+
+
+def _check(cache: Any, parts: list[CompressedPart], input_ids: Tensor, chunk: int) -> None:  # noqa: ANN401 - as above
     if chunk < 1:
         msg = f"chunk must be at least 1 token, got {chunk}"
         raise OptionError(msg)
     if cache.shared.when != "post_prefill":
         msg = f"reconstruct needs the whole prompt exact, and this cache compresses early: when={cache.shared.when!r}"
         raise UnsupportedError(msg)
-    parts = [part for part in compressed(cache.parts()) if part.layer.is_initialized]
+    parts = [part for part in parts if part.layer.is_initialized]
     if any(part.state.body is not None for part in parts):
         msg = "the cache is compressed already: call reconstruct between the prompt and the first generation step"
         raise CacheStateError(msg)

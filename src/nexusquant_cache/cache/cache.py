@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any, cast, get_args
 
 import torch
-from jaxtyping import Float, Shaped
-from torch import Tensor
+from jaxtyping import Float, Int, Shaped
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
+from nexusquant_cache.attention.reconstruction import reconstruct
 from nexusquant_cache.cache.forward import Forward
 from nexusquant_cache.cache.leaving import left_by
 from nexusquant_cache.cache.report import MemoryReport, layer_report, storage_bytes
@@ -396,6 +397,41 @@ class NexusQuantCache(DynamicCache):
         """
         self._forward.note_peak(self.parts())
         compress_together([part.layer for part in compressed(self.parts()) if part.is_pending])
+
+    def read_again(
+        self,
+        model: nn.Module,
+        input_ids: Int[Tensor, "b n"],
+        *,
+        chunk: int = 2048,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        """Let the model read the prompt a second time, to keep what questions still to come will need.
+
+        For a text that many questions will be asked about.  It costs about as much as the first reading, once, and is
+        done between the first reading and the first generation step::
+
+            with torch.no_grad():
+                model(text_ids, cache=cache)
+            cache.read_again(model, text_ids)
+
+        The default policy makes use of it; of your own, those do that look at `ScoreInputs.reconstruction`.  A cache
+        that evicts nothing has no use for it, and nothing is read.
+
+        Args:
+            model: The model that has read the prompt.
+            input_ids: The tokens of the prompt: all that the cache has seen.
+            chunk: Tokens that are read at once.
+            progress: Called after every chunk with the tokens read and how many there are.
+
+        Raises:
+            OptionError: If ``chunk`` is below 1.
+            ShapeError: If the tokens are not as many as the cache has seen.
+            CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
+            UnsupportedError: If the cache compresses during the prefill, or the queries of the model cannot be seen.
+        """
+        if self.shared.evicts:
+            reconstruct(model, self, input_ids, chunk=chunk, progress=progress)
 
     def _compress_waiting(self, tokens: int) -> None:
         """Compress all layers that wait and are due before an update of so many tokens."""

@@ -138,6 +138,9 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     output: Annotated[
         Path, typer.Option(metavar="FOLDER", help="Where results.json, report.html and pictures go.")
     ] = Path("evaluation"),
+    read_again: Annotated[
+        bool, typer.Option("--read-again", help="Measure presets that evict once more, with every prompt read twice.")
+    ] = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what an earlier run has measured.")] = False,
 ) -> None:
     """Measure quality, recall and bytes of presets against the plain cache, and write a report.
@@ -169,7 +172,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             loaded = load_model(model)
             content = evaluate(
                 loaded,
-                preset_candidates(loaded, names),
+                preset_candidates(loaded, names, read_again=read_again),
                 texts,
                 options,
                 output=output / "results.json",

@@ -5,7 +5,8 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
-from transformers import DynamicCache, PretrainedConfig
+from torch import Tensor
+from transformers import Cache, DynamicCache, PretrainedConfig
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.evaluation.caches import PLAIN, Candidate
@@ -21,6 +22,8 @@ def nexusquant_candidate(
     settings: str | CacheConfig,
     config: PretrainedConfig,
     policy: EvictionPolicy | None = None,
+    *,
+    reads_again: bool = False,
 ) -> Candidate:
     """Return a `NexusQuantCache` as a candidate.
 
@@ -29,25 +32,49 @@ def nexusquant_candidate(
         settings: A preset's name, or settings.
         config: The model's config.
         policy: Which tokens to keep; the cache's default if None.
+        reads_again: Whether the model reads every prompt a second time, see `NexusQuantCache.read_again`.
 
     Raises:
         OptionError: If there is no such preset.
     """
     resolved = resolve_preset(settings)
+    described = describe(resolved, policy)
     return Candidate(
         name,
         lambda: NexusQuantCache(resolved, config=config, policy=policy),
-        settings=describe(resolved, policy),
+        prepare=read_again if reads_again else None,
+        settings={**described, "reads_again": True} if reads_again else described,
     )
 
 
-def preset_candidates(loaded: LoadedModel, names: Iterable[str] = ()) -> tuple[Candidate, ...]:
+def read_again(cache: Cache, loaded: LoadedModel, ids: Tensor) -> None:
+    """Let the model read a prompt a second time."""
+    assert isinstance(cache, NexusQuantCache)
+    cache.read_again(loaded.model, ids)
+
+
+AGAIN = "again@"
+"""What the names of presets begin with for which every prompt is read a second time."""
+
+
+def preset_candidates(
+    loaded: LoadedModel, names: Iterable[str] = (), *, read_again: bool = False
+) -> tuple[Candidate, ...]:
     """Return these presets as candidates, all if none is named.
+
+    Args:
+        loaded: The model.
+        names: The presets.
+        read_again: Whether to add those that evict once more, with every prompt read a second time.
 
     Raises:
         OptionError: If there is no such preset.
     """
-    return tuple(nexusquant_candidate(name, name, loaded.model.config) for name in (tuple(names) or PRESETS))
+    config, names = loaded.model.config, tuple(names) or tuple(PRESETS)
+    once = [nexusquant_candidate(name, name, config) for name in names]
+    evicting = [name for name in names if read_again and resolve_preset(name).keep_ratio < 1]
+    again = [nexusquant_candidate(AGAIN + name, name, config, reads_again=True) for name in evicting]
+    return (*once, *again)
 
 
 def describe(settings: CacheConfig, policy: EvictionPolicy | None = None) -> dict[str, Any]:

@@ -1,12 +1,11 @@
 """Which tokens are kept: a policy scores, the base class does everything else.
 
-A policy is one class with one method, `EvictionPolicy.score`.  Protection (sinks and recent tokens), top-k and checks
-are the same for all of them and live in `EvictionPolicy.select`; how many tokens stay, and that padding is not among
-them, is the layer's work.
+A policy is one class with one method, `EvictionPolicy.score`.  Checks are the same for all of them and live in
+`EvictionPolicy.checked_scores`; what is protected, how many tokens stay, and which, is the layer's work.
 """
 
 from nexusquant_cache.policy.base import EvictionPolicy, PooledPolicy, ScoreInputs
-from nexusquant_cache.policy.combined import Averaged, Combined, SharedOverHeads, ValueAware
+from nexusquant_cache.policy.combined import Averaged, Combined, IfReadAgain, SharedOverHeads, ValueAware
 from nexusquant_cache.policy.default import DEFAULT_POLICY
 from nexusquant_cache.policy.keys import KeyDiffPolicy, KeyKeyPolicy, KeyNormPolicy, LeveragePolicy, MeanKeyKeyPolicy
 from nexusquant_cache.policy.queries import (
@@ -24,6 +23,7 @@ __all__ = [
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
     "FarAttentionPolicy",
+    "IfReadAgain",
     "KeyDiffPolicy",
     "KeyKeyPolicy",
     "KeyNormPolicy",

@@ -163,8 +163,8 @@ class EvictionPolicy(ABC):
             raise CacheStateError(msg)
         if self.requires_reconstruction and inputs.reconstruction is None:
             msg = (
-                f"{name} scores by a second reading of the prompt. Call nexusquant_cache.attention.reconstruct(model, "
-                "cache, input_ids) between the prompt and the first generation step."
+                f"{name} scores by a second reading of the prompt. Call cache.read_again(model, input_ids) between the "
+                "prompt and the first generation step."
             )
             raise CacheStateError(msg)
         if self.wants_queries and inputs.queries is None:

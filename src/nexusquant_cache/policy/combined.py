@@ -192,6 +192,39 @@ class Averaged(PolicyOfPolicies):
         return torch.stack(scores).sum(0) / sum(weights)
 
 
+@dataclass(frozen=True)
+class IfReadAgain(PolicyOfPolicies):
+    """Scores by one policy where the prompt has been read a second time, and by another one where it has not.
+
+    Args:
+        policy: Where it has, see `NexusQuantCache.read_again`.
+        otherwise: Where it has not.
+    """
+
+    policy: EvictionPolicy
+    otherwise: EvictionPolicy
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """Both."""
+        return self.policy, self.otherwise
+
+    @property
+    def requires_reconstruction(self) -> bool:
+        """Whether the policy does that scores without one."""
+        return self.otherwise.requires_reconstruction
+
+    @property
+    def scores_are_comparable(self) -> bool:
+        """Whether those of both are."""
+        return all(part.scores_are_comparable for part in self.parts)
+
+    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the scores of one of them."""
+        policy = self.otherwise if inputs.reconstruction is None else self.policy
+        return policy.checked_scores(inputs)
+
+
 def _check_numbers(name: str, numbers: Sequence[float] | None, policies: Sequence[EvictionPolicy]) -> None:
     """Raise OptionError if these are not one positive number for each policy."""
     is_right = numbers is None or (len(numbers) == len(policies) and all(0 < x < float("inf") for x in numbers))

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from nexusquant_cache.cache.cache import NexusQuantCache, placeholder_ids, text_config
@@ -118,7 +118,13 @@ class PrefixStore:
     # Writing
 
     def put(
-        self, cache: NexusQuantCache, token_ids: TokenIds, *, level: int | None = 3, besides: Besides | None = None
+        self,
+        cache: NexusQuantCache,
+        token_ids: TokenIds,
+        *,
+        level: int | None = 3,
+        besides: Besides | None = None,
+        read_again: nn.Module | None = None,
     ) -> StoreEntry:
         """Store what a cache holds, in place of an older entry of the same tokens, model, policy and settings.
 
@@ -131,6 +137,8 @@ class PrefixStore:
             level: See `NexusQuantCache.save`.
             besides: What the prompt is made of besides token ids, by name: pixel values, sounds, embeddings, the name
                 of an adapter.  Only who names the same finds the entry.
+            read_again: The model that has read the prompt, to read it a second time before it is compressed: see
+                `NexusQuantCache.read_again`.  Worth its time for what many questions will be asked about.
 
         Raises:
             OptionError: If the ids do not fit the cache, or the file alone is larger than the store may be.
@@ -140,6 +148,8 @@ class PrefixStore:
         ids = _checked_ids(token_ids)
         _check_cache(cache, len(ids))
         key = {**self._key(cache.model_config, cache.policy, cache.cache_config, besides), **describe_ids(ids)}
+        if read_again is not None:
+            cache.read_again(read_again, ids[None].to(next(read_again.parameters()).device))
         cache.compress()
         if besides is None and _first_of(ids, cache.placeholder_ids) is not None:
             warnings.warn(
