@@ -31,7 +31,7 @@ from nexusquant_cache.files import writer
 from nexusquant_cache.store import index, store
 
 LENGTHS = range(40, 64, 2)  # prefixes of one text: the longest that is stored is the one to be found
-_SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0}
+_SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0, "impl": "torch"}
 
 
 def token_ids(tokens: int) -> list[int]:
