@@ -27,11 +27,13 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 
 from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.codec.cpu import support
 from nexusquant_cache.files import writer
 from nexusquant_cache.store import index, store
 
+support.is_wanted = lambda _device: False  # plain torch, as in the tests: see conftest.py
 LENGTHS = range(40, 64, 2)  # prefixes of one text: the longest that is stored is the one to be found
-_SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0, "impl": "torch"}
+_SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0}
 
 
 def token_ids(tokens: int) -> list[int]:
