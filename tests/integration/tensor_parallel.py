@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from nexusquant_cache import NexusQuantCache
+from nexusquant_cache.codec.cpu import support
 from nexusquant_cache.policy import KeyNormPolicy, ScoreInputs
 
 # Four key heads: two for each process.
@@ -55,6 +56,7 @@ def main(model_folder: str, results_folder: str) -> None:
     """Load one half of the model and save what it says."""
     from transformers.distributed import DistributedConfig  # noqa: PLC0415 - only where processes are started
 
+    support.is_wanted = lambda _device: False  # plain torch, as in the tests: see conftest.py
     model = LlamaForCausalLM.from_pretrained(model_folder, distributed_config=DistributedConfig(tp_plan="auto")).eval()
     results = {name: converse(model, make(model)) for name, make in CACHES.items()}
     torch.save(results, Path(results_folder) / f"rank{torch.distributed.get_rank()}.pt")
