@@ -31,7 +31,6 @@ from nexusquant_cache.codec.cpu import support
 from nexusquant_cache.files import writer
 from nexusquant_cache.store import index, store
 
-support.is_wanted = lambda _device: False  # plain torch, as in the tests: see conftest.py
 LENGTHS = range(40, 64, 2)  # prefixes of one text: the longest that is stored is the one to be found
 _SMALL = {"sink_tokens": 2, "residual_length": 8, "flush_length": 4, "min_tokens": 16, "min_kept": 0}
 
@@ -98,6 +97,7 @@ def kill_at_line(number: int, lines: Iterator[int]) -> None:
 
 def main() -> None:
     """Fork a child for every job."""
+    support.is_wanted = lambda _device: False  # plain torch, as in the tests: see conftest.py
     torch.set_num_threads(1)
     for tokens in LENGTHS:
         build(tokens)  # once for all children, who then do little but what is tested
