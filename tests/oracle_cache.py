@@ -667,7 +667,7 @@ class OracleLayer(CacheLayerMixin):
             codes += [packed.words[0], packed.scales[0, :, :, None]]
             decoded.append(codec.decode(packed, transform))
         if self.phase is not None:
-            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, every))
+            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, every), by_tables=True)
         for head, positions in enumerate(coded):
             places = [every[head].index(at) for at in positions]
             for side in (0, 1):

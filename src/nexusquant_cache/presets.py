@@ -190,14 +190,13 @@ def _check_whole(name: str, value: object, least: int) -> None:
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
 # exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
 # (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
+_EVICTING: dict[str, Any] = {"key_bits": 1.75, "value_bits": 2.25, "whole_bits": 0.5}
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
-    "high": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.72, min_kept=768, whole_bits=0.5),
-    "asym": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.507, min_kept=768, whole_bits=0.5),
-    "balanced": CacheConfig(key_bits=1.75, value_bits=2.25, keep_ratio=0.411, min_kept=768, whole_bits=0.5),
-    "max": CacheConfig(
-        key_bits=1.75, value_bits=2.25, keep_ratio=0.205, residual_length=32, min_kept=384, whole_bits=0.5
-    ),
+    "high": CacheConfig(keep_ratio=0.72, residual_length=24, min_kept=768, **_EVICTING),
+    "asym": CacheConfig(keep_ratio=0.507, residual_length=24, min_kept=768, **_EVICTING),
+    "balanced": CacheConfig(keep_ratio=0.411, residual_length=24, min_kept=768, **_EVICTING),
+    "max": CacheConfig(keep_ratio=0.203, residual_length=16, min_kept=384, **_EVICTING),
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 

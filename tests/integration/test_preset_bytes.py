@@ -3,7 +3,7 @@
 import pytest
 import torch
 from feeding import GROUP, feed
-from integration.tiny import reachable_bytes
+from integration.tiny import reachable_bytes, tiny_config
 
 from grids import combined
 from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
@@ -44,6 +44,30 @@ def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
     assert report.compression_factor == dense / held
     queries = QUERY_WINDOW * GROUP if PRESETS[preset].keep_ratio < 1 else 0
     assert report.peak_bytes == LAYERS * (32_768 * 2 + queries) * head_dim * 2
+
+
+@pytest.mark.parametrize(
+    ("preset", "tokens", "factor"),
+    [("quant", 2048, 5.0)]
+    + [("balanced", 2048, 11.5), ("balanced", 4096, 13.5), ("balanced", 8192, 15.3)]
+    + [("max", 2048, 20), ("max", 4096, 25), ("max", 8192, 28)],
+)
+def test_the_factor_at_usual_lengths(preset: str, tokens: int, factor: float) -> None:
+    """Of a model with 4 KV heads of 128 channels, whose variances differ, and its config.
+
+    Compiled functions need no tables of rotary phases, which would be a tenth of what two layers hold.
+    """
+    pytest.importorskip("numba", reason="an extra")
+    config = tiny_config(num_key_value_heads=4, head_dim=128)
+    cache = NexusQuantCache(preset, config=config, impl="cpu")
+    slope = torch.linspace(0, 3, 128).mul(-1).exp()
+    for length in (tokens, 1):
+        for layer_idx in range(LAYERS):
+            states = torch.randn(2, 1, 4, length, 128).mul(slope).bfloat16()
+            feed(cache, states[0], states[1], layer_idx)
+    report = cache.memory_report()
+    assert report.held_bytes == reachable_bytes(cache)
+    assert report.compression_factor >= factor
 
 
 @pytest.mark.parametrize("preset", FACTORS)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+from collections.abc import Iterator
+from functools import partialmethod
 
 import pytest
 import torch
@@ -15,6 +17,14 @@ from nexusquant_cache.errors import DtypeError, ShapeError
 EPS = torch.finfo(torch.float32).eps
 # A phase is the product of two rounded rows (3 roundings of cos and sin), then two products and a sum.
 ROUNDING = 8 * EPS
+
+
+@pytest.fixture(scope="module", autouse=True, params=[False, True], ids=["sines", "tables"])
+def _both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Take phases from sines of their own, and from tables."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RotaryPhase, "rotate", partialmethod(RotaryPhase.rotate, by_tables=request.param))
+        yield
 
 
 def frequencies(pairs: int = 16, theta: float = 10000.0) -> Tensor:

@@ -172,7 +172,7 @@ class HeldTokens:
             if self.phase is None:
                 packed.copy_(decoded)
             else:
-                self.phase.rotate(decoded, self.angles(), out=packed)
+                self.phase.rotate(decoded, self.angles(), out=packed, by_tables=True)
         return out
 
     def decoded_values(self) -> Float[Tensor, "b h n dv"]:

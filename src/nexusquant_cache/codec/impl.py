@@ -12,6 +12,7 @@ An implementation is a folder beside this file and its name in `Impl`.  The fold
 
 import logging
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
 from typing import Any, Literal, get_args
@@ -166,7 +167,9 @@ def _attend_by(name: str, queries: Tensor, held: HeldTokens, mask: Tensor | None
     out = found[0]
 
     def error() -> float:
-        return distance(out, plain_attend.attend(queries, held, mask, softmax)[0])
+        # With a phase of its own, so that the cache does not keep the tables of plain torch.
+        apart = replace(held, phase=None if held.phase is None else replace(held.phase))
+        return distance(out, plain_attend.attend(queries, apart, mask, softmax)[0])
 
     key = (name, "attend", out.device, out.dtype, module.specialisation(queries, held))
     return out if is_right(asked, key, error, _MOST_ATTENTION_ERROR) else None

@@ -12,6 +12,9 @@ attention it serves.  Two observations make it cheap:
 Both ways do the same arithmetic on the same rows, one row of channels at a time, so the result for a
 token does not depend on what is processed beside it.
 
+What happens once for each token, such as taking the phase off, has sines of its own and no table.  So a cache
+whose attention computes its own sines, as compiled functions for CPUs do, holds none.
+
 References:
     Su et al. (2021), "RoFormer: Enhanced Transformer with Rotary Position Embedding", arXiv:2104.09864.
 """
@@ -71,6 +74,8 @@ class RotaryPhase:
         positions: Int[Tensor, "*shared_or_per_head n"],
         inverse: bool = False,
         out: Float[Tensor, "b h n d"] | None = None,
+        *,
+        by_tables: bool = False,
     ) -> Float[Tensor, "b h n d"]:
         """Turn the first `rotary_dim` channels of each vector by its position; the others pass through.
 
@@ -79,6 +84,7 @@ class RotaryPhase:
             positions: Positions from 0: ``[n]`` for all heads, or ``[b, h, n]``.
             inverse: Turn backwards.  Undoes the rotation to the rounding of the dtype.
             out: Where to write, in any floating dtype and with any strides; must not overlap ``x``.
+            by_tables: Whether to take phases from tables, which are kept: for what is done at every step.
 
         Returns:
             ``out``, or a new tensor like ``x``.
@@ -94,7 +100,7 @@ class RotaryPhase:
         if x.numel() == 0:
             return out
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        phase = self._tables_for(x.device, dtype).gather(positions)
+        phase = self._tables_for(x.device, dtype).gather(positions) if by_tables else self._fresh(positions, dtype)
         channels = x if x.dtype == dtype else x[..., : self.rotary_dim].to(dtype)
         self._turn(channels, phase, -1 if inverse else 1, out)
         out[..., self.rotary_dim :].copy_(x[..., self.rotary_dim :])
@@ -112,6 +118,20 @@ class RotaryPhase:
             positions: How many positions, from 0 on, have to be covered.
         """
         return self._tables_for(device, torch.float32).covering(positions)
+
+    def _fresh(self, positions: Int[Tensor, "*shape"], dtype: torch.dtype) -> Float[Tensor, "*shape channels"]:
+        """Return the phase of each position, from a sine of its own."""
+        flat = positions.reshape(-1)
+        smallest, largest = (int(x) for x in torch.aminmax(flat))
+        if smallest < 0:
+            raise ValueError(f"positions start at 0, got {smallest}")
+        inv_freq = self.inv_freq.to(positions.device).double()
+        if largest - smallest < 2 * flat.numel():
+            rows = _phases(torch.arange(smallest, largest + 1, device=flat.device), inv_freq, dtype)
+            rows = rows.index_select(0, flat - smallest)
+        else:
+            rows = _phases(flat, inv_freq, dtype)
+        return rows.view(*positions.shape, -1)
 
     def _turn(self, x: Tensor, phase: Tensor, sign: int, out: Tensor) -> None:
         """Write the rotated channels of ``x`` into ``out``."""
@@ -193,8 +213,15 @@ class _PhaseTables:
             self._high = self._rows(torch.arange(count, device=self._low.device) * _LOW)
 
     def _rows(self, positions: Int[Tensor, " rows"]) -> Float[Tensor, "rows channels"]:
-        angle = positions[:, None] * self._inv_freq
-        return torch.cat([angle.cos(), angle.sin()], dim=-1).to(self._dtype)
+        return _phases(positions, self._inv_freq, self._dtype)
+
+
+def _phases(
+    positions: Int[Tensor, " rows"], inv_freq: Float[Tensor, " pairs"], dtype: torch.dtype
+) -> Float[Tensor, "rows channels"]:
+    """Return ``(cos | sin)`` of each position, from angles in float64."""
+    angle = positions[:, None] * inv_freq
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
 
 
 def _complex_product(

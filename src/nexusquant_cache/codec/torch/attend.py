@@ -97,7 +97,7 @@ def _logits(q: Float[Tensor, "b h m d"], held: HeldTokens) -> Float[Tensor, "b h
     for chunk in _chunks(held.keys, q.shape[-1]):
         keys = _decode(held.keys, chunk)
         if held.phase is not None and angles is not None:
-            keys = held.phase.rotate(keys, angles[..., chunk])
+            keys = held.phase.rotate(keys, angles[..., chunk], by_tables=True)
         body[..., chunk] = q @ keys.mT
     return out
 
