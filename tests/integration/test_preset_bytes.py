@@ -48,9 +48,11 @@ def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize(
     ("preset", "tokens", "factor"),
-    [("quant", 2048, 5.0)]
-    + [("balanced", 2048, 11.5), ("balanced", 4096, 13.5), ("balanced", 8192, 15.3)]
-    + [("max", 2048, 20), ("max", 4096, 25), ("max", 8192, 28)],
+    [
+        ("quant", 2048, 5.0),
+        *[("balanced", 2048, 11.5), ("balanced", 4096, 13.5), ("balanced", 8192, 15.3)],
+        *[("max", 2048, 20), ("max", 4096, 25), ("max", 8192, 28)],
+    ],
 )
 def test_the_factor_at_usual_lengths(preset: str, tokens: int, factor: float) -> None:
     """Of a model with 4 KV heads of 128 channels, whose variances differ, and its config.
