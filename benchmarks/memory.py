@@ -14,7 +14,7 @@ from _common import RESULTS
 from rich.progress import track
 from transformers import LlamaConfig
 
-from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
 from nexusquant_cache.evaluation.caches import update
 from nexusquant_cache.evaluation.presets import describe
 from nexusquant_cache.evaluation.results import environment, write_json
@@ -33,7 +33,8 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
         hidden_size=KV_HEADS * head_dim,
         max_position_embeddings=131_072,
     )
-    cache = NexusQuantCache(preset, config=config)
+    # Which tokens stay is nothing to bytes: the default policy would look at all pairs of them.
+    cache = NexusQuantCache(preset, config=config, policy=RecentAttentionPolicy(observation_window=64, aggregate="max"))
     random = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random).bfloat16()
