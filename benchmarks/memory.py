@@ -21,6 +21,7 @@ from nexusquant_cache.evaluation.results import environment, write_json
 
 LAYERS = 2
 KV_HEADS = 8
+WINDOW = 64  # queries that the policy looks at
 
 
 def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
@@ -34,11 +35,13 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
         max_position_embeddings=131_072,
     )
     # Which tokens stay is nothing to bytes: the default policy would look at all pairs of them.
-    cache = NexusQuantCache(preset, config=config, policy=RecentAttentionPolicy(observation_window=64, aggregate="max"))
+    cache = NexusQuantCache(
+        preset, config=config, policy=RecentAttentionPolicy(observation_window=WINDOW, aggregate="max")
+    )
     random = torch.Generator().manual_seed(0)
     for layer in range(LAYERS):
         keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random).bfloat16()
-        update(cache, keys.clone(), values.clone(), layer)
+        update(cache, keys.clone(), values.clone(), layer, keys[:, :, -WINDOW:])  # attention of all would take long
     cache.compress()
     report = cache.memory_report()
     return {
