@@ -2,6 +2,7 @@ import copy
 import json
 import math
 import platform
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import DynamicCache
 from unit.evaluation_tiny import PROSE, build_model, tiny
 
-from nexusquant_cache import OptionError
+from nexusquant_cache import PRESETS, OptionError
 from nexusquant_cache.evaluation import (
     KINDS,
     Candidate,
@@ -17,6 +18,7 @@ from nexusquant_cache.evaluation import (
     EvaluationOptions,
     LoadedModel,
     evaluate,
+    nexusquant_candidate,
     preset_candidates,
     summaries,
 )
@@ -96,6 +98,22 @@ class TestEvaluate:
         assert min(quant.quality.compression_factor, shortest.quality.compression_factor) > 1
         assert list(quant.recall) == list(KINDS)
         assert quant.all_recall.asked == len(KINDS)
+
+    def test_reading_again_is_measured_beside_reading_once(self, loaded):
+        """Of presets that evict; it chooses other tokens, so predictions differ."""
+        candidates = preset_candidates(loaded, ("quant", "max"), read_again=True)
+        assert [candidate.name for candidate in candidates] == ["quant", "max", "again@max"]
+        once, again = (dict(candidate.settings) for candidate in candidates[1:])
+        assert again == once | {"reads_again": True}
+        evicting = replace(PRESETS["max"], min_kept=0)
+        pair = [
+            nexusquant_candidate(name, evicting, loaded.model.config, reads_again=name == "again")
+            for name in ("once", "again")
+        ]
+        content = evaluate(loaded, pair, TEXTS, with_options(kinds=()))
+        _, once, again = summaries(content)
+        assert again.kept_tokens == once.kept_tokens < 300
+        assert again.quality.kl.mean != once.quality.kl.mean
 
     def test_the_file_says_what_was_returned_and_what_decided_it(self, loaded, output):
         content = evaluate(loaded, preset_candidates(loaded, ("max",)), TEXTS, OPTIONS, output=output)
