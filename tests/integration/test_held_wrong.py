@@ -931,7 +931,7 @@ def test_a_cache_is_one_line(sdpa: LlamaForCausalLM) -> None:
     logits(sdpa, prompt(60), cache)
     assert re.fullmatch(
         r"NexusQuantCache\(preset balanced, 60 tokens seen, [\d.]+ KiB \(0\.\dx\), not compressed yet: is too short, "
-        r"with 0 tokens between sinks and residual \(min_tokens is 128\)\)",
+        r"with 32 tokens between sinks and residual \(min_tokens is 128\)\)",
         repr(cache),
     )
     cache = lossless_cache(sdpa.config, keep_ratio=0.5)
