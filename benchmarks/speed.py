@@ -1,6 +1,8 @@
 """What compression costs in time: encoding, and each generated token against the plain cache, in one run.
 
 python benchmarks/speed.py
+
+``nexusquant-cache bench`` measures the same on a model of yours.
 """
 
 from __future__ import annotations
@@ -8,22 +10,15 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from _common import RESULTS
-from rich.progress import Progress
+from _common import RESULTS, shown_steps
 
 from nexusquant_cache import PRESETS
-from nexusquant_cache.evaluation import load_model, preset_candidates, python_topics, read_text
-from nexusquant_cache.evaluation.caches import prefill
+from nexusquant_cache.evaluation import load_model, python_topics, read_text
+from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
 from nexusquant_cache.evaluation.presets import describe
 from nexusquant_cache.evaluation.results import environment, text_id, write_json
-from nexusquant_cache.evaluation.texts import token_windows
-from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 
 def main() -> None:
@@ -38,54 +33,36 @@ def main() -> None:
 
     text = python_topics() if given.text is None else read_text(given.text)
     name = "Python's help topics" if given.text is None else given.text.name
-    with Progress() as progress:
-        loading = progress.add_task("loading the model", total=None)
-        loaded = load_model()
-        progress.update(loading, total=1, completed=1)
-        (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
-        plain = prefill(loaded.model, window, progress=_bar(progress, "prefill"))
-        factories = {preset.name: preset.factory for preset in preset_candidates(loaded)}
-        encoding = {
-            key: encode_throughput(plain, factories[key]) for key in progress.track(PRESETS, description="encoding")
+    options = BenchOptions(given.tokens, rounds=given.rounds, steps=given.steps, fills=3)
+    with shown_steps() as report:
+        result = run_bench(load_model(), text, options, name=name, report=report)
+    rows = [
+        {
+            "cache": row.name,
+            **asdict(row.time),
+            "encode_tokens_per_s": given.tokens / row.compress_seconds if row.compress_seconds else None,
         }
-        times = time_steps(
-            loaded.model,
-            plain,
-            factories,
-            rounds=given.rounds,
-            steps=given.steps,
-            progress=_bar(progress, "generation steps"),
-        )
+        for row in result.rows
+    ]
     content = {
         "environment": environment(),
         "settings": {
-            "model": loaded.name,
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "model": result.model,
+            "dtype": result.dtype,
             "text": text_id(name, text),
             "tokens": given.tokens,
             "rounds": given.rounds,
             "steps": given.steps,
         },
         "presets": {key: describe(settings) for key, settings in PRESETS.items()},
-        "rows": [
-            {
-                "cache": key,
-                **asdict(taken),
-                "encode_tokens_per_s": encoding.get(key),
-            }
-            for key, taken in times.items()
-        ],
+        "rows": rows,
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
     write_json(given.output or RESULTS / f"speed_{device}.json", content)
-    for key, taken in times.items():
-        speed = f", encodes {encoding[key]:,.0f} tokens/s" if key in encoding else ""
-        print(f"{key:>18} {taken.milliseconds:7.1f} ms per token, {taken.relative:.2f}x plain{speed}")
-
-
-def _bar(progress: Progress, what: str) -> Callable[[int, int], None]:
-    task = progress.add_task(what, total=None)
-    return lambda done, total: progress.update(task, completed=done, total=total)
+    for row in rows:
+        encodes = row["encode_tokens_per_s"]
+        speed = f", encodes {encodes:,.0f} tokens/s" if encodes else ""
+        print(f"{row['cache']:>18} {row['milliseconds']:7.1f} ms per token, {row['relative']:.2f}x plain{speed}")
 
 
 if __name__ == "__main__":

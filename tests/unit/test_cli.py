@@ -4,6 +4,7 @@ import json
 
 import pytest
 from rich.console import Console
+from transformers import DynamicCache
 from typer.testing import CliRunner
 from unit.evaluation_tiny import PROSE, tiny
 
@@ -12,6 +13,7 @@ from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
+from nexusquant_cache.evaluation import bench
 from nexusquant_cache.evaluation.caches import Footprint
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
 from nexusquant_cache.evaluation.kinds import Needle
@@ -57,6 +59,8 @@ def result():
         (("evaluate", "--lengths", "1024,2k"), "--lengths takes numbers separated by commas, got '1024,2k'"),
         (("evaluate", "--depths", "0.5", "--depths", "1.5"), "every depth must be from 0"),
         (("evaluate", "--windows", "0"), "windows must be at least 1"),
+        (("bench", "--rounds", "0"), "rounds must be at least 1, got 0"),
+        (("bench", "--presets", "quant,balnced"), "Did you mean 'balanced'?"),
         (("evaluate", "--facts", "49"), "facts must be from 0 to 48, got 49"),
         (("evaluate", "--output", __file__), "it is no folder"),
         (("evaluate", "--text", __file__, "--text", __file__), "the same file name"),
@@ -105,6 +109,41 @@ def folder(tmp_path_factory):
     (path / "a.txt").write_text(PROSE)
     (path / "b.txt").write_text(PROSE[3:])
     return path
+
+
+class TestBench:
+    def test_end_to_end(self, folder, tmp_path):
+        text, output = str(folder / "a.txt"), tmp_path / "bench.json"
+        sizes = ("--tokens", "300", "--rounds", "2", "--steps", "3")
+        outcome = run("bench", str(folder), *sizes, "--presets", "quant,max", "--text", text, "--json", str(output))
+        assert outcome.exit_code == 0, outcome.output
+        rows = json.loads(output.read_text())["rows"]
+        assert [row["name"] for row in rows][:3] == ["plain", "quant", "max"]
+        assert rows[0]["time"]["relative"] == 1
+        assert all(len(row["time"]["rounds"]) == 2 and min(row["time"]["rounds"]) > 0 for row in rows)
+        assert rows[0]["compress_seconds"] is None
+        assert rows[1]["compress_seconds"] > 0
+        assert rows[1]["footprint"]["seen_tokens"] == 300
+        for shown in ("plain", "quant", "max", "1.00x", "2 rounds of 3 tokens", folder.name):
+            assert shown in outcome.stdout
+        phases = ["reading the text ...", "compressing ...", "timing generation ..."]
+        assert outcome.stderr.splitlines()[1:] == phases
+
+    def test_packages_that_are_not_there_are_named(self, folder, monkeypatch):
+        """Those of transformers' quantized caches; one that fails is named, too."""
+
+        class Failing(DynamicCache):
+            def __init__(self, *_, **__):
+                msg = "not today"
+                raise RuntimeError(msg)
+
+        monkeypatch.setattr(bench, "_missing", lambda: iter([("quanto", "optimum.quanto")]))
+        monkeypatch.setattr(bench, "QuantizedCache", Failing)
+        sizes = ("--tokens", "300", "--rounds", "1", "--steps", "1", "--text", str(folder / "a.txt"))
+        outcome = run("bench", str(folder), *sizes, "--presets", "quant")
+        assert outcome.exit_code == 0, outcome.output
+        assert "quanto, 4 bits: optimum.quanto is not installed" in outcome.stdout
+        assert "hqq, 4 bits: RuntimeError: not today" in outcome.stdout
 
 
 class TestEvaluate:

