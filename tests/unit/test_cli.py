@@ -3,11 +3,14 @@ import io
 import json
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 from transformers import DynamicCache
 from typer.testing import CliRunner
 from unit.evaluation_tiny import PROSE, tiny
 
+import nexusquant_cache
 from nexusquant_cache import cli
 from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
@@ -109,6 +112,15 @@ def folder(tmp_path_factory):
     (path / "a.txt").write_text(PROSE)
     (path / "b.txt").write_text(PROSE[3:])
     return path
+
+
+def test_versions_are_told():
+    outcome = run("--version")
+    assert outcome.exit_code == 0
+    assert outcome.stdout == (
+        f"nexusquant-cache {nexusquant_cache.__version__}, transformers {transformers.__version__}, "
+        f"torch {torch.__version__}\n"
+    )
 
 
 class TestBench:

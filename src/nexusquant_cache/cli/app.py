@@ -5,12 +5,14 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
 
+from nexusquant_cache import __version__
 from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables
@@ -43,6 +45,24 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(*, is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"nexusquant-cache {__version__}, transformers {version('transformers')}, torch {version('torch')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    *,
+    shows_version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show versions and exit.")
+    ] = False,
+) -> None:
+    del shows_version  # the callback has done it
+
+
 _PIPE_WIDTH = 100
 _LEVEL = 3
 _TOPICS = "Python's help topics"
