@@ -47,10 +47,11 @@ app = typer.Typer(
 )
 
 
-def _show_version(*, is_asked: bool) -> None:
+def _show_version(*, is_asked: bool) -> bool:
     if is_asked:
         typer.echo(f"nexusquant-cache {__version__}, transformers {version('transformers')}, torch {version('torch')}")
         raise typer.Exit
+    return is_asked
 
 
 @app.callback()
