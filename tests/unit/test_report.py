@@ -91,6 +91,9 @@ def test_rotary_tables_are_counted_once() -> None:
     for layer_idx in range(2):
         feed(cache, *random_states((1, 2, 300, 16), layer_idx), layer_idx)
     cache.compress()
+    assert cache.memory_report().shared_bytes == 8 * 4  # frequencies; what happens once has sines of its own
+    for layer_idx in range(2):
+        feed(cache, *random_states((1, 2, 1, 16), layer_idx), layer_idx)
     whole = cache.memory_report()
     # 8 frequencies in float32 and in float64, 256 + 2 rows of 8 cosines and 8 sines
     assert whole.shared_bytes == 8 * 4 + 8 * 8 + (256 + 2) * 16 * 4
