@@ -235,6 +235,22 @@ def _result(name: str) -> dict[str, Any]:
     return content
 
 
+def fit_table(content: dict[str, Any]) -> str:
+    """Return the GiB that every cache holds, by model and length; while it is read, if layers are compressed early."""
+    cells = {(row["model"], row["tokens"], row["name"]): row for row in content["rows"]}
+    names = dict.fromkeys(row["name"] for row in content["rows"])
+    cases = dict.fromkeys((row["model"], row["tokens"]) for row in content["rows"])
+    rows = (
+        (model, f"{tokens:,}", *(_fit_cell(cells[model, tokens, name]) for name in names)) for model, tokens in cases
+    )
+    return markdown(("model", "tokens", *("plain" if name == "plain" else f"`{name}`" for name in names)), rows)
+
+
+def _fit_cell(row: dict[str, Any]) -> str:
+    held = f"{row['held_bytes'] / 2**30:.2f}"
+    return held if row["early_bytes"] is None else f"{held} ({row['early_bytes'] / 2**30:.2f})"
+
+
 def speed_table(content: dict[str, Any]) -> str:
     """Return time per generated token, and speed of encoding."""
     head = ("cache", "ms per token", "times plain", "encoded tokens per s")
@@ -746,6 +762,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "reuse": (reuse_table, "transforms"),
     "levels": (levels_table, "levels"),
     "memory": (memory_table, "memory"),
+    "fit": (fit_table, "fit"),
     "presets": (presets_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
     "states": (states_table, "states"),

@@ -6,19 +6,20 @@ import pytest
 import torch
 import transformers
 from rich.console import Console
-from transformers import DynamicCache
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig
 from typer.testing import CliRunner
 from unit.evaluation_tiny import PROSE, tiny
 
 import nexusquant_cache
-from nexusquant_cache import cli
+from nexusquant_cache import NexusQuantCache, cli
 from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
 from nexusquant_cache.evaluation import bench
-from nexusquant_cache.evaluation.caches import Footprint
+from nexusquant_cache.evaluation.caches import Footprint, update
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
+from nexusquant_cache.evaluation.fit import Shape, fit
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.needle import NeedleResult
 from nexusquant_cache.evaluation.quality import TextQuality
@@ -156,6 +157,52 @@ class TestBench:
         assert outcome.exit_code == 0, outcome.output
         assert "quanto, 4 bits: optimum.quanto is not installed" in outcome.stdout
         assert "hqq, 4 bits: RuntimeError: not today" in outcome.stdout
+
+
+class TestFit:
+    def test_end_to_end(self, folder):
+        outcome = run("fit", str(folder), "--tokens", "2000", "--batch", "3", "--presets", "balanced,max")
+        assert outcome.exit_code == 0, outcome.output
+        for shown in ("plain", "balanced", "max", "1.0x", "3 prompts of 2,000 tokens", folder.name):
+            assert shown in outcome.stdout
+        assert "quant " not in outcome.stdout
+
+    def test_bytes_are_those_that_a_cache_holds(self):
+        """Of a model with four heads in each of three layers, but for what layers share, and for an uneven number."""
+        config = LlamaConfig(num_hidden_layers=3, num_attention_heads=4, hidden_size=256)
+        shape = Shape.of(config)
+        assert shape == Shape(3, (), 4, 64)
+        plain, balanced = fit(shape, 1500, ("balanced",), batch=2)
+        assert plain.held_bytes == plain.reading_bytes == balanced.reading_bytes == 2 * 3 * 2 * 2 * 4 * 64 * 1500
+        cache = NexusQuantCache("balanced", config=config)
+        for count in (1500, 1):
+            for layer_idx in range(3):
+                update(cache, *torch.randn(2, 2, 4, count, 64).bfloat16(), layer_idx)
+        held = sum(layer.held_bytes for layer in cache.memory_report().layers)
+        assert balanced.held_bytes == pytest.approx(held, rel=0.01)
+        assert balanced.early_bytes == balanced.held_bytes + plain.held_bytes // 3
+
+    def test_windows_hold_what_they_see(self):
+        config = Gemma3TextConfig(num_hidden_layers=6, num_key_value_heads=1, head_dim=256, sliding_window=512)
+        shape = Shape.of(config)
+        assert shape == Shape(1, (512,) * 5, 1, 256)
+        plain, most = fit(shape, 4096, ("max",))
+        assert plain.held_bytes == 2 * 2 * 256 * (4096 + 5 * 512)
+        assert 2 * 2 * 256 * 5 * 512 < most.held_bytes < 2 * 2 * 256 * (5 * 512 + 4096 / 15)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--tokens", "0"), "tokens must be at least 1, got 0"),
+            (("--batch", "-1"), "batch must be at least 1, got -1"),
+            (("--tokens", "100000000"), "channels, got 100,000,000"),
+            (("--presets", "balnced"), "Did you mean 'balanced'?"),
+        ],
+    )
+    def test_refusals(self, folder, arguments, message):
+        outcome = run("fit", str(folder), *arguments)
+        assert outcome.exit_code == 2
+        assert message in outcome.stderr
 
 
 class TestEvaluate:

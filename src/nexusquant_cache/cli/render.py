@@ -1,7 +1,7 @@
 """Results as text."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from rich.text import Text
 from nexusquant_cache.evaluation.bench import BenchResult
 from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
+from nexusquant_cache.evaluation.fit import Fit
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.summary import CacheSummary, FactSummary, fact_summaries, summaries
 
 _MEBIBYTE = 2**20
+_GIBIBYTE = 2**30
 _NONE = "-"
 _ANSWER_WIDTH = 76
 _COLUMNS = ("cache", "seen", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %", "needle", "ms/token", "x plain")
@@ -87,6 +89,22 @@ def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
     )
     for name, why in result.left_out.items():
         yield Text(f"Left out: {name}: {why}", style="dim")
+
+
+def fit_renderables(name: str, tokens: int, batch: int, rows: Sequence[Fit]) -> Iterator[RenderableType]:
+    """Yield the table of bytes."""
+    prompts = f"{batch} prompts" if batch > 1 else "a prompt"
+    yield Text(f"The cache of {name} with {prompts} of {tokens:,} tokens, in 16 bit; the weights come besides.")
+    table = _empty_table(("cache", "GiB", "factor", "GiB while reading", "reading with when='during_prefill'"))
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.held_bytes / _GIBIBYTE:.3f}",
+            f"{rows[0].held_bytes / row.held_bytes:.1f}x",
+            f"{row.reading_bytes / _GIBIBYTE:.3f}",
+            _NONE if row.early_bytes is None else f"{row.early_bytes / _GIBIBYTE:.3f}",
+        )
+    yield table
 
 
 def _quality_cells(row: CacheSummary) -> Iterator[str]:

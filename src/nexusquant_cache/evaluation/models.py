@@ -8,7 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as transformers_logging
 
 from nexusquant_cache.evaluation.errors import EvaluationError
@@ -52,6 +59,19 @@ def load_model(name: str | None = None) -> LoadedModel:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it in a way that hides `self`
     return LoadedModel(name or DEFAULT_MODEL, model.eval(), tokenizer)
+
+
+def load_config(name: str | None = None) -> PretrainedConfig:
+    """Load a model's config alone; what it is loaded from, and the error, are those of `load_model`."""
+    source, options = _source(name)
+    try:
+        with _quiet():
+            config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        msg = f"cannot load the config of {name or DEFAULT_MODEL}: {reason}"
+        raise EvaluationError(msg) from error
+    return config
 
 
 def _source(name: str | None) -> tuple[str, dict[str, str]]:
