@@ -182,7 +182,9 @@ def update(
         queries: Those of the new tokens, or of the last of them; the keys by default.
     """
     states = cache.update(keys, values, layer_idx)
-    F.scaled_dot_product_attention(keys if queries is None else queries, *states, enable_gqa=True)
+    queries = keys if queries is None else queries
+    is_causal = queries.shape[2] == keys.shape[2] == cache.get_seq_length(layer_idx) > 1  # half the work
+    F.scaled_dot_product_attention(queries, *states, is_causal=is_causal, enable_gqa=True)
 
 
 @torch.no_grad()
