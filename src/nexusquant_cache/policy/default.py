@@ -8,12 +8,12 @@ from nexusquant_cache.policy.queries import FarAttentionPolicy, RecentAttentionP
 _END = RecentAttentionPolicy(observation_window=64, aggregate="max")
 
 DEFAULT_POLICY: EvictionPolicy = IfReadAgain(
-    Averaged((_END, ReconstructionPolicy())),
+    Averaged((_END, ReconstructionPolicy()), weights=(0.3, 1.0)),
     otherwise=Averaged((_END, FarAttentionPolicy()), weights=(1.0, 0.3)),
 )
 """What the prompt's end attends to, which keeps predictions and what a question there asks for; and what keeps facts
-for questions that come later: what a second reading looks for, or without one, with less weight, what any part of the
-prompt looks back at from afar (`benchmarks/ablations.py`)."""
+for questions that come later: with less weight, what any part of the prompt looks back at from afar; or what a second
+reading looks for, which then counts most (`benchmarks/facts.py`)."""
 
 FORMER_DEFAULTS: tuple[EvictionPolicy, ...] = (
     Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3)),
