@@ -19,6 +19,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from nexusquant_cache.evaluation import fact_summaries, summaries
+from nexusquant_cache.evaluation.presets import AGAIN
 from nexusquant_cache.evaluation.summary import fact_kinds
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def _quality_row(row: CacheSummary) -> tuple[str, ...]:
     names = {
         "predecessor": f"predecessor's recipe, bytes of `{name}`",
         "principal": f"`{name}`, principal axes",
-        "attention": f"`{name}`, with attention",
+        "again": f"`{name}`, read twice",
     }
     return (names.get(variant, _cache_name(row.name)), *_quality_cells(row))
 
@@ -205,17 +206,15 @@ def presets_table(content: dict[str, Any]) -> str:
     lost = {row.name: row.quality for row in summaries(_result("quality_smollm2"))}
     facts = fact_summaries(_result("facts_smollm2"))
     times = {row["cache"]: row["relative"] for row in _result("speed_cpu")["rows"]}
-    rows = (
-        (
-            f"`{name}`",
-            *(f"{held[name, tokens]:.1f}x" for tokens in _SHOWN_LENGTHS),
-            f"{lost[name].dppl_percent.mean:+.1f} %",
-            f"{lost[name].kl.mean:.3f}",
-            *(_lost_facts(facts, name, place) for place in _PLACES),
-            f"{times[name]:.2f}x",
-        )
-        for name in dict.fromkeys(row["preset"] for row in content["rows"])
-    )
+    rows = []
+    for name in dict.fromkeys(row["preset"] for row in content["rows"]):
+        factors = [f"{held[name, tokens]:.1f}x" for tokens in _SHOWN_LENGTHS]
+        quality = f"{lost[name].dppl_percent.mean:+.1f} %", f"{lost[name].kl.mean:.3f}"
+        asked = [_lost_facts(facts.get(name, {}), place) for place in _PLACES]
+        rows.append((f"`{name}`", *factors, *quality, *asked, f"{times[name]:.2f}x"))
+        if AGAIN + name in facts:
+            asked = [_lost_facts(facts[AGAIN + name], place) for place in _PLACES]
+            rows.append((f"`{name}`, read twice", *factors, "", "", *asked, f"{times[name]:.2f}x"))
     lengths = (f"smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
     places = (f"facts lost, asked {where}" for where in _PLACES.values())
     return markdown(("preset", *lengths, "perplexity", "KL, nats", *places, "time per token"), rows)
@@ -225,9 +224,9 @@ _WIDE = 128
 _SHOWN_LENGTHS = (4096, 32_768)
 
 
-def _lost_facts(facts: dict[str, dict[tuple[str, str], FactSummary]], name: str, place: str) -> str:
-    groups = [fact for (_, where), fact in facts[name].items() if where == place]
-    return f"{sum(fact.lost for fact in groups)} of {sum(fact.asked for fact in groups)}"
+def _lost_facts(groups: dict[tuple[str, str], FactSummary], place: str) -> str:
+    facts = [fact for (_, where), fact in groups.items() if where == place]
+    return f"{sum(fact.lost for fact in facts)} of {sum(fact.asked for fact in facts)}" if facts else ""
 
 
 def _result(name: str) -> dict[str, Any]:
