@@ -516,6 +516,8 @@ class OracleLayer(CacheLayerMixin):
             return False
         settings = self.owner.cache_config
         has_text = all(row.pads.count(False) > settings.sink_tokens for row in self.rows)
+        if self.first and settings.keep_ratio < 1 and self.candidates() <= settings.min_kept:
+            return False  # it may be a short text
         return self.candidates() >= settings.min_tokens and (has_text or not self.first)
 
     def early_compress(self) -> None:

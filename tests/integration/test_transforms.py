@@ -192,6 +192,17 @@ class TestBits:
             assert bits == [1.5 + more, 2 + more]
             feed(cache, *states(200, seed=seed), 0)
 
+    def test_a_first_chunk_is_not_taken_for_a_short_text(self) -> None:
+        """With ``during_prefill`` it waits until it has more tokens than a short text, or the text has ended."""
+        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
+        for chunks, more in (((40, 40, 40, 1), 0.0), ((40, 20, 1), 0.5)):
+            cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, when="during_prefill", **short)
+            for seed, tokens in enumerate(chunks):
+                for layer_idx in (0, 1):
+                    feed(cache, *states(tokens, seed=seed), layer_idx)
+            for layer in cache.layers:
+                assert [codec.layout.bits_per_channel for codec in layer.state.codecs] == [1.5 + more, 2 + more]
+
     def test_a_text_that_is_kept_for_another_reason_has_no_more(self) -> None:
         """Here none is shown to attention, so none is evicted."""
         short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}

@@ -15,7 +15,10 @@ def is_due_early(state: LayerState, shared: Shared) -> bool:
     """Tell whether to compress before the prefill is over: only if enough tokens wait, in every row."""
     if shared.when == "post_prefill" or not state.turn.is_pending:
         return False
-    if candidates(state, shared) < shared.settings.min_tokens:
+    count, settings = candidates(state, shared), shared.settings
+    # What begins short gets more bits, and so does all that comes later: a first chunk waits to see whether it is short.
+    is_short = state.body is None and shared.evicts and count <= settings.min_kept
+    if count < settings.min_tokens or is_short:
         return False
     # The first compression fits the transforms of a row, which it cannot do to padding.
     if state.body is not None or state.pads is None:
