@@ -16,7 +16,7 @@ def is_due_early(state: LayerState, shared: Shared) -> bool:
     if shared.when == "post_prefill" or not state.turn.is_pending:
         return False
     count, settings = candidates(state, shared), shared.settings
-    # What begins short gets more bits, and so does all that comes later: a first chunk waits to see whether it is short.
+    # What begins short gets more bits, and so does all that comes later: a first chunk waits to see whether it does.
     is_short = state.body is None and shared.evicts and count <= settings.min_kept
     if count < settings.min_tokens or is_short:
         return False
