@@ -183,7 +183,8 @@ def update(
     """
     states = cache.update(keys, values, layer_idx)
     queries = keys if queries is None else queries
-    is_causal = queries.shape[2] == keys.shape[2] == cache.get_seq_length(layer_idx) > 1  # half the work
+    seen = int(cache.get_seq_length(layer_idx))  # a tensor, of some caches
+    is_causal = queries.shape[2] == keys.shape[2] == seen > 1  # half the work
     F.scaled_dot_product_attention(queries, *states, is_causal=is_causal, enable_gqa=True)
 
 
