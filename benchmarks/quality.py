@@ -54,7 +54,7 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
         recipe = replace(
             settings,
             min_kept=0,
-            whole_bits=0.0,
+            short_text_bits=0.0,
             key_bits=2,
             value_bits=2,
             center_keys=False,

@@ -561,7 +561,7 @@ class OracleLayer(CacheLayerMixin):
         most = max(1, *(len(positions) for heads in kept for positions in heads))
         if self.first:
             tokens = max(sum(map(len, heads)) // len(heads) for heads in kept)
-            self.codecs = [codec.for_tokens(tokens) for codec in self.with_whole_bits()]
+            self.codecs = [codec.for_tokens(tokens) for codec in self.with_short_text_bits()]
             code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
             for row in self.rows:
                 row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
@@ -576,9 +576,9 @@ class OracleLayer(CacheLayerMixin):
             self.show_decoded(row, fitted)
         self.first, self.tail_from = False, stop
 
-    def with_whole_bits(self) -> list[VectorCodec]:
+    def with_short_text_bits(self) -> list[VectorCodec]:
         """Return the codecs that were asked for, with more bits if the text begins short."""
-        more = self.owner.cache_config.whole_bits
+        more = self.owner.cache_config.short_text_bits
         if self.can_shrink() or not more:
             return self.asked
         return [codec.with_more_bits(more) or codec for codec in self.asked]

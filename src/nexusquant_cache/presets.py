@@ -55,8 +55,8 @@ class CacheConfig:
         value_bits: Mean bits per channel of coded values, likewise.
         keep_ratio: Part of the prompt's tokens that is kept, in (0, 1]; 1 evicts nothing.  Sinks and the
             residual are kept besides.
-        whole_bits: Bits per channel that codes have besides where a text begins so short that all of it is kept, see
-            `min_kept`.
+        short_text_bits: Bits per channel that codes have besides, where a text begins so short that all of it is kept
+            (`min_kept`).
         sink_tokens: First tokens, always kept, in full precision.
         residual_length: Newest tokens, always kept, in full precision.
         flush_length: Tokens by which the residual may grow before its oldest ones are encoded together.
@@ -85,7 +85,7 @@ class CacheConfig:
     key_bits: Bits = 2
     value_bits: Bits = 2
     keep_ratio: float = 1.0
-    whole_bits: float = 0.0
+    short_text_bits: float = 0.0
     sink_tokens: int = 4
     residual_length: int = 64
     flush_length: int = 16
@@ -134,8 +134,8 @@ class CacheConfig:
             if not _is_positive(bits) or not _LEAST_BITS <= bits <= MAX_BITS:
                 msg = f"{name} must be from {_LEAST_BITS} to {MAX_BITS} bits per channel, got {bits!r}"
                 raise OptionError(msg)
-        if self.whole_bits != 0 and not (_is_positive(self.whole_bits) and self.whole_bits <= MAX_BITS):
-            msg = f"whole_bits must be from 0 to {MAX_BITS} bits per channel, got {self.whole_bits!r}"
+        if self.short_text_bits != 0 and not (_is_positive(self.short_text_bits) and self.short_text_bits <= MAX_BITS):
+            msg = f"short_text_bits must be from 0 to {MAX_BITS} bits per channel, got {self.short_text_bits!r}"
             raise OptionError(msg)
         if not _is_positive(self.most_code_error):
             msg = f"most_code_error must be a positive number, got {self.most_code_error!r}"
@@ -190,7 +190,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
 # exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
 # (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
-_EVICTING: dict[str, Any] = {"key_bits": 1.75, "value_bits": 2.25, "whole_bits": 0.5}
+_EVICTING: dict[str, Any] = {"key_bits": 1.75, "value_bits": 2.25, "short_text_bits": 0.5}
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
     "high": CacheConfig(keep_ratio=0.72, residual_length=24, min_kept=768, **_EVICTING),

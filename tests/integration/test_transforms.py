@@ -183,7 +183,7 @@ class TestBits:
     @pytest.mark.parametrize("transform", ["hadamard", "principal"])
     def test_there_are_more_where_a_text_begins_short(self, tokens: int, more: float, transform: str) -> None:
         """Ten tokens are protected; what comes later has the bits of the beginning."""
-        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5}
+        short = FREE | {"min_kept": 60, "short_text_bits": 0.5, "keep_ratio": 0.5}
         cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, transform=transform, **short)
         feed(cache, *states(tokens), 0)
         for seed in (1, 2):
@@ -194,7 +194,7 @@ class TestBits:
 
     def test_a_first_chunk_is_not_taken_for_a_short_text(self) -> None:
         """With ``during_prefill`` it waits until it has more tokens than a short text, or the text has ended."""
-        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
+        short = FREE | {"min_kept": 60, "short_text_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
         for chunks, more in (((40, 40, 40, 1), 0.0), ((40, 20, 1), 0.5)):
             cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, when="during_prefill", **short)
             for seed, tokens in enumerate(chunks):
@@ -205,7 +205,7 @@ class TestBits:
 
     def test_a_text_that_is_kept_for_another_reason_has_no_more(self) -> None:
         """Here none is shown to attention, so none is evicted."""
-        short = FREE | {"min_kept": 60, "whole_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
+        short = FREE | {"min_kept": 60, "short_text_bits": 0.5, "keep_ratio": 0.5, "transform": "hadamard"}
         cache = NexusQuantCache("quant", key_bits=1.5, value_bits=2, **short)
         cache.update(*states(100), 0)
         with pytest.warns(UserWarning, match="evict"):

@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {
     "flush_length": 4,
     "min_tokens": 16,
     "min_kept": 0,
-    "whole_bits": 0.0,
+    "short_text_bits": 0.0,
 }
 
 

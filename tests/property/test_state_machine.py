@@ -76,7 +76,7 @@ coding = st.fixed_dictionaries(
     {
         "key_bits": st.sampled_from([1, 2, 2.5, 3, 4]),
         "value_bits": st.sampled_from([1, 1.75, 2, 3, 4]),
-        "whole_bits": st.sampled_from([0.0, 0.0, 0.5, 2.0]),
+        "short_text_bits": st.sampled_from([0.0, 0.0, 0.5, 2.0]),
         "center_keys": st.booleans(),
         "remove_rope": st.sampled_from([True, True, False]),
         "transform": st.sampled_from(["auto", "hadamard", "principal"]),

@@ -122,9 +122,9 @@ class TestRefusals:
             CacheConfig(**{name: value})
 
     @pytest.mark.parametrize("value", [-0.1, 4.01, float("nan"), float("inf"), True, "0.7", None])
-    def test_whole_bits(self, value) -> None:
-        with pytest.raises(OptionError, match=f"whole_bits must be from 0 to 4 bits per channel, got {value!r}"):
-            CacheConfig(whole_bits=value)
+    def test_short_text_bits(self, value) -> None:
+        with pytest.raises(OptionError, match=f"short_text_bits must be from 0 to 4 bits per channel, got {value!r}"):
+            CacheConfig(short_text_bits=value)
 
     @pytest.mark.parametrize("value", [0, -0.1, float("nan"), float("inf"), True, "0.7", None])
     def test_most_code_error(self, value) -> None:

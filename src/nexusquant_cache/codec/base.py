@@ -199,7 +199,7 @@ class VectorCodec(ABC):
     def with_more_bits(self, bits: float = 1.0) -> "VectorCodec | None":
         """Return this codec with so many more bits per channel; None, the default, if it can have none.
 
-        For layers that suffer from it, and for texts that begin short (`CacheConfig.whole_bits`).
+        For layers that suffer from it, and for texts that begin short (`CacheConfig.short_text_bits`).
         """
         del bits
         return None

@@ -10,12 +10,12 @@ from typing import Any
 from transformers import PretrainedConfig, QuantizedCache
 
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Progress, fill_and_compress, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, preset_candidates
 from nexusquant_cache.evaluation.results import environment
-from nexusquant_cache.evaluation.steps import Report, Step, no_report
+from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
 from nexusquant_cache.presets import resolve_preset
@@ -117,19 +117,19 @@ def run_bench(
         EvaluationError: If the text is too short.
     """
     (window,) = token_windows(loaded.tokenizer, text, length=options.tokens, count=1, name=name)
-    plain = prefill(loaded.model, window, progress=_named(report, "reading the text"))
-    candidates = [PLAIN_CANDIDATE, *preset_candidates(loaded, options.presets), *_quantized(loaded.model.config)]
+    plain = prefill(loaded.model, window, progress=progress_of(report, "reading the text"))
+    others = _quantized(loaded.model.config)
+    candidates = [PLAIN_CANDIDATE, *preset_candidates(loaded, options.presets), *others]
     held: dict[str, tuple[Footprint | None, float | None]] = {}
     left_out = {f"{name}, {_QUANTIZED_BITS} bits": f"{package} is not installed" for name, package in _missing()}
     for done, candidate in enumerate(candidates):
         report(Step("compressing", done, len(candidates), candidate.name))
-        ours = candidate.settings or candidate.name == PLAIN
         try:
             taken = [fill_and_compress(loaded, candidate, plain) for _ in range(options.fills)]
         except UnsupportedError:  # a cache that does not say what it holds
             held[candidate.name] = None, None
         except Exception as error:
-            if ours:
+            if candidate not in others:
                 raise
             left_out[candidate.name] = f"{type(error).__name__}: {error}"
         else:
@@ -142,15 +142,11 @@ def run_bench(
         factories,
         rounds=options.rounds,
         steps=options.steps,
-        progress=_named(report, "timing generation"),
+        progress=progress_of(report, "timing generation"),
     )
     rows = tuple(BenchRow(key, *held[key], taken) for key, taken in times.items())
     dtype = str(loaded.model.dtype).removeprefix("torch.")
     return BenchResult(loaded.name, dtype, name, options, rows, left_out)
-
-
-def _named(report: Report, what: str) -> Progress:
-    return lambda done, total: report(Step(what, done, total))
 
 
 def _missing() -> Iterator[tuple[str, str]]:

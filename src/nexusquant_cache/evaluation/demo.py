@@ -7,7 +7,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Prefilled, Progress, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Prefilled, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.models import LoadedModel
@@ -21,7 +21,7 @@ from nexusquant_cache.evaluation.quality import (
     plain_quality,
     run_plain,
 )
-from nexusquant_cache.evaluation.steps import Report, Step, no_report
+from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
 from nexusquant_cache.presets import resolve_preset
@@ -124,14 +124,14 @@ def run_demo(
     """
     candidates = preset_candidates(loaded, options.presets)
     task, next_ids = _prepare(loaded, text, options, name)
-    context = prefill(loaded.model, task.context_ids, progress=_named(report, "reading the text"))
+    context = prefill(loaded.model, task.context_ids, progress=progress_of(report, "reading the text"))
     report(Step("predicting", detail=PLAIN))
     plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), prefilled=context)
     qualities = _measure_all(loaded, plain, candidates, report)
     answers = _ask_all(loaded, task, context, (PLAIN_CANDIDATE, *candidates), options, report)
     times: dict[str, StepTime] = {}
     if options.rounds:
-        named = _named(report, "timing generation")
+        named = progress_of(report, "timing generation")
         factories = {candidate.name: candidate.factory for candidate in candidates}
         times = time_steps(loaded.model, context, factories, rounds=options.rounds, progress=named)
     rows = (DemoRow(key, quality, answers.get(key), times.get(key)) for key, quality in qualities.items())
@@ -177,7 +177,3 @@ def _ask_all(  # noqa: PLR0913, PLR0917 - private, called once
         report(Step("answering", index, len(candidates), candidate.name))
         answers[candidate.name] = ask(loaded, task, prompt, candidate, max_new_tokens=options.new_tokens)
     return answers
-
-
-def _named(report: Report, what: str) -> Progress:
-    return lambda done, total: report(Step(what, done, total))

@@ -19,5 +19,10 @@ Report: TypeAlias = Callable[[Step], None]
 """Called as work goes on."""
 
 
+def progress_of(report: Report, phase: str) -> Callable[[int, int], None]:
+    """Return what tells a report how far a phase is, called with what is done and the total."""
+    return lambda done, total: report(Step(phase, done, total))
+
+
 def no_report(_step: Step) -> None:
     """Say nothing."""

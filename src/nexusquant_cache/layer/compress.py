@@ -190,7 +190,7 @@ class Compression:
         state.body = PackedTokens(PackedSide.of(*keys), PackedSide.of(*values), PositionMap(first.start))
 
     def _codecs_for(self, first: _First) -> Codecs:
-        codecs, more = self.state.codecs, self.shared.settings.whole_bits
+        codecs, more = self.state.codecs, self.shared.settings.short_text_bits
         assert codecs is not None
         if first.is_short and more:
             codecs = _with_more_bits(codecs, more) or codecs

@@ -69,7 +69,7 @@ class Scope:
         taken = ~self.is_sink[:, : self.stop]
         return taken if self.state.pads is None else taken & ~self.state.pads[:, : self.stop]
 
-    @property
+    @cached_property
     def budgets(self) -> list[int]:
         """How many tokens the heads of each row keep, on average, as if the row were compressed alone."""
         state, settings = self.state, self.shared.settings
@@ -78,7 +78,7 @@ class Scope:
         counts = self.free.sum(1).tolist()
         return [settings.budget(count, before - origin) for count, origin in zip(counts, origins, strict=True)]
 
-    @property
+    @cached_property
     def can_shrink(self) -> bool:
         """Whether a row would keep fewer tokens than it has."""
         return self.shared.evicts and sum(self.budgets) < int(self.free.sum())
