@@ -441,7 +441,7 @@ class OracleLayer(CacheLayerMixin):
             for row, of_row in zip(self.rows, pads.expand(len(self.rows), -1).tolist(), strict=True):
                 row.pads[before:] = of_row
         waits = self.pending_from is not None and self.owner.cache_config.keep_ratio < 1
-        if queries is not None and waits and fresh > 1 and self.policy.wants_far_attention:
+        if queries is not None and waits and self.policy.wants_far_attention:
             self.far = self.farthest(queries)
         wanted = self.pending_from is not None and self.owner.cache_config.keep_ratio < 1 and self.policy.wants_queries
         if queries is not None and wanted:

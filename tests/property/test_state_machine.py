@@ -698,6 +698,8 @@ RECORD = ("activate_past_recording",)
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),
         # The last layer waits for its compression when recording begins.
         ({"prompt": 30, **TWO_LAYERS, **DURING}, [RECORD, ONE]),
+        # It looks back from the step whose crop compresses it, too.
+        (BY_FAR, [RECORD, ONE, ("crop", 0), ONE]),
         # A prompt without a crop before it ends the recording.
         (DURING, [RECORD, ("update", 4), ("crop", 0), ("update", 20), ("update", 20)]),
         # A crop that is refused compresses nothing.

@@ -177,7 +177,7 @@ class NexusQuantLayer(CacheLayerMixin):
         if pads is not None and bool(pads.any()):
             state.note_pads(pads)
         self.observe(queries, scaling)
-        if fresh > 1 and wants_far(state, self.shared):
+        if wants_far(state, self.shared):
             keys = state.exact[0].to(queries.device)  # an offloading cache has them in host memory already
             real = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool) if state.pads is None else ~state.pads
             state.observed.append_far(scaled(queries.detach(), scaling), keys, real)
