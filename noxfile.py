@@ -165,7 +165,7 @@ def bench(session: nox.Session) -> None:
             "ablations",
             "at_rest",
             "hard_cases",
-            "tiers",
+            "chunks",
             "transforms",
             "offload",
             "prefix_store",

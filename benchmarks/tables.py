@@ -247,7 +247,7 @@ def fit_table(content: dict[str, Any]) -> str:
 
 def _fit_cell(row: dict[str, Any]) -> str:
     held = f"{row['held_bytes'] / 2**30:.2f}"
-    return held if row["early_bytes"] is None else f"{held} ({row['early_bytes'] / 2**30:.2f})"
+    return held if row["name"] == "plain" else f"{held} ({row['reading_bytes'] / 2**30:.2f})"
 
 
 def speed_table(content: dict[str, Any]) -> str:
@@ -298,6 +298,23 @@ def instructions_table(content: dict[str, Any]) -> str:
         for row in content["rows"]
     )
     return markdown(head, rows)
+
+
+def chunks_table(content: dict[str, Any]) -> str:
+    """Return what it costs to read a prompt in pieces."""
+    cells = {(row["preset"], row["schedule"]): row for row in content["rows"]}
+    schedules = dict.fromkeys(row["schedule"] for row in content["rows"])
+    rows = (
+        (
+            f"`{preset}`",
+            *(
+                f"{cells[preset, schedule]['dppl_percent']['mean']:+.1f} / {cells[preset, schedule]['kl']['mean']:.4f}"
+                for schedule in schedules
+            ),
+        )
+        for preset in dict.fromkeys(row["preset"] for row in content["rows"])
+    )
+    return markdown(("dPPL, % / KL, nats", *schedules), rows)
 
 
 def prefill_table(content: dict[str, Any]) -> str:
@@ -419,9 +436,11 @@ SERVED = {
     "nothing to compress": "nothing to compress: all layers are transformers' own",
     "differs": "**logits differ**",
     "raises": "**raises**",
+    "refuses": "refused: an encoder-decoder model",
     "no cache": "the model takes no cache",
+    "no such attention": "not tried: the model has no such attention",
     "plain raises": "not tried: the model fails with the plain cache",
-    "not built": "not tried: not built small from its config alone, or without such attention",
+    "not built": "not tried: not built small from its config alone",
 }
 EVICTING = {
     "agrees": "agrees with the plain cache under a mask that hides what was evicted",
@@ -467,8 +486,16 @@ def sweep_types_table(content: dict[str, Any]) -> str:
 
 
 def _is_notable(row: dict[str, Any]) -> bool:
-    is_served = row["verdict"] in {"codes", "nothing to compress", "not built", "plain raises", "no cache"}
-    return not is_served or row.get("evicting", "").startswith(("refuses", "differs", "raises"))
+    is_plain = row["verdict"] in {
+        "codes",
+        "nothing to compress",
+        "refuses",
+        "no cache",
+        "no such attention",
+        "plain raises",
+        "not built",
+    }
+    return not is_plain or row.get("evicting", "").startswith(("refuses", "differs", "raises"))
 
 
 def _verdict(row: dict[str, Any]) -> str:
@@ -522,28 +549,6 @@ def _case_cells(cache: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
         f"{max(errors):.2f}" if errors else "",
         str(max(row["layers_with_more_bits"] for row in rows)) if errors else "",
         str(sum(len(row["warnings"]) for row in rows)),
-    )
-
-
-def tiers_table(content: dict[str, Any]) -> str:
-    """Return the quality and the recall of one and of several rates in the same bytes; simulated."""
-    head = ("bytes of", "tokens", "kept", "factor", "dPPL, %", "KL, nats", "top-1, %", *_QUALITY[-2:])
-    rows = [row for row in summaries(content) if row.name != "plain"]
-    return markdown(head, (_tiers_cells(row, content["caches"][row.name]["tiers"]) for row in rows))
-
-
-def _tiers_cells(row: CacheSummary, tiers: list[dict[str, Any]]) -> tuple[str, ...]:
-    quality = row.quality
-    rates = (f"{100 * tier['part']:.0f} % at {tier['key_bits']:g}/{tier['value_bits']:g} bits" for tier in tiers)
-    return (
-        f"`{row.name.partition('@')[2]}`",
-        ", ".join(rates),
-        f"{100 * min(sum(tier['part'] for tier in tiers), 1):.0f} %",
-        f"{quality.compression_factor:.1f}x",
-        f"{quality.dppl_percent.mean:+.1f}",
-        _with_interval(quality.kl, ".3f"),
-        f"{100 * quality.top1.mean:.1f}",
-        *_found_cells(row),
     )
 
 
@@ -756,7 +761,6 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "sweep_types": (sweep_types_table, "sweep"),
     "hard_cases": (hard_cases_table, "hard_cases"),
     "short_prompts": (short_prompts_table, "hard_cases"),
-    "tiers": (tiers_table, "tiers"),
     "axes_save": (axes_save_table, "transforms"),
     "reuse": (reuse_table, "transforms"),
     "levels": (levels_table, "levels"),
@@ -770,6 +774,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "families": (families_table, "compatibility"),
     "refused": (refused_table, "compatibility"),
     "prefill": (prefill_table, "prefill"),
+    "chunks": (chunks_table, "chunks"),
     "long_answer": (long_answer_table, "long_answer"),
     "at_rest": (at_rest_table, "at_rest"),
     "at_rest_layers": (at_rest_layers_table, "at_rest"),

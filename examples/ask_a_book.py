@@ -87,7 +87,7 @@ def read_book(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset
     """See to it that the store has the book; return how many tokens had to be read."""
     model = loaded.model
     found = store.get(ids, config=model.config, preset=preset, device=model.device, leave=0)
-    cache, known = found or (NexusQuantCache(preset, config=model.config), 0)
+    cache, known = found or (NexusQuantCache(preset, config=model.config, when="post_prefill"), 0)
     if known == ids.shape[1]:
         return 0
     for chunk in ids[:, known:].to(model.device).split(CHUNK, dim=1):

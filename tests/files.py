@@ -30,7 +30,7 @@ Entry = tuple[str, str, list[int], bytes]  # name, dtype, shape, bytes
 def compressed() -> NexusQuantCache:
     """Return a cache that has compressed a prompt and some generated tokens; two layers."""
     model = tiny_llama()
-    made = balanced(model, transform="principal")
+    made = balanced(model, transform="principal", when="post_prefill")
     generate(model, prompt(60), made)
     return made
 
@@ -38,7 +38,7 @@ def compressed() -> NexusQuantCache:
 def padded() -> NexusQuantCache:
     """Return a cache of two rows, one of them padded, so that it keeps fewer tokens than the other."""
     model = tiny_llama()
-    made = balanced(model)
+    made = balanced(model, when="post_prefill")
     generate(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))
     return made
 
@@ -46,13 +46,21 @@ def padded() -> NexusQuantCache:
 def short() -> NexusQuantCache:
     """Return a cache of three rows, of which one has fewer tokens than stay exact."""
     model = tiny_llama()
-    made = balanced(model)
+    made = balanced(model, when="post_prefill")
     generate(model, prompt(50, batch=3), made, tokens=20, attention_mask=left_padded(44, 6, 0))
     return made
 
 
 def waiting() -> NexusQuantCache:
     """Return a cache whose prompt of two rows, one of them padded, waits for its compression."""
+    model = tiny_llama()
+    made = balanced(model, when="post_prefill")
+    logits(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))
+    return made
+
+
+def reading() -> NexusQuantCache:
+    """Return the same of a cache that encodes early: the first layer waits as codes, of which none is dropped yet."""
     model = tiny_llama()
     made = balanced(model)
     logits(model, prompt(50, batch=2), made, attention_mask=left_padded(6, 0))
@@ -66,7 +74,7 @@ def left_padded(*pads: int) -> Tensor:
 
 def mixed() -> NexusQuantCache:
     """Return a cache with a sliding-window layer, whose prompt waits for its compression."""
-    made = NexusQuantCache("balanced", config=mixed_config(), **SMALL)
+    made = NexusQuantCache("balanced", config=mixed_config(), when="post_prefill", **SMALL)
     for layer in range(2):
         feed(made, *random_states((1, 2, 40, 16), layer, torch.bfloat16), layer)
     return made
@@ -84,6 +92,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "padded": tiny_config,
     "short": tiny_config,
     "waiting": tiny_config,
+    "reading": tiny_config,
     "mixed": mixed_config,
 }
 MAKERS: dict[str, Callable[[], NexusQuantCache]] = {
@@ -91,6 +100,7 @@ MAKERS: dict[str, Callable[[], NexusQuantCache]] = {
     "padded": padded,
     "short": short,
     "waiting": waiting,
+    "reading": reading,
     "mixed": mixed,
 }
 

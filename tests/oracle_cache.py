@@ -36,7 +36,6 @@ from nexusquant_cache.presets import resolve_preset
 
 MakeCodec = Callable[[str, int, int], VectorCodec]
 QUERIES = 64  # the most that a policy is shown
-TURN = ("pending_from", "record_past", "updated_since_crop", "longest", "shorter")
 
 
 class Counter:
@@ -273,7 +272,7 @@ class OracleLayer(CacheLayerMixin):
         self.record_past = self.expects_prompt = self.updated_since_crop = False
         self.pending_from: int | None = None  # tokens seen before the first uncompressed update of several
         self.longest = self.shorter = 0  # tokens of the longest update, and how many in a row were shorter
-        self.turn_before: dict[str, Any] = {}  # all this before the last update
+        self.before: dict[str, Any] = {}  # all that was there before the last update
         self.tail_from = 0  # position of the first token of the tail
         self.first = True  # nothing is coded yet
         self.is_padded = False  # there were pads among the first tokens that were coded
@@ -282,7 +281,6 @@ class OracleLayer(CacheLayerMixin):
         self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
         self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
         self.room_at = -1  # tokens seen when another layer's update compressed it
-        self.scored: dict[int, list[list[float]]] = {}  # of the rows, while a compression chooses
         self.far: dict[tuple[int, int, int], float] = {}  # by row, head and position: the greatest attention from afar
         self.far_before = self.far
 
@@ -410,16 +408,16 @@ class OracleLayer(CacheLayerMixin):
             for each in waiting:
                 each.room_at = each.seen
         elif self.is_due(tokens) and self.room_at != self.seen:
-            self.make_room()
+            self.encode_waiting()
+        elif not self.is_due(tokens) and self.seen:
+            self.encode_early()
 
     def is_due(self, tokens: int) -> bool:
         """Tell whether an update of so many tokens begins with a compression."""
-        if self.recording or self.seen == 0:
-            return False
-        return self.is_step(tokens) or self.should_compress_early()
+        return self.seen > 0 and not self.recording and self.is_step(tokens)
 
     def note_update(self, tokens: int) -> None:
-        self.turn_before = {name: getattr(self, name) for name in TURN}
+        self.before = copy.deepcopy({name: x for name, x in vars(self).items() if name not in {"owner", "before"}})
         self.record_past = self.updated_since_crop = self.recording
         if self.seen == 0:
             self.longest = self.shorter = 0
@@ -451,21 +449,21 @@ class OracleLayer(CacheLayerMixin):
             self.known = (max(start, self.seen - QUERIES), self.seen)
 
     def farthest(self, queries: Tensor) -> dict[tuple[int, int, int], float]:
-        """Return the greatest attention so far to each token that waits, with that of new queries.
+        """Return the greatest attention so far to each token of the prompt, with that of new queries.
 
-        A query's softmax is over the tokens that wait, up to its own, without pads; of these it looks at those that are
-        some tokens before it.
+        A query's softmax is over the tokens of the prompt, up to its own, without pads; of these it looks at those that
+        are some tokens before it.
         """
         found = dict(self.far)
         for index, row in enumerate(self.rows):
             group = queries.shape[1] // len(row.alive)
             for place in range(queries.shape[2]):
                 own = self.seen - queries.shape[2] + place
-                visible = [at for at in range(self.tail_from, own + 1) if not row.pads[at]]
+                visible = [at for at in range(self.prompt_from, own + 1) if not row.pads[at]]
                 if row.pads[own]:
                     continue
                 for head in range(queries.shape[1]):
-                    keys = row.exact[0][head // group, visible].float()
+                    keys = row.shown[0][head // group, visible].float()
                     weights = (keys @ queries[index, head, place].float() * keys.shape[-1] ** -0.5).softmax(0)
                     for at, weight in zip(visible, weights.tolist(), strict=True):
                         if own - at >= observations.FAR:
@@ -474,15 +472,20 @@ class OracleLayer(CacheLayerMixin):
         return found
 
     @property
+    def prompt_from(self) -> int:
+        """Position of the first token of the prompt that waits; of the next token if none does."""
+        return self.seen if self.pending_from is None else self.pending_from
+
+    @property
     def may_evict(self) -> bool:
-        """Whether the attention to all tokens of the tail was seen."""
-        return 0 < self.seen == self.seen_attention[1] and self.seen_attention[0] <= self.tail_from
+        """Whether the attention to all tokens of the prompt, and of the tail, was seen."""
+        start = min(self.prompt_from, self.tail_from)
+        return 0 < self.seen == self.seen_attention[1] and self.seen_attention[0] <= start
 
     def stop_waiting(self) -> None:
         self.pending_from = None
         self.known = self.known_before = (0, 0)
         self.far = self.far_before = {}
-        self.scored = {}
 
     # Compression
 
@@ -491,24 +494,26 @@ class OracleLayer(CacheLayerMixin):
         sinks = settings.sink_tokens if self.first else 0
         return self.seen - self.tail_from - settings.residual_length - sinks
 
-    def evicts(self) -> bool:
-        """Tell whether a compression now would evict."""
+    def are_enough(self) -> bool:
+        """Tell whether enough tokens wait to be encoded."""
         settings = self.owner.cache_config
-        is_long = self.pending_from is not None and self.candidates() >= settings.min_tokens
-        return is_long and settings.keep_ratio < 1 and self.may_evict
+        return self.candidates() >= (settings.min_tokens if self.first else settings.flush_length)
 
-    def make_room(self, chosen: "list[list[list[int]]] | None" = None) -> None:
-        """Compress; of a prompt what is chosen of each row and head, by default what the layer chooses alone."""
-        settings, candidates = self.owner.cache_config, self.candidates()
-        if self.pending_from is not None and candidates >= settings.min_tokens:
-            if self.can_shrink() and not self.may_evict:
-                self.owner.note_refused_eviction()
-            if self.can_shrink() and self.may_evict and chosen is None:
-                chosen = self.owner.choose_together([self])[0]
-            self.encode(chosen)
-        elif self.pending_from is None and candidates >= (settings.min_tokens if self.first else settings.flush_length):
-            self.encode(None)
-        self.stop_waiting()
+    def encode_waiting(self) -> None:
+        """Encode what the tail need not hold, if that is enough."""
+        if self.are_enough():
+            self.encode()
+
+    def has_choice(self) -> bool:
+        """Tell whether some of the prompt that waits is dropped now."""
+        is_coded = self.pending_from is not None and self.tail_from > self.pending_from
+        if not is_coded or self.owner.cache_config.keep_ratio == 1:
+            return False
+        if all(self.budget(row) == len(self.real(row)) for row in self.rows):
+            return False
+        if not self.may_evict:
+            self.owner.note_refused_eviction()
+        return self.may_evict
 
     def should_compress_early(self) -> bool:
         """Tell whether enough tokens wait during a prefill, and of every row some that are no padding."""
@@ -518,70 +523,53 @@ class OracleLayer(CacheLayerMixin):
         has_text = all(row.pads.count(False) > settings.sink_tokens for row in self.rows)
         if self.first and settings.keep_ratio < 1 and self.candidates() <= settings.min_kept:
             return False  # it may be a short text
-        return self.candidates() >= settings.min_tokens and (has_text or not self.first)
+        return self.are_enough() and (has_text or not self.first)
 
-    def early_compress(self) -> None:
-        """Compress before the update of another layer, or before a past is recorded."""
-        candidates_wait = self.record_past and not self.expects_prompt
-        if not candidates_wait and self.should_compress_early():
-            self.make_room()
+    def encode_early(self) -> None:
+        """Encode before the update of another layer, or before a past is recorded."""
+        if not self.record_past and self.should_compress_early():
+            self.encode()
 
-    def begin(self) -> int:
-        """Fix what a compression fixes, before it chooses; return where the tokens end that it takes."""
+    def encode(self) -> None:
+        """Take tokens out of the tail, encoded."""
         settings = self.owner.cache_config
-        stop = self.seen - settings.residual_length
+        start, stop = self.tail_from, self.seen - settings.residual_length
         if self.first:
             self.phase = self.owner.make_phase(self.layer_idx, self.seen)
             self.is_padded = settings.sink_tokens > 0 and any(any(row.pads[:stop]) for row in self.rows)
             for row in self.rows:
                 row.sinks = sinks_of(row.pads[:stop], settings.sink_tokens)
-        return stop
-
-    def free(self, row: Row) -> list[int]:
-        """Return the positions that a compression may take of a row."""
-        stop = self.seen - self.owner.cache_config.residual_length
-        return [at for at in range(self.tail_from, stop) if at not in row.sinks]
-
-    def encode(self, chosen: "list[list[list[int]]] | None") -> None:
-        """Take tokens out of the tail: encode what is chosen of each row and head, evict the others.
-
-        As many of each head are encoded, but not all of them kept.  A row's transforms are fitted to as many of its
-        tokens as its head that keeps most has: of the other heads, to their next best ones too.
-        """
-        stop = self.begin()
-        free = [self.free(row) for row in self.rows]
-        kept = chosen or [[of_row] * len(row.alive) for row, of_row in zip(self.rows, free, strict=True)]
-        if chosen is None:
-            samples = [[self.real(row)] * len(row.alive) for row in self.rows]
-        else:
-            samples = [
-                [ranked[: max(map(len, heads))] for ranked in self.ranked(row)]
-                for row, heads in zip(self.rows, chosen, strict=True)
-            ]
-        most = max(1, *(len(positions) for heads in kept for positions in heads))
+        coded = [[at for at in range(start, stop) if at not in row.sinks] for row in self.rows]
         if self.first:
-            tokens = max(sum(map(len, heads)) // len(heads) for heads in kept)
-            self.codecs = [codec.for_tokens(tokens) for codec in self.with_short_text_bits()]
+            self.codecs = self.chosen_codecs(coded)
             code_bytes = sum(codec.bytes_per_vector for codec in self.codecs)
             for row in self.rows:
                 row.codes = torch.zeros(*row.alive.shape, code_bytes, dtype=torch.uint8)
-        self.owner.encoded_vectors += 2 * most * sum(len(row.alive) for row in self.rows)
-        for row, of_row, heads, sample in zip(self.rows, free, kept, samples, strict=True):
-            for head, positions in enumerate(heads):
-                row.alive[head, of_row] = False
-                row.alive[head, positions] = True
-            fitted = [sorted(positions) for positions in sample]
-            if not row.pads.count(False):  # a row of pads alone: anything will do
-                fitted = [of_row if chosen is None else [*range(most)]] * len(heads)
-            self.show_decoded(row, fitted)
+        self.owner.encoded_vectors += sum(2 * len(self.rows[0].alive) * len(of_row) for of_row in coded)
+        for row, of_row in zip(self.rows, coded, strict=True):
+            self.show_decoded(row, of_row)
         self.first, self.tail_from = False, stop
 
-    def with_short_text_bits(self) -> list[VectorCodec]:
-        """Return the codecs that were asked for, with more bits if the text begins short."""
-        more = self.owner.cache_config.short_text_bits
-        if self.can_shrink() or not more:
-            return self.asked
-        return [codec.with_more_bits(more) or codec for codec in self.asked]
+    def chosen_codecs(self, coded: list[list[int]]) -> list[VectorCodec]:
+        """Return the codecs for a first encoding of these tokens of each row."""
+        settings, codecs = self.owner.cache_config, self.asked
+        counts = [sum(not row.pads[at] for at in of_row) for row, of_row in zip(self.rows, coded, strict=True)]
+        budgets = [self.budget_of(count, 0) for count in counts]
+        evicts = settings.keep_ratio < 1 and budgets != counts
+        if not evicts and settings.short_text_bits:
+            codecs = [codec.with_more_bits(settings.short_text_bits) or codec for codec in codecs]
+        return [codec.for_tokens(max(budgets) if evicts and self.may_evict else len(coded[0])) for codec in codecs]
+
+    def drop(self, chosen: list[list[list[int]]]) -> None:
+        """Let go of the coded tokens of the prompt that are not chosen."""
+        for row, heads in zip(self.rows, chosen, strict=True):
+            for head, positions in enumerate(heads):
+                row.alive[head, self.free(row)] = False
+                row.alive[head, positions] = True
+
+    def free(self, row: Row) -> list[int]:
+        """Return the positions of the coded tokens of the prompt."""
+        return [at for at in range(self.prompt_from, self.tail_from) if at not in row.sinks]
 
     def real(self, row: Row) -> list[int]:
         """Return the positions that a policy chooses from: the free ones without pads."""
@@ -589,31 +577,25 @@ class OracleLayer(CacheLayerMixin):
 
     def budget(self, row: Row) -> int:
         """Return how many tokens a head of a row keeps, on average."""
-        settings, count, before = self.owner.cache_config, len(self.real(row)), max(self.tail_from - row.origin, 0)
+        return self.budget_of(len(self.real(row)), max(self.prompt_from - row.origin, 0))
+
+    def budget_of(self, count: int, before: int) -> int:
+        """Return how many of so many tokens a head keeps, on average, behind so many others."""
+        settings = self.owner.cache_config
         if count < settings.min_tokens:
             return count
         return max(ceil(settings.keep_ratio * count), min(settings.min_kept - before, count))
 
-    def can_shrink(self) -> bool:
-        """Tell whether a row has more tokens than its budget."""
-        self.begin()
-        return any(self.budget(row) < len(self.real(row)) for row in self.rows)
-
     def scores(self, row: Row) -> list[list[float]]:
         """Return the scores of what a policy chooses from, by head; all alike if there is nothing to choose."""
-        if id(row) not in self.scored:  # a policy is asked once
-            self.scored[id(row)] = self.asked_scores(row)
-        return self.scored[id(row)]
-
-    def asked_scores(self, row: Row) -> list[list[float]]:
         real = self.real(row)
         if self.budget(row) == len(real):
             return [[0.0] * len(real)] * len(row.alive)
-        text = [at for at in range(self.tail_from, self.seen) if not row.pads[at]]
+        text = [at for at in range(self.prompt_from, self.seen) if not row.pads[at]]
         inputs = ScoreInputs(
-            keys=row.exact[0][None, :, text],
-            values=row.exact[1][None, :, text],
-            positions=torch.arange(len(text)) + max(self.tail_from - row.origin, 0),
+            keys=row.shown[0][None, :, text],
+            values=row.shown[1][None, :, text],
+            positions=torch.arange(len(text)) + max(self.prompt_from - row.origin, 0),
             protected=torch.tensor([at not in real for at in text]),
             layer_idx=self.layer_idx,
             queries=self.known_queries(row, text),
@@ -622,14 +604,6 @@ class OracleLayer(CacheLayerMixin):
         )
         scores = self.policy.score(inputs)[0].double().tolist()
         return [[each[text.index(at)] for at in real] for each in scores]
-
-    def ranked(self, row: Row) -> list[list[int]]:
-        """Return what a policy chooses from, the best first, by head."""
-        real = self.real(row)
-        return [
-            [real[place] for place in sorted(range(len(real)), key=lambda place: (-each[place], place))]
-            for each in self.scores(row)
-        ]
 
     def known_far(self, row: Row, text: list[int]) -> Tensor | None:
         """Return the far attention to these tokens, if the policy wants it."""
@@ -646,36 +620,27 @@ class OracleLayer(CacheLayerMixin):
         assert self.queries is not None
         return self.queries[self.rows.index(row)][None, :, known]
 
-    def show_decoded(self, row: Row, sample: list[list[int]]) -> None:
-        """Encode what each head keeps of the tokens that leave the tail, and let attention see what the codes say."""
-        stop = self.seen - self.owner.cache_config.residual_length
-        coded = [
-            [at for at in range(self.tail_from, stop) if kept[at] and at not in row.sinks]
-            for kept in row.alive.tolist()
-        ]
+    def show_decoded(self, row: Row, coded: list[int]) -> None:
+        """Encode tokens of a row, and let attention see what the codes say."""
+        if not coded:
+            return
+        heads = len(row.alive)
         if self.first:
-            if not any(sample):
-                sample = [[at for at in range(self.seen) if not row.pads[at]]] * len(sample)
-            pairs = zip(self.codecs, self.pick(row, sample), strict=True)
+            text = [at for at in coded if not row.pads[at]] or [at for at in range(self.seen) if not row.pads[at]]
+            pairs = zip(self.codecs, self.pick(row, [text or coded] * heads), strict=True)
             row.transforms = [codec.fit(vectors) for codec, vectors in pairs]
             self.owner.fitted_rows += len(row.transforms)
-        # Heads keep different numbers: all are encoded, and of each those that it keeps are looked at.
-        every = [sorted({at for positions in coded for at in positions})] * len(coded)
-        if not every[0]:
-            return
         codes, decoded = [], []
-        for codec, transform, vectors in zip(self.codecs, row.transforms, self.pick(row, every), strict=True):
+        for codec, transform, vectors in zip(self.codecs, row.transforms, self.pick(row, [coded] * heads), strict=True):
             packed = codec.encode(vectors, transform)
             codes += [packed.words[0], packed.scales[0, :, :, None]]
             decoded.append(codec.decode(packed, transform))
         if self.phase is not None:
-            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, every), by_tables=True)
-        for head, positions in enumerate(coded):
-            places = [every[head].index(at) for at in positions]
-            for side in (0, 1):
-                row.shown[side] = row.shown[side].clone()
-                row.shown[side][head, positions] = decoded[side][0, head, places].to(row.shown[side].dtype)
-            row.codes[head, positions] = torch.cat(codes, -1)[head, places]
+            decoded[0] = self.phase.rotate(decoded[0], self.turned(row, [coded] * heads))
+        for side in (0, 1):
+            row.shown[side] = row.shown[side].clone()
+            row.shown[side][:, coded] = decoded[side][0].to(row.shown[side].dtype)
+        row.codes[:, coded] = torch.cat(codes, -1)
 
     def pick(self, row: Row, positions: list[list[int]]) -> list[Tensor]:
         """Return exact keys (without their rotary phase) and values at these positions, ``[1, kv_heads, n, ...]``."""
@@ -718,12 +683,11 @@ class OracleLayer(CacheLayerMixin):
             self.stop_waiting()
 
     def take_back(self, stop: int) -> None:
-        """Undo the last update, after which so many tokens are left; what it has compressed stays."""
-        self.crop_to(stop)
-        for name, value in self.turn_before.items():
-            setattr(self, name, value)
+        """Undo the last update, after which so many tokens are left; what it has begun with stays."""
+        del stop
+        vars(self).update(self.before)
 
-    def after_crop(self, chosen: "list[list[list[int]]] | None") -> None:
+    def after_crop(self) -> None:
         """Do what waited for the crop, if a past is recorded."""
         if not self.is_initialized:
             return  # the prompt is still to come
@@ -732,7 +696,7 @@ class OracleLayer(CacheLayerMixin):
             if not self.expects_prompt:
                 self.stop_waiting()  # no prompt: candidates were verified
             self.expects_prompt = False
-            self.make_room(chosen)
+            self.owner.compress_together([self])
 
     def take_rows(self, rows: list[int]) -> None:
         self.rows = [copy.deepcopy(self.rows[row]) for row in rows] if self.rows else []
@@ -766,7 +730,7 @@ class OracleCache(DynamicCache):
         config: PreTrainedConfig | None = None,
         policy: EvictionPolicy | None = None,
         attention_mask: Tensor | None = None,
-        when: str = "post_prefill",
+        when: str = "during_prefill",
         make_codec: MakeCodec | None = None,
         **overrides: Any,
     ) -> None:
@@ -831,22 +795,22 @@ class OracleCache(DynamicCache):
         if isinstance(self.layers[layer_idx], OracleLayer) and tokens > 1:
             for other in self.compressed:
                 if other.layer_idx != layer_idx:
-                    other.early_compress()
+                    other.encode_early()
 
     def compress(self) -> None:
         self.compress_together([layer for layer in self.used if layer.pending_from is not None])
 
     def compress_together(self, layers: list[OracleLayer]) -> None:
         """Compress layers that wait, which share what they keep."""
-        for layer, chosen in zip(layers, self.choose_for(layers), strict=True):
-            layer.make_room(chosen)
-
-    def choose_for(self, layers: list[OracleLayer]) -> "list[list[list[list[int]]] | None]":
-        """Return what layers keep of each row and head; None for those that evict nothing, or choose alone."""
-        sharing = [layer for layer in layers if layer.evicts() and layer.policy.scores_are_comparable]
-        sharing = [layer for layer in sharing if layer.can_shrink()]
-        chosen = dict(zip(map(id, sharing), self.choose_together(sharing), strict=True))
-        return [chosen.get(id(layer)) for layer in layers]
+        for layer in layers:
+            layer.encode_waiting()
+        choosing = [layer for layer in layers if layer.has_choice()]
+        sharing = [layer for layer in choosing if layer.policy.scores_are_comparable]
+        for group in (sharing, *([layer] for layer in choosing if layer not in sharing)):
+            for layer, chosen in zip(group, self.choose_together(group), strict=True):
+                layer.drop(chosen)
+        for layer in layers:
+            layer.stop_waiting()
 
     @staticmethod
     def choose_together(layers: list[OracleLayer]) -> "list[list[list[list[int]]]]":
@@ -855,18 +819,20 @@ class OracleCache(DynamicCache):
         Where scores can be compared, a fifth of an equal share is certain to each head, and the rest goes to the best
         of all that are left, in any head and layer.
         """
-        for layer in layers:
-            layer.begin()
         chosen: list[list[list[list[int]]]] = [[] for _ in layers]
         for index in range(len(layers[0].rows) if layers else 0):
             heads, left, rest = [], [], 0
             for place, layer in enumerate(layers):
                 row = layer.rows[index]
-                budget, ranked, real = layer.budget(row), layer.ranked(row), layer.real(row)
+                budget, real, of_row = layer.budget(row), layer.real(row), layer.scores(row)
+                ranked = [
+                    [real[at] for at in sorted(range(len(real)), key=lambda at, each=each: (-each[at], at))]
+                    for each in of_row
+                ]
                 is_shared = layer.policy.scores_are_comparable
                 certain = ceil(budget / 5) if is_shared else budget
                 chosen[place].append([positions[:certain] for positions in ranked])
-                for head, (positions, scores) in enumerate(zip(ranked, layer.scores(row), strict=True)):
+                for head, (positions, scores) in enumerate(zip(ranked, of_row, strict=True)):
                     rest += budget - certain
                     heads.append(chosen[place][-1][head])
                     left += [(-scores[real.index(at)], len(heads) - 1, at) for at in positions[certain:]]
@@ -876,7 +842,7 @@ class OracleCache(DynamicCache):
 
     def activate_past_recording(self) -> None:
         for layer in self.used:
-            layer.early_compress()  # the last layer may still have been waiting
+            layer.encode_early()  # the last layer may still have been waiting
         self.asked_to_record = True
         super().activate_past_recording()
 
@@ -902,16 +868,12 @@ class OracleCache(DynamicCache):
         stop = max(seen + tokens_to_remove, 0)
         for layer in self.used:
             layer.check_crop(stop)
-        if len({layer.pending_from is None for layer in self.used}) > 1:  # the last layer waits, the others did not
-            for layer in self.used:
-                layer.early_compress()
         for layer in self.used:
             layer.crop_to(stop)
-        waiting = [layer for layer in self.used if layer.record_past and layer.expects_prompt]
-        chosen = dict(zip(map(id, waiting), self.choose_for(waiting), strict=True))
+        self.compress_together([layer for layer in self.used if layer.record_past and layer.expects_prompt])
         for layer in self.layers:
             if isinstance(layer, OracleLayer):
-                layer.after_crop(chosen.get(id(layer)))
+                layer.after_crop()
             else:
                 layer.crop(tokens_to_remove)
 

@@ -1,17 +1,15 @@
 """`compressed_generation`: a compressed cache where none can be passed, put in by torch's module hooks."""
 
 import inspect
-import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, NoReturn
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache, DynamicLayer, QuantizedCache, StaticCache
 
-from nexusquant_cache.attention.enable import disable, enable, is_hidden
+from nexusquant_cache.attention.enable import enabled, is_seen
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import CacheStateError, OptionError, UnsupportedError
 from nexusquant_cache.layer.parts import compressed
@@ -29,7 +27,7 @@ def compressed_generation(
     preset: str | CacheConfig = "balanced",
     *,
     policy: EvictionPolicy | None = None,
-    when: When = "post_prefill",
+    when: When = "during_prefill",
     **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
 ) -> Iterator["CompressedGeneration"]:
     """Give every generation of a model inside a ``with`` block a compressed cache of its own.
@@ -54,7 +52,7 @@ def compressed_generation(
         model: The model, or a wrapper around it, as of PEFT.
         preset: As for `NexusQuantCache`, like all that follow.
         policy: Which tokens to keep.
-        when: When to compress.
+        when: When to encode.
         **overrides: Fields of `CacheConfig` that replace those of the preset.
 
     Yields:
@@ -79,36 +77,14 @@ def compressed_generation(
             block.has_ended = True
 
 
-_enabled: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()  # by us, for how many blocks
-_lock = threading.Lock()
-
-
 @contextmanager
 def _seen_attention(module: nn.Module) -> Iterator[None]:
-    """Let caches see the attention of a model meanwhile; blocks, of several threads too, may end in any order."""
-    with _lock:
-        blocks = _enabled.get(module, 0)
-        is_ours = blocks > 0 or (is_hidden(module) and _enable(module))
-        if is_ours:
-            _enabled[module] = blocks + 1
-    try:
+    """Let caches see the attention of a model meanwhile, unless torch shows it, or the model is refused."""
+    with ExitStack() as stack:
+        if not is_seen(module):
+            with suppress(UnsupportedError):
+                stack.enter_context(enabled(module))
         yield
-    finally:
-        with _lock:
-            if is_ours:
-                _enabled[module] -= 1
-                if not _enabled[module]:
-                    del _enabled[module]
-                    disable(module)
-
-
-def _enable(module: nn.Module) -> bool:
-    """Call `attention.enable`; tell whether it serves the model."""
-    try:
-        enable(module)
-    except UnsupportedError:
-        return False
-    return True
 
 
 class _Block:
@@ -219,7 +195,7 @@ class _Hook:
         cache.__class__ = _ServedCache
         served: Any = cache
         served.__init__(config=self.config, **self.block.options)
-        if any(flags):
+        if any(flags) or _is_assisted():
             served.activate_past_recording()
         elif not flags:
             shape = _shape(given)
@@ -230,9 +206,9 @@ class _ServedCache(NexusQuantCache):
     """A cache that was put in.
 
     Assisted decoding calls `activate_past_recording` on the plain cache, before the first forward and so before we see
-    it.  Some layer kinds remember that; full-attention layers do not, since to them it makes no difference.  To
-    ours it makes none either until the first `crop`: a first forward does the same with a recording and without.
-    And only a decoder that rolls back crops right after the first forward.
+    it.  Some layer kinds remember that; full-attention layers do not, since to them it makes no difference.  So we look
+    who calls.  Another decoder that records is known by its crop right after the first forward, of which all but the
+    newest tokens are encoded then.
     """
 
     recording_shows_at: int | None = None  # tokens of the first forward, if nothing else shows a recording
@@ -244,6 +220,19 @@ class _ServedCache(NexusQuantCache):
                 part.layer.activate_past_recording()
         self.recording_shows_at = None
         super().crop(tokens_to_remove)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.recording_shows_at = None
+        super().reset()
+
+
+def _is_assisted() -> bool:
+    """Tell whether transformers' assisted decoding, or prompt lookup, is at work."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_assisted_decoding":
+        frame = frame.f_back
+    return frame is not None
 
 
 def _served_modules(model: nn.Module) -> list[tuple[nn.Module, PretrainedConfig]]:

@@ -22,7 +22,7 @@ from nexusquant_cache.codec.triton import attend as triton_attend
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import support
-from nexusquant_cache.layer.compress import Compression
+from nexusquant_cache.layer.compress import _Encoding
 from nexusquant_cache.layer.parts import part_of
 
 
@@ -62,7 +62,7 @@ def main(capability: int) -> None:
     # Nothing is computed, so nothing can be compared.
     support.why_not = lambda *_: None
     impl.is_right = lambda *_: True
-    Compression._code_error = lambda *_: 0.0
+    _Encoding._code_error = lambda *_: 0.0
     for config, options in (
         (tiny_llama(head_dim=64).config, {"keep_ratio": 0.6, "key_bits": 1.75, "value_bits": 2.625}),
         (None, {"keep_ratio": 1.0, "key_bits": 3, "value_bits": 2.25, "transform": "hadamard"}),

@@ -9,7 +9,19 @@ import pytest
 import torch
 from integration.families import FAMILIES, VISION_START, WITHOUT_INTERFACE, build, inputs
 from integration.modes import MODES, PROMPT, assistant_of, pad_left
-from integration.tiny import SMALL, TINY, balanced, fingerprint, generate, kept_mask, logits, prompt, tiny_llama
+from integration.tiny import (
+    SMALL,
+    TINY,
+    LosslessCache,
+    balanced,
+    fingerprint,
+    generate,
+    kept_mask,
+    logits,
+    lossless_cache,
+    prompt,
+    tiny_llama,
+)
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
@@ -141,11 +153,12 @@ def test_queries_are_those_of_the_model_by_hand(enabled: LlamaForCausalLM) -> No
 
     handles = [layer.self_attn.register_forward_pre_hook(see, with_kwargs=True) for layer in enabled.model.layers]
     policy, ids = Witness(), prompt(90, batch=2)
-    cache = balanced(enabled, policy=policy)
+    cache = lossless_cache(enabled.config, keep_ratio=0.5, policy=policy)
     logits(enabled, ids, cache)
     for handle in handles:
         handle.remove()
     cache.compress()
+    assert len(policy.shown) == len(enabled.model.layers)
     for index, inputs_ in enumerate(policy.shown):
         hidden, (cos, sin) = seen[index]
         attend = enabled.model.layers[index].self_attn
@@ -364,7 +377,7 @@ def test_without_passing_a_cache() -> None:
 
 class TestReconstruct:
     def read(self, model: PreTrainedModel, ids: Tensor, **options: Any) -> NexusQuantCache:
-        cache = balanced(model, policy=ReconstructionPolicy(), **options)
+        cache = LosslessCache("balanced", config=model.config, policy=ReconstructionPolicy(), **(SMALL | options))
         logits(model, ids, cache)
         return cache
 
@@ -455,7 +468,8 @@ class TestReconstruct:
     def test_padded_rows_are_read_as_if_alone(self, model: LlamaForCausalLM) -> None:
         given = pad_left(model, (0, 11))
         ids, mask = given["input_ids"], given["attention_mask"]
-        cache = balanced(model, policy=ReconstructionPolicy(), attention_mask=mask)
+        options = SMALL | {"policy": ReconstructionPolicy()}
+        cache = LosslessCache("balanced", config=model.config, attention_mask=mask, **options)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
         logits(model, ids, cache, attention_mask=mask, position_ids=positions)
         attention.reconstruct(model, cache, ids, chunk=15)
@@ -466,7 +480,7 @@ class TestReconstruct:
             assert (found[..., :11] == 0).all()
             # Their chunks begin elsewhere, so a token is read behind another part of its own chunk.
             assert found.shape[2] == one.state.observed.reconstruction.shape[2] + 11
-        rows = balanced(model, policy=ReconstructionPolicy(), attention_mask=mask)
+        rows = LosslessCache("balanced", config=model.config, attention_mask=mask, **options)
         logits(model, ids, rows, attention_mask=mask, position_ids=positions)
         attention.reconstruct(model, rows, ids, chunk=1000)
         for both, one in zip(rows.layers, alone.layers, strict=True):
@@ -549,9 +563,6 @@ class TestReconstruct:
             ids[:, 1:],
         )
         refused(self.read(sdpa, ids), ShapeError, r"got shape \(2, 60\)", prompt(60, batch=2))
-        early = balanced(sdpa, when="during_prefill")
-        logits(sdpa, ids, early)
-        refused(early, UnsupportedError, "compresses early: when='during_prefill'")
         compressed = balanced(sdpa, policy=Latest())
         logits(sdpa, ids, compressed)
         compressed.compress()

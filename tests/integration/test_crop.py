@@ -155,8 +155,8 @@ def words_of(layer: Any) -> list[Tensor]:
 
 
 def test_a_prompt_taken_back_before_it_was_compressed(model: LlamaForCausalLM) -> None:
-    """A later turn that is cropped away leaves the flush of generated tokens where it was."""
-    cache = grown(model, balanced(model), 14)
+    """A later turn that is cropped away leaves the flush of generated tokens where it was; if it was not coded yet."""
+    cache = grown(model, balanced(model, when="post_prefill"), 14)
     twin = copy.deepcopy(cache)
     logits(model, prompt(30, seed=3), cache)
     cache.crop(-30)

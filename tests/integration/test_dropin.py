@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import importlib
 import pickle
 import threading
 import weakref
@@ -640,7 +641,7 @@ def test_a_model_that_cannot_be_enabled_is_left_alone(
     def refuse(_: object) -> None:
         raise UnsupportedError
 
-    monkeypatch.setattr("nexusquant_cache.dropin.enable", refuse)
+    monkeypatch.setattr(importlib.import_module("nexusquant_cache.attention.enable"), "_enable", refuse)
     with (
         pytest.warns(UserWarning, match="attention of layer 0 was not seen"),
         compressed_generation(hidden, "balanced", **SMALL) as compressed,

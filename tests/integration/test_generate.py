@@ -89,7 +89,7 @@ def test_eviction_without_loss_is_a_mask_on_the_plain_cache(model: LlamaForCausa
         with masks(model, hidden):
             expected = logits(model, ids, plain)
         assert (given - expected).abs().max() < ROUNDING
-    assert len({tuple(row.tolist()) for index in range(2) for row in kept_positions(cache, index).flatten(0, 1)}) > 4
+    assert len({tuple(row.tolist()) for index in range(2) for row in kept_positions(cache, index).flatten(0, 1)}) > 3
     assert cache.get_seq_length() == sum(turns)
     assert cache.layers[0].state.kept < 0.6 * sum(turns)
 

@@ -368,7 +368,7 @@ class Spy(EvictionPolicy):
 def test_a_policy_sees_rows_without_their_pads(pads: tuple[int, int], start: int) -> None:
     """Wherever they are: on the left, inside, on the right.  Rows with the same pads are shown together."""
     policy = Spy()
-    cache = NexusQuantCache("balanced", policy=policy, **(SMALL | {"keep_ratio": 0.5}))
+    cache = lossless_cache(policy=policy, keep_ratio=0.5)
     keys, values = random_states((2, 2, TOKENS, 16), 0)
     real = torch.ones(2, TOKENS, dtype=torch.bool)
     for row, count in enumerate(pads):

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from feeding import GROUP, feed
+from feeding import feed
 from integration.tiny import reachable_bytes, tiny_config
 
 from grids import combined
 from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
-from nexusquant_cache.layer.observations import QUERY_WINDOW
 
 LAYERS = 2
 FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
@@ -42,8 +41,9 @@ def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
     assert dense == report.dense_bytes
     assert dense / held >= FACTORS[preset]
     assert report.compression_factor == dense / held
-    queries = QUERY_WINDOW * GROUP if PRESETS[preset].keep_ratio < 1 else 0
-    assert report.peak_bytes == LAYERS * (32_768 * 2 + queries) * head_dim * 2
+    # Codes of all tokens, and of one layer the exact ones.
+    exact = 32_768 * 2 * head_dim * 2
+    assert exact < report.peak_bytes < exact + LAYERS * exact / 4
 
 
 @pytest.mark.parametrize(

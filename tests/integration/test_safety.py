@@ -52,6 +52,7 @@ from nexusquant_cache.cache.cache import placeholder_ids
 from nexusquant_cache.cache.rotary import bias_by_distance
 from nexusquant_cache.layer import layer as layer_module
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.selection import Scope
 from nexusquant_cache.releases import CACHE
 
 MAKE = {"lossless": lossless_cache, "coded": lambda config: NexusQuantCache("quant", config=config, **SMALL)}
@@ -72,16 +73,16 @@ INTERRUPTS = [RuntimeError, KeyboardInterrupt, SystemExit, GeneratorExit, asynci
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, layer_idx: int, kind: type[BaseException]) -> None:
-    """Let the next compression of a layer, and no other, fail half-way."""
-    original, fails = layer_module.make_room, [True]
+    """Let the next choice in a layer, and in no other, fail half-way: layers before it have let go of tokens."""
+    original, fails = Scope.keep, [True]
 
-    def make_room(state: Any, shared: Any, *selected: Any) -> None:
-        if state.layer_idx == layer_idx and fails and state.turn.is_pending:
+    def keep(scope: Scope, kept: Any) -> None:
+        if scope.state.layer_idx == layer_idx and fails:
             fails.clear()
             raise kind
-        original(state, shared, *selected)
+        original(scope, kept)
 
-    monkeypatch.setattr(layer_module, "make_room", make_room)
+    monkeypatch.setattr(Scope, "keep", keep)
 
 
 def read(model: LlamaForCausalLM, **options: Any) -> NexusQuantCache:
@@ -126,21 +127,21 @@ def test_an_interrupt_in_a_later_flush_takes_the_step_back(
 ) -> None:
     """Nothing is pending then: the tail is full."""
     cache = read(three)
-    for token in range(5):
+    for token in range(4):
         logits(three, torch.tensor([[token + 9]]), cache)
     other, step = copy.deepcopy(cache), torch.tensor([[50]])
-    original = layer_module.make_room
+    original = layer_module.encode_oldest
 
-    def make_room(state: Any, shared: Any, *selected: Any) -> None:
+    def encode_oldest(state: Any, shared: Any) -> None:
         if state.layer_idx == layer_idx:
             raise kind
-        original(state, shared, *selected)
+        original(state, shared)
 
     with monkeypatch.context() as patch:
-        patch.setattr(layer_module, "make_room", make_room)
+        patch.setattr(layer_module, "encode_oldest", encode_oldest)
         with pytest.raises(kind):
             logits(three, step, cache)
-    assert [cache.get_seq_length(index) for index in range(3)] == [65] * 3
+    assert [cache.get_seq_length(index) for index in range(3)] == [64] * 3
     for tokens in range(9):
         step = torch.tensor([[50 + tokens]])
         torch.testing.assert_close(logits(three, step, cache), logits(three, step, other), rtol=0, atol=ROUNDING)

@@ -115,7 +115,7 @@ def test_a_named_preset_keeps_its_name(sdpa, tmp_path):
     cache = NexusQuantCache("max", config=sdpa.config)
     logits(sdpa, prompt(30), cache)
     loaded = saved(cache, tmp_path, config=sdpa.config)
-    assert (loaded.preset, loaded.cache_config, loaded.shared.when) == ("max", cache.cache_config, "post_prefill")
+    assert (loaded.preset, loaded.cache_config, loaded.shared.when) == ("max", cache.cache_config, "during_prefill")
 
 
 def test_which_implementation_computes_is_the_readers_choice(sdpa, tmp_path):
@@ -443,7 +443,7 @@ class TestWhoseFile:
         logits(sdpa, ids, cache)
         cache.save(tmp_path / "a", token_ids=ids, metadata={"tokenizer": "T"})
         NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[0].tolist())
-        with pytest.raises(FormatError, match="is of other tokens"):
+        with pytest.raises(FormatError, match="is of another prompt"):
             NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[:, :-1])
         assert inspect_file(tmp_path / "a").meta.user == {"tokenizer": "T"}
         assert inspect_file(tmp_path / "a").meta.tokens_hash == hash_tokens(ids.int())

@@ -9,9 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from integration.tiny import SMALL, LosslessCache, LosslessCodec, generate, kept_positions, logits, prompt, tiny_llama
+from integration.tiny import (
+    SMALL,
+    LosslessCache,
+    LosslessCodec,
+    generate,
+    kept_positions,
+    logits,
+    lossless_cache,
+    prompt,
+    tiny_llama,
+)
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 from nexusquant_cache import (
     PRESETS,
@@ -92,10 +102,10 @@ def test_a_preset_of_ones_own(model: LlamaForCausalLM) -> None:
 
 def test_a_policy_of_ones_own(model: LlamaForCausalLM) -> None:
     """The kept tokens are those with the largest values, and the protected ones."""
-    plain = NexusQuantCache("quant", **SMALL)
+    plain = DynamicCache()
     model(input_ids=prompt(100), **{CACHE: plain})
     norms = [layer.values.norm(dim=-1)[0, :, 2:92] for layer in plain.layers]
-    cache = NexusQuantCache("quant", policy=ValueNormPolicy(), keep_ratio=0.25, **SMALL)
+    cache = lossless_cache(policy=ValueNormPolicy(), keep_ratio=0.25)
     model(input_ids=prompt(100), **{CACHE: cache})
     cache.compress()
     for layer_idx, norm in enumerate(norms):

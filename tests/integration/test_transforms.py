@@ -263,12 +263,16 @@ class TestBits:
     def test_a_warning_where_four_do_not_suffice(self) -> None:
         keys, values = states(200)
         cache = NexusQuantCache("balanced", **(SMALL | {"most_code_error": 1e-3}))
-        feed(cache, keys, values, 0)
-        feed(cache, loud(keys), values, 1)
+
+        def read() -> None:
+            feed(cache, keys, values, 0)
+            feed(cache, loud(keys), values, 1)
+            cache.compress()
+
         with pytest.warns(
             UserWarning, match=r"layer \d by \d+ % .* most bits its codec has; 0 % are allowed"
         ) as caught:
-            cache.compress()
+            read()
         assert [str(each.message)[38:58] for each in caught] == ["output of layer 0 by", "output of layer 1 by"]
         for layer in cache.layers:
             assert layer.state.codecs[0].layout.block_bits == layer.state.codecs[1].layout.block_bits == (4, 4)

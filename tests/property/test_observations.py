@@ -17,10 +17,10 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from integration.tiny import reachable_bytes
+from integration.tiny import LosslessCache, reachable_bytes
 from torch import Tensor
 
-from nexusquant_cache import EvictionPolicy, NexusQuantCache, ScoreInputs
+from nexusquant_cache import EvictionPolicy, ScoreInputs
 from nexusquant_cache.errors import ShapeError
 from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.parts import part_of
@@ -81,7 +81,7 @@ class ObservationMachine(RuleBasedStateMachine):
     @initialize(keep_ratio=st.sampled_from([0.5, 0.2]), rows=st.integers(1, 3), padded=st.booleans())
     def start(self, keep_ratio: float, rows: int, padded: bool) -> None:
         self.pads = [0, 3, 7][:rows] if padded else [0] * rows
-        self.cache = NexusQuantCache("quant", keep_ratio=keep_ratio, policy=WITNESS, **SETTINGS)
+        self.cache = LosslessCache("quant", keep_ratio=keep_ratio, policy=WITNESS, **SETTINGS)
         self.numbers = torch.zeros(rows, 0)
         self.real = torch.ones(rows, 0, dtype=torch.bool)
         self.next = 1
@@ -183,7 +183,7 @@ class ObservationMachine(RuleBasedStateMachine):
         else:  # the forward was a generation step and has compressed the first layer; the second follows
             self.update(1, 1)
 
-    @precondition(lambda self: self.waiting and all(layer.state.body is None for layer in self.layers))
+    @precondition(lambda self: self.waiting and all(layer.state.turn.pending_from == 0 for layer in self.layers))
     @rule()
     def reconstruct(self) -> None:
         attention = (self.numbers / 2**20)[:, None].expand(-1, HEADS, -1)
@@ -293,4 +293,4 @@ def test_the_policy_is_shown_queries() -> None:
     machine.prompt(30, "all")
     machine.crop(10)
     machine.compress()
-    assert WITNESS.shown == [QUERY_WINDOW] * 4 + [20] * 4  # two groups of rows in two layers
+    assert WITNESS.shown == [QUERY_WINDOW] * 4 + [28] * 4  # two groups of rows in two layers

@@ -1,7 +1,6 @@
 """The parts of the benchmark scripts that would spoil their numbers without a sound (`benchmarks/`)."""
 
 import importlib
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,9 @@ from unit.evaluation_tiny import tiny
 from nexusquant_cache import CacheConfig, NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
-from nexusquant_cache.evaluation import Candidate, EvaluationError, nexusquant_candidate
-from nexusquant_cache.evaluation.caches import fill_and_compress
-from nexusquant_cache.evaluation.quality import Continuation, measure_quality, run_plain
-from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy, ScoreInputs
+from nexusquant_cache.evaluation import EvaluationError, nexusquant_candidate
+from nexusquant_cache.evaluation.quality import Continuation, run_plain
+from nexusquant_cache.policy import ScoreInputs
 
 UNCHECKED = 1e9
 
@@ -108,50 +106,6 @@ class TestSharpening:
             cache = kind("balanced", config=tiny().model.config)
             assert cache.make_codec("keys", 16, 0).for_tokens(100).with_more_bits().sharpness == sharpness
             assert type(cache.make_codec("values", 16, 0)) is E8Codec
-
-
-class Blind(EvictionPolicy):
-    """The default policy, without queries, which simulated tiers do not see."""
-
-    def score(self, inputs):
-        return DEFAULT_POLICY.checked_scores(replace(inputs, queries=None))
-
-
-class TestTiers:
-    @pytest.mark.parametrize("preset", ["high", "balanced", "max"])
-    @pytest.mark.parametrize("head_dim", [64, 128])
-    def test_all_plans_of_a_preset_take_the_same_bytes(self, load, preset, head_dim):
-        one, two, whole = load("tiers").plans(preset, head_dim).values()
-        assert two.seen_bytes(head_dim) == pytest.approx(one.seen_bytes(head_dim))
-        assert whole.seen_bytes(head_dim) == pytest.approx(one.seen_bytes(head_dim))
-        assert one.kept < two.kept < whole.kept == 1
-        assert all(part > 0 for plan in (one, two, whole) for part, _ in plan.tiers)
-
-    def test_bytes_are_those_of_codes_scales_and_marks(self, load):
-        tiers = load("tiers")
-        half = tiers.Plan(((0.25, tiers.Rate(2, 2)), (0.25, tiers.Rate(1, 1))))
-        assert half.seen_bytes(64) == 0.25 * 2 * (16 + 1) + 0.25 * 2 * (8 + 1) + 2 / 8
-        assert tiers.Plan(((1.0, tiers.Rate(2, 1)),)).seen_bytes(64) == 16 + 1 + 8 + 1
-
-    def test_counts_add_up(self, load):
-        tiers = load("tiers")
-        rate = tiers.Rate(2, 2)
-        assert tiers.Plan(((0.3, rate), (0.7, rate))).counts(101) == [31, 70]
-        assert tiers.Plan(((0.2, rate), (0.2, rate))).counts(101) == [21, 20]
-
-    def test_one_tier_is_what_the_cache_does(self, load, plain):
-        tiers, config = load("tiers"), tiny().model.config
-        settings = CacheConfig(2, 3, keep_ratio=0.4, transform="principal", most_code_error=UNCHECKED)
-        candidates = (
-            tiers.candidate("simulated", tiers.Plan(((0.4, tiers.Rate(2, 3)),)), config),
-            Candidate("real", lambda: NexusQuantCache(settings, config=config, policy=Blind())),
-        )
-        simulated, real = (fill_and_compress(tiny(), each, plain.prefilled).cache for each in candidates)
-        for ours, theirs in zip(real.layers, simulated.layers, strict=True):
-            assert torch.allclose(ours.keys, theirs.keys, atol=1e-4)
-            assert torch.allclose(ours.values, theirs.values, atol=1e-4)
-        rows = [measure_quality(tiny(), plain, each) for each in candidates]
-        assert rows[0].kl == pytest.approx(rows[1].kl, rel=1e-2)
 
 
 class TestTransforms:

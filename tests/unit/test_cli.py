@@ -173,14 +173,17 @@ class TestFit:
         shape = Shape.of(config)
         assert shape == Shape(3, (), 4, 64)
         plain, balanced = fit(shape, 1500, ("balanced",), batch=2)
-        assert plain.held_bytes == plain.reading_bytes == balanced.reading_bytes == 2 * 3 * 2 * 2 * 4 * 64 * 1500
-        cache = NexusQuantCache("balanced", config=config)
+        assert plain.held_bytes == plain.reading_bytes == 2 * 3 * 2 * 2 * 4 * 64 * 1500
+        cache, held = NexusQuantCache("balanced", config=config), []
         for count in (1500, 1):
             for layer_idx in range(3):
                 update(cache, *torch.randn(2, 2, 4, count, 64).bfloat16(), layer_idx)
-        held = sum(layer.held_bytes for layer in cache.memory_report().layers)
-        assert balanced.held_bytes == pytest.approx(held, rel=0.01)
-        assert balanced.early_bytes == balanced.held_bytes + plain.held_bytes // 3
+            cache.layers[2].encode()
+            held.append(sum(layer.held_bytes for layer in cache.memory_report().layers))
+        assert balanced.held_bytes == pytest.approx(held[1], rel=0.01)
+        # Codes of all tokens, with what waits for the choice, and one exact layer.
+        assert balanced.reading_bytes == pytest.approx(held[0] + plain.held_bytes // 3, rel=0.05)
+        assert balanced.held_bytes < balanced.reading_bytes < 0.6 * plain.held_bytes
 
     def test_windows_hold_what_they_see(self):
         config = Gemma3TextConfig(num_hidden_layers=6, num_key_value_heads=1, head_dim=256, sliding_window=512)

@@ -41,6 +41,7 @@ class TestInspect:
             "padded": ["llama", "e8, hadamard"],
             "short": ["llama", "positions"],
             "waiting": ["llama"],
+            "reading": ["llama", "e8, hadamard"],
         }.get(name, ["71 seen", "e8, principal", "1.75 / 2.25 bits", "41.1 % kept"])
         for text in shown:
             if name in {"mixed", "waiting"} and text == "key words":

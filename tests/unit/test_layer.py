@@ -221,23 +221,22 @@ def test_by_hand_each_row_keeps_as_many_as_it_would_alone(make: Any) -> None:
 
 @both
 def test_by_hand_rows_of_different_length_are_evicted_from_in_later_turns(make: Any) -> None:
-    """What the first turn has left of a row is nothing to the second: of 13 candidates each row keeps 7."""
+    """What the first turn has left of a row is nothing to the second: of 9 candidates each row keeps 5."""
     cache = make(**BY_HAND)
     feed_rows(cache, [1] * 5 + [9, 9, 5, 1, 9, 2, 9], NORMS, pads=[5, 0])
     feed_rows(cache, [9], [9])
     assert positions(cache) == [[*range(5, 13)], [0, 1, 2, 3, 5, 7, *range(9, 13)]]
     feed_rows(cache, NORMS, NORMS)
     feed_rows(cache, [9], [9])
-    # Norms at 9-21: 9, 2, 9, 9, 9, 9, 5, 1, 8, 2, 7, 3, 6, and in the other row 9 in the place of the first 2.
-    first, second = [10, 15, 16, 18, 19, 20, 21], [15, 16, 17, 18, 19, 20, 21]
-    recent = [22, 23, 24, 25]
-    assert positions(cache) == [[5, 6, 7, 8, *first, *recent], [0, 1, 2, 3, 5, 7, *second, *recent]]
+    # What was recent then, and generated, stays.  Norms at 13-21: 9, 9, 5, 1, 8, 2, 7, 3, 6.
+    later = [*range(9, 13), 15, 16, 18, 20, 21, *range(22, 26)]
+    assert positions(cache) == [[5, 6, 7, 8, *later], [0, 1, 2, 3, 5, 7, *later]]
 
 
 @both
-@pytest.mark.parametrize(("min_kept", "second"), [(9, 7), (18, 9), (99, 13)])
+@pytest.mark.parametrize(("min_kept", "second"), [(9, 5), (20, 7), (99, 9)])
 def test_by_hand_a_short_text_is_only_coded(make: Any, min_kept: int, second: int) -> None:
-    """Of 7 candidates all stay; of the 13 of the next turn so many that, with the 9 tokens before them, enough do."""
+    """Of 7 candidates all stay; of the 9 of the next turn so many that, with the 13 tokens before them, enough do."""
     cache = make(**(BY_HAND | {"min_kept": min_kept}))
     feed_rows(cache, NORMS)
     feed_rows(cache, [9])
@@ -245,9 +244,9 @@ def test_by_hand_a_short_text_is_only_coded(make: Any, min_kept: int, second: in
     feed_rows(cache, NORMS)
     feed_rows(cache, [9])
     kept = positions(cache)[0]
-    assert kept[:9] == [*range(9)]
+    assert kept[:13] == [*range(13)]
     assert kept[-4:] == [*range(22, 26)]
-    assert len(kept) == 9 + second + 4
+    assert len(kept) == 13 + second + 4
 
 
 @both
@@ -314,13 +313,13 @@ def test_by_hand_heads_and_layers_share_a_budget(make: Any) -> None:
     last = [9, 9, 9]
     heads = [
         [[9, 9, 1, 1, 1, 1, 1, 1, 1, *last], [9, 9, 3, 3, 3, 9, 9, 9, 9, *last]],
-        [[9, 9, 8, 8, 8, 8, 8, 8, 7, *last], [9, 9, 5, 2, 5, 2, 5, 2, 5, *last]],
+        [[9, 9, 8, 8, 8, 8, 8, 8, 7, *last], [9, 9, 4, 2, 5, 2, 6, 2, 7, *last]],
     ]
     for index, layer in enumerate(heads):
         feed_heads(cache, *layer, index=index)
     for index in range(2):
         feed_heads(cache, [9], [9], index=index)
-    # 7 of norm 1, 3 of norm 3, 3 of norm 2, the best of the third head, and of norm 5 the first two.
+    # 7 of norm 1, 3 of norm 3, 3 of norm 2, the best of the third head, and 4 and 5.
     assert positions(cache, 0) == [[*range(13)], [0, 1, 2, 3, 4, *range(9, 13)]]
     assert positions(cache, 1) == [[0, 1, 8, *range(9, 13)], [0, 1, 2, 3, 4, 5, 7, *range(9, 13)]]
     assert [layer.state.kept for layer in cache.layers] == [11, 9]
@@ -412,15 +411,19 @@ def test_a_rejected_candidate_leaves_no_trace(make: Any, with_model: bool) -> No
 
 
 @both
-def test_by_hand_a_layer_is_compressed_when_the_next_one_is_reached(make: Any) -> None:
-    """With ``during_prefill`` only the last layer ever waits, and all announce the same sizes."""
+def test_by_hand_a_layer_is_encoded_when_the_next_one_is_reached(make: Any) -> None:
+    """With ``during_prefill`` only the last layer ever waits exact, and all choose at the first step."""
     cache = make(when="during_prefill", **BY_HAND)
     feed_rows(cache, NORMS, layers=3)
-    chosen = [0, 1, 2, 3, 5, 7, 9, 10, 11]
-    assert [positions(cache, index) for index in range(3)] == [[chosen], [chosen], [[*range(12)]]]
+    assert [positions(cache, index) for index in range(3)] == [[[*range(12)]]] * 3
     assert {cache.get_mask_sizes(2, index) for index in range(3)} == {(14, 0)}
+    if isinstance(cache, NexusQuantCache):
+        assert [layer.state.tail_tokens for layer in cache.layers] == [3, 3, 12]
     feed_rows(cache, [9, 9], layers=3)
-    assert [positions(cache, index) for index in range(3)] == [[[*chosen, 12, 13]]] * 3
+    assert [positions(cache, index) for index in range(3)] == [[[*range(14)]]] * 3
+    feed_rows(cache, [9], layers=3)
+    chosen = [0, 1, 2, 3, 5, 7, 8, *range(11, 15)]  # of 2-10, whose norms are 9, 5, 1, 8, 2, 7, 3, 9, 9
+    assert [positions(cache, index) for index in range(3)] == [[chosen]] * 3
 
 
 def test_heads_choose_and_share_out_what_they_keep() -> None:
@@ -435,9 +438,9 @@ def test_heads_choose_and_share_out_what_they_keep() -> None:
 
 
 def test_chunked_prompt_equals_one_prompt() -> None:
-    """What is stored does not depend on the chunks in which the prompt arrives."""
+    """With ``post_prefill`` what is stored does not depend on the chunks in which the prompt arrives."""
     keys, values = random_states((1, HEADS, 100, HEAD_DIM), 5)
-    whole, chunked = (NexusQuantCache("balanced", config=CONFIG, **SMALL) for _ in range(2))
+    whole, chunked = (NexusQuantCache("balanced", config=CONFIG, when="post_prefill", **SMALL) for _ in range(2))
     for cache, chunk in ((whole, 99), (chunked, 33)):
         for start in range(0, 99, chunk):
             part = slice(start, start + chunk)
@@ -523,13 +526,12 @@ def test_tokens_that_carry_gradients_are_stored_without() -> None:
     keys, values = (x * 1 for x in leaves)
     attended(cache, keys, values, 0).sum().backward()
     assert all(bool(x.grad.any()) for x in leaves)
-    assert not cache.layers[0].keys.requires_grad
     copy.deepcopy(cache)
     with pytest.raises(UnsupportedError, match="gradients"):
         feed(cache, keys[:, :, :1].detach(), values[:, :, :1].detach(), 0)
     with torch.no_grad():
         feed(cache, keys[:, :, :1], values[:, :, :1], 0)
-    assert not cache.layers[0].keys.requires_grad
+        assert not cache.layers[0].keys.requires_grad
 
 
 def test_keys_and_values_of_different_dtype_and_width() -> None:
@@ -582,12 +584,12 @@ def test_eviction_and_coding_free_the_memory(with_rope: bool) -> None:
     dense = 2 * 2 * HEADS * HEAD_DIM * LAYERS
     queries = QUERY_WINDOW * 2 * GROUP * HEADS * HEAD_DIM * LAYERS
     far = 4 * HEADS * LAYERS  # of each token that waits
-    assert held[0] == 400 * (dense + far) + queries
     tables = pair.cache.memory_report().shared_bytes
-    assert held[1] - tables < 0.15 * held[0]
-    assert held[2] - tables < 0.25 * held[0]
-    waiting = 200 + tails[2]
-    assert held[3] - held[2] == 200 * dense + queries + far * waiting
-    assert held[4] < held[3] - queries - 150 * dense
+    # The last of two layers waits exact, and codes of the other.
+    assert 400 * (dense / 2 + far) + queries < held[0] < 400 * (0.75 * dense + far) + queries
+    assert held[1] - tables < 0.3 * held[0]
+    assert held[2] - tables < 0.4 * held[0]
+    assert held[3] - held[2] > 200 * (dense / 2 + far) + queries
+    assert held[4] < held[3] - queries - 75 * dense
     pair.cache.reset()
     assert reachable_bytes(pair.cache) == pair.cache.memory_report().held_bytes == 0

@@ -32,7 +32,7 @@ from nexusquant_cache import (
 )
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, NonFiniteError, OptionError, ShapeError
-from nexusquant_cache.layer.selection import Selection
+from nexusquant_cache.layer.selection import Scores
 from nexusquant_cache.policy.base import _note_stand_ins
 from nexusquant_cache.policy.combined import _ranks
 from nexusquant_cache.policy.queries import _mean_turn
@@ -109,7 +109,8 @@ def make_inputs(  # noqa: PLR0917 - mostly sizes
 def select(policy: EvictionPolicy, inputs: ScoreInputs, count: int) -> Tensor:
     """Return which tokens stay if every head keeps so many that are not protected."""
     scores = policy.checked_scores(inputs).masked_fill(inputs.protected, -torch.inf)
-    return Selection.of(scores, torch.full(scores.shape[:2], count, device=scores.device)).kept | inputs.protected
+    counts = torch.full(scores.shape[:2], count, device=scores.device)
+    return Scores(scores, (), is_comparable=False).best(counts) | inputs.protected
 
 
 @every

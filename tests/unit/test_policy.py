@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from nexusquant_cache.errors import NonFiniteError, OptionError, ShapeError
-from nexusquant_cache.layer.selection import Selection
+from nexusquant_cache.layer.selection import Scores
 from nexusquant_cache.policy import EvictionPolicy, KeyKeyPolicy, KeyNormPolicy, MeanKeyKeyPolicy, ScoreInputs
 from nexusquant_cache.policy.keys import key_attention
 
@@ -41,7 +41,7 @@ def kept_by(policy: EvictionPolicy, inputs: ScoreInputs, count: int) -> Tensor:
     """Return which tokens stay if each head keeps so many that are not protected."""
     scores = policy.checked_scores(inputs).double().masked_fill(inputs.protected, -torch.inf)
     counts = torch.full(scores.shape[:2], min(count, int((~inputs.protected).sum())))
-    return Selection.of(scores, counts).kept | inputs.protected
+    return Scores(scores, (), is_comparable=False).best(counts) | inputs.protected
 
 
 @st.composite

@@ -3,6 +3,9 @@
 import inspect
 import re
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -13,6 +16,8 @@ from nexusquant_cache.errors import OptionError, UnsupportedError
 _SEEN = {None, "sdpa", "eager"}  # of these the states that a cache returns are asked by torch
 # What a module says that computes something else if its implementation is not called by the stock name.
 _ASKS_FOR_NAME = re.compile(r"config\._attn_implementation (?:==|in \()")
+_lock = threading.Lock()
+_users: dict[int, tuple[Any, int]] = {}  # by the identity of a config: the config, and for how many it is enabled
 # Files of transformers where that does no harm: it concerns `reorder_and_upcast_attn` only, which is refused below;
 # queries that are cut, see `implementation`; a part without a cache.
 _ASKS_IN_VAIN = frozenset({"gpt2", "decision_transformer", "gemma4", "gemma4_unified", "qwen2_5_omni"})
@@ -36,6 +41,12 @@ def enable(model: nn.Module) -> None:
             (Bloom, and GPT-J before 5.24), or computes it in another way if its implementation has another name
             (DeepSeek V3.2).
     """
+    _enable(model)
+    with _lock:
+        _users.pop(id(text_config(model)), None)  # it stays enabled, whoever else enables it meanwhile
+
+
+def _enable(model: nn.Module) -> None:
     text = text_config(model)
     if text.is_encoder_decoder:
         msg = f"{text.model_type} is an encoder-decoder model; attention.enable serves decoders"
@@ -60,15 +71,43 @@ def disable(model: nn.Module) -> None:
             _set_name(config, stock)
 
 
+@contextmanager
+def enabled(model: nn.Module) -> Iterator[None]:
+    """Have a model enabled meanwhile.  Of several users, of several threads too, the last one to end disables it.
+
+    Args:
+        model: As for `enable`.  If it is enabled already, it stays so.
+
+    Raises:
+        OptionError: As by `enable`.
+        UnsupportedError: Likewise.
+    """
+    config = text_config(model)
+    with _lock:
+        known = _users.get(id(config))
+        if known is not None or not is_enabled(model):
+            _enable(model)
+            _users[id(config)] = config, 1 + (0 if known is None else known[1])
+    try:
+        yield
+    finally:
+        with _lock:
+            if id(config) in _users:
+                left = _users.pop(id(config))[1] - 1
+                if left:
+                    _users[id(config)] = config, left
+                else:
+                    disable(model)
+
+
 def is_enabled(model: nn.Module) -> bool:
     """Tell whether a model shows its queries."""
     return all(stock_of(_name(config)) is not None for config in _configs(model, type(text_config(model))))
 
 
-def is_hidden(model: nn.Module) -> bool:
-    """Tell whether a model has an attention that a cache cannot see, and that is none of ours."""
-    names = {_name(config) for config in _configs(model, type(text_config(model)))}
-    return not names <= _SEEN and not is_enabled(model)
+def is_seen(model: nn.Module) -> bool:
+    """Tell whether a model has an attention that torch shows to a cache, without ours."""
+    return {_name(config) for config in _configs(model, type(text_config(model)))} <= _SEEN
 
 
 def text_config(model: nn.Module) -> Any:  # noqa: ANN401 - a PreTrainedConfig

@@ -18,7 +18,7 @@ from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.observations import scaled
 from nexusquant_cache.states import answer
-from nexusquant_cache.states.source import Source, pads_in
+from nexusquant_cache.states.source import Source, are_last, pads_in
 from nexusquant_cache.states.tensors import plain, source_of
 from nexusquant_cache.uncompiled import uncompiled
 
@@ -30,15 +30,21 @@ _NAMELESS = frozenset({"eager", "sdpa", "flex_attention"})
 # they avoid under the name "sdpa".
 _CUTS_QUERIES = frozenset({"gemma4_text", "gemma4_unified_text"})
 
-_UNDERSTOOD = frozenset(  # options
+_UNDERSTOOD = frozenset(  # options; those that change no attention among them
     {
+        "cache_position",
         "dropout",
         "is_causal",
+        "logits_to_keep",
+        "num_items_in_batch",
         "output_attentions",
+        "output_hidden_states",
         "output_router_logits",
         "position_ids",
+        "return_dict",
         "s_aux",
         "scaling",
+        "sliding_window",
         "softcap",
         "use_cache",
     }
@@ -70,11 +76,6 @@ OBSERVERS = _Observers()
 _found: dict[tuple[type, str], Attention] = {}
 
 
-def name_for(stock: str) -> str:
-    """Return the name of our implementation on top of a stock one."""
-    return PREFIX + stock
-
-
 def stock_of(name: str | None) -> str | None:
     """Return the stock implementation under one of ours; None if this is the name of another one."""
     return name.removeprefix(PREFIX) if name is not None and name.startswith(PREFIX) else None
@@ -84,7 +85,7 @@ def register(stock: str) -> str:
     """Register our implementation on top of a stock one, and its mask; return its name."""
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415 - heavy; a model has it
 
-    name = name_for(stock)
+    name = PREFIX + stock
     AttentionInterface.register(name, _attention_on(stock))
     masks = AttentionMaskInterface()
     if stock in masks:  # without one transformers makes no mask
@@ -152,15 +153,27 @@ def _seen(
     None if the stock implementation has to compute it: there are no codes yet, or something is not understood here.
 
     Raises:
-        UnsupportedError: If dropout is asked for.
+        UnsupportedError: If dropout is asked for, or something else that is not understood, and tokens were evicted.
     """
     queries, seen = query.shape[2], source.held.seen
-    if not _is_understood(mask, seen):
+    unknown = {name for name, given in options.items() if given is not None} - _UNDERSTOOD
+    if unknown and not source.held.is_whole:
+        msg = (
+            f"the attention of a compressed cache was asked for with {', '.join(sorted(unknown))}, which is not "
+            "understood, and tokens have been evicted: leave that out, or use the preset 'quant', which evicts nothing"
+        )
+        raise UnsupportedError(msg)
+    if unknown or not _is_understood(mask, seen):
         return None
-    is_packed = source.is_packed
-    scaling = options.get("scaling")
-    source.show(query.detach(), scaling, _pads_in(mask, source.fresh, queries))
-    if not is_packed or {name for name, given in options.items() if given is not None} - _UNDERSTOOD:
+    scaling, is_packed = options.get("scaling"), source.is_packed
+    visible = None
+    if is_packed or queries != source.fresh:
+        visible = _dense_mask(
+            mask, query, seen, window=options.get("sliding_window") or None, is_causal=stock != "eager"
+        )
+    if are_last(visible if visible is None else visible[..., -1], queries, source.fresh):
+        source.show(query.detach(), scaling, _pads_in(mask, source.fresh, queries))
+    if not is_packed:
         return None
     answer.check_dropout(options.get("dropout") or 0.0)
     answer.check_gradients(query, mask if isinstance(mask, Tensor) else None, options.get("s_aux"))
@@ -170,18 +183,17 @@ def _seen(
         softcap=options.get("softcap") if bounded else None,
         sink_logits=options.get("s_aux") if bounded else None,
     )
-    visible = _dense_mask(mask, query, seen, is_causal=stock != "eager")
     if stock == "eager":  # which tells its weights
         out, weights = answer.attend_with_weights(query, source.held, visible, softmax)
         return out.transpose(1, 2).contiguous(), weights
     return answer.attend(query, source.held, visible, softmax).transpose(1, 2).contiguous(), None
 
 
-def _is_understood(mask: object, seen: int) -> bool:
+def _is_understood(mask: Any, seen: int) -> bool:  # noqa: ANN401 - anything
     """Tell whether this is no mask, or one of logits, of tokens (flash attention), or of blocks (flex attention)."""
     if isinstance(mask, Tensor):
         return mask.ndim in {2, _AXES} and mask.shape[-1] == seen
-    return mask is None or type(mask).__name__ == "BlockMask"
+    return mask is None or (type(mask).__name__ == "BlockMask" and mask.shape[-1] == seen)
 
 
 def _pads_in(mask: Any, fresh: int, queries: int) -> Tensor | None:  # noqa: ANN401 - one that is understood
@@ -193,7 +205,14 @@ def _pads_in(mask: Any, fresh: int, queries: int) -> Tensor | None:  # noqa: ANN
     return ~mask[:, -fresh:].bool() if mask.ndim == 2 else pads_in(mask, fresh)  # noqa: PLR2004 - batch, tokens
 
 
-def _dense_mask(mask: Any, query: Tensor, seen: int, *, is_causal: bool) -> Tensor | None:  # noqa: ANN401
+def _dense_mask(
+    mask: Any,  # noqa: ANN401 - one that is understood
+    query: Tensor,
+    seen: int,
+    *,
+    window: int | None,
+    is_causal: bool,
+) -> Tensor | None:
     """Return a mask of logits that says the same; None if every query may see all tokens."""
     queries = query.shape[2]
     if isinstance(mask, Tensor) and mask.ndim == _AXES:
@@ -201,9 +220,12 @@ def _dense_mask(mask: Any, query: Tensor, seen: int, *, is_causal: bool) -> Tens
     if mask is not None and not isinstance(mask, Tensor):
         return _of_blocks(mask, queries)
     visible = None
+    order = torch.arange(seen, device=query.device)
     if is_causal and queries > 1:
-        order = torch.arange(seen, device=query.device)
         visible = (order <= order[-queries:, None])[None, None]
+    if is_causal and window is not None and window < seen:  # masks of logits have it already
+        near = (order > order[-queries:, None] - window)[None, None]
+        visible = near if visible is None else visible & near
     if mask is None:
         return visible
     padding = mask[:, None, None].bool()

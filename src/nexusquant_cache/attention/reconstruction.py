@@ -63,7 +63,7 @@ def reconstruct(  # noqa: PLR0913 - all but three have defaults
         OptionError: If the cache is of another kind, or ``chunk`` is below 1.
         ShapeError: If the tokens are not as many as the cache has seen.
         CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
-        UnsupportedError: If the cache compresses during the prefill, or if the queries of the model cannot be seen.
+        UnsupportedError: If the queries of the model cannot be seen.
 
     References:
         Kim et al. (2025), "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", arXiv:2505.23416,
@@ -107,11 +107,8 @@ def _check(cache: Any, parts: list[CompressedPart], input_ids: Tensor, chunk: in
     if chunk < 1:
         msg = f"chunk must be at least 1 token, got {chunk}"
         raise OptionError(msg)
-    if cache.shared.when != "post_prefill":
-        msg = f"reconstruct needs the whole prompt exact, and this cache compresses early: when={cache.shared.when!r}"
-        raise UnsupportedError(msg)
     parts = [part for part in parts if part.layer.is_initialized]
-    if any(part.state.body is not None for part in parts):
+    if any(part.state.body is not None and part.state.turn.pending_from != 0 for part in parts):
         msg = "the cache is compressed already: call reconstruct between the prompt and the first generation step"
         raise CacheStateError(msg)
     if any(part.layer.record_past for part in parts):

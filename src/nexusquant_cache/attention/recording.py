@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nexusquant_cache.attention.enable import attention_modules, disable, enable, is_enabled
+from nexusquant_cache.attention.enable import attention_modules, enabled
 from nexusquant_cache.attention.function import OBSERVERS, Observer
 from nexusquant_cache.errors import OptionError
 
@@ -46,15 +46,12 @@ def record_queries(model: nn.Module, window: int | None) -> Iterator[Mapping[int
 @contextmanager
 def observing(model: nn.Module, observer: Observer) -> Iterator[None]:
     """Let an observer see what a model computes attention from in this thread inside a ``with`` block."""
-    was_enabled = is_enabled(model)
-    enable(model)
-    OBSERVERS.all.append(observer)
-    try:
-        yield
-    finally:
-        OBSERVERS.all.remove(observer)
-        if not was_enabled:
-            disable(model)
+    with enabled(model):
+        OBSERVERS.all.append(observer)
+        try:
+            yield
+        finally:
+            OBSERVERS.all.remove(observer)
 
 
 class _Recorder(Observer):

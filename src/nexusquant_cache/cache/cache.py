@@ -28,10 +28,10 @@ from nexusquant_cache.codec.registry import new_codec
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError, suggest
 from nexusquant_cache.files.checks import settings_of
-from nexusquant_cache.files.fingerprint import TokenIds
+from nexusquant_cache.files.fingerprint import Besides, TokenIds, first_placeholder
 from nexusquant_cache.files.packing import check_level
 from nexusquant_cache.files.reader import check_dtype, read_file
-from nexusquant_cache.files.saving import WholeCache, check_config, check_tokens, export_cache, import_cache
+from nexusquant_cache.files.saving import WholeCache, check_config, check_prompt, export_cache, import_cache
 from nexusquant_cache.files.state import Source
 from nexusquant_cache.files.writer import AtRest, Progress, check_threads, measure, write_file
 from nexusquant_cache.layer.budget import compress_together, crop_together
@@ -81,11 +81,11 @@ class NexusQuantCache(DynamicCache):
             tokens]``, the prompt must have its shape.
         transforms: The `transforms` of an earlier cache of the same model, preset and config, used in place of fitting
             new ones to this prompt.  That is faster, and gives principal axes to a prompt too short for its own.
-        when: ``"post_prefill"`` compresses at the first generation step: the prompt attends to itself exactly.
-            ``"during_prefill"`` compresses each layer as soon as the next one is reached: only about one layer at a
-            time is in full precision.  A prompt in one piece still attends to itself exactly; with
-            ``prefill_chunk_size`` each chunk attends to what is left of the ones before.
-        offloading: Keep the codes, and a prompt that waits for its compression, in host memory.  A layer's codes are
+        when: ``"during_prefill"`` encodes each layer as soon as the next one is reached, so that about one layer at a
+            time is in full precision; which tokens are kept is decided at the first generation step.  A prompt in one
+            piece attends to itself exactly; in chunks, to the codes of the chunks before.  ``"post_prefill"`` encodes
+            at the first generation step: chunks, too, attend to exact tokens, which takes the memory of a plain cache.
+        offloading: Keep the codes, and exact tokens of a prompt that waits, in host memory.  A layer's codes are
             copied to the device while the layer before it computes, and let go of when its own attention is over.
         offload_only_non_sliding: Leave sliding-window layers on the device.
         **overrides: Fields of `CacheConfig` that replace those of the preset.
@@ -103,7 +103,7 @@ class NexusQuantCache(DynamicCache):
         policy: EvictionPolicy | None = None,
         attention_mask: Shaped[Tensor, "rows n"] | None = None,
         transforms: Sequence[LayerTransforms | None] | None = None,
-        when: When = "post_prefill",
+        when: When = "during_prefill",
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
         **overrides: Any,  # noqa: ANN401 - checked against the fields of CacheConfig
@@ -305,8 +305,8 @@ class NexusQuantCache(DynamicCache):
         softmax; see `nexusquant_cache.states`.
 
         An error, or an interrupt, leaves the cache as it was before this forward: layers that have already taken the
-        new tokens give them back.  Layers of transformers' own classes, as for sliding windows, cannot, and layers that
-        were compressed meanwhile (``when="during_prefill"``); then the cache has to be `reset`.
+        new tokens give them back.  Layers of transformers' own classes, as for sliding windows, cannot; then the cache
+        has to be `reset`.
 
         Raises:
             CacheStateError: If an error in an earlier forward could not be undone, or that forward was not finished.
@@ -380,7 +380,7 @@ class NexusQuantCache(DynamicCache):
     def activate_past_recording(self) -> None:
         """Expect a `crop` after each forward from now on, as assisted decoding gives; encode only then."""
         for part in compressed(self.parts()):
-            part.compress_early()  # the last one may still wait, and would now wait longer than the others
+            part.encode_early(part.seen)  # the last one may still wait, and would now wait longer than the others
         self._records_from_start = not self.layers
         super().activate_past_recording()  # type: ignore[no-untyped-call]
 
@@ -428,7 +428,7 @@ class NexusQuantCache(DynamicCache):
             OptionError: If ``chunk`` is below 1.
             ShapeError: If the tokens are not as many as the cache has seen.
             CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
-            UnsupportedError: If the cache compresses during the prefill, or the queries of the model cannot be seen.
+            UnsupportedError: If the queries of the model cannot be seen.
         """
         if self.shared.evicts:
             reconstruct(model, self, input_ids, chunk=chunk, progress=progress)
@@ -463,34 +463,47 @@ class NexusQuantCache(DynamicCache):
             self._forward.note_peak(self.parts())
         end = max((part.seen for part in ours), default=0) + tokens_to_remove
         self._forward.take_back_unfinished(self.parts(), end)
+        seen = max((part.seen for part in ours), default=0)
         if ours:
-            tokens_to_remove = min(end - ours[0].seen, 0)
-        count = min(-tokens_to_remove, ours[0].seen) if ours else -tokens_to_remove
+            tokens_to_remove = min(end - seen, 0)
+        count = min(-tokens_to_remove, seen) if ours else -tokens_to_remove
         for part in ours:
-            part.check_crop(count)
-        is_empty = bool(ours) and ours[0].seen == 0
-        others = [part.layer for part in self.parts() if part.state is None]
-        for other in () if is_empty else others:  # transformers' own may refuse, so they come first
+            part.check_crop(min(count, part.seen))
+        is_empty = bool(ours) and not seen
+        others = [] if is_empty else [part.layer for part in self.parts() if part.state is None]
+        for other in others:  # transformers' own may refuse, so they come first
             other.crop(-count)  # also by 0, which lets them drop what they had recorded
-        if len({part.is_pending for part in ours}) > 1:
-            for part in ours:
-                part.compress_early()  # the last one still waits: all alike, before tokens go
-        crop_together([part.layer for part in ours], -tokens_to_remove)
+        try:
+            crop_together([part.layer for part in ours], -tokens_to_remove)
+        except BaseException:
+            self._forward.is_broken |= bool(others) and count > 0
+            raise
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor | Sequence[int]) -> None:
         """Put the rows of the batch in another order, as beam search does."""
-        self._change_rows(lambda layer: layer.reorder_cache(beam_idx))
+        order = beam_idx if isinstance(beam_idx, Tensor) else torch.tensor(beam_idx, device="cpu")
+        self._change_rows(lambda layer: layer.reorder_cache(order))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every row of the batch."""
+        """Repeat every row of the batch.
+
+        Raises:
+            ShapeError: If no row would be left.
+        """
+        if repeats < 1:
+            msg = f"batch_repeat_interleave must leave a row, got repeats={repeats}: to empty the cache, call reset()"
+            raise ShapeError(msg)
         self._change_rows(lambda layer: layer.batch_repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice | int) -> None:
         """Keep these rows of the batch.
 
         Raises:
             ShapeError: If these are none.
         """
+        if isinstance(indices, slice | int):
+            rows = torch.arange(max((part.rows for part in compressed(self.parts())), default=1), device="cpu")
+            indices = rows[indices].reshape(-1)
         chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
         if not len(chosen) or (chosen.dtype == torch.bool and not bool(chosen.any())):
             msg = "batch_select_indices must leave a row, got none: to empty the cache, call cache.reset()"
@@ -499,6 +512,7 @@ class NexusQuantCache(DynamicCache):
 
     def _change_rows(self, change: Callable[[Any], None]) -> None:
         """Change the rows of all layers; half-way, rows of different layers would be in different places."""
+        self._forward.check()
         done = 0
         try:
             for part in self.parts():
@@ -592,6 +606,7 @@ class NexusQuantCache(DynamicCache):
         *,
         level: int | None = 3,
         token_ids: TokenIds | None = None,
+        besides: Besides | None = None,
         metadata: Mapping[str, str] | None = None,
         threads: int | None = None,
         progress: Progress | None = None,
@@ -607,6 +622,8 @@ class NexusQuantCache(DynamicCache):
             level: Of zstd, 1 (fast) to 22 (small); None stores all tensors as they are, for any reader of safetensors.
             token_ids: The ids of the tokens seen, of which the file keeps a hash, so that `load` can tell prompts
                 apart.
+            besides: What the prompt is made of besides token ids, by name: pixel values, sounds, embeddings, the name
+                of an adapter, as for `PrefixStore.put`.  Of these, too, the file keeps a hash.
             metadata: Texts of your own to keep in the file, for instance the tokenizer's name.
             threads: Threads to compress with; by default as many as there are processors, up to eight.
             progress: Called after each tensor with the bytes done and the bytes in all.
@@ -626,7 +643,13 @@ class NexusQuantCache(DynamicCache):
         """
         check_level(level)
         check_threads(threads)
-        meta, tensors = export_cache(self._whole(), token_ids=token_ids, metadata=metadata)
+        if token_ids is not None and besides is None and first_placeholder(token_ids, self.placeholder_ids) is not None:
+            warnings.warn(
+                "the token ids hold places of images or sounds, and the file will not tell which: name them, "
+                "save(..., besides={'pixel_values': pixel_values}), and likewise for load",
+                stacklevel=2,
+            )
+        meta, tensors = export_cache(self._whole(), token_ids=token_ids, besides=besides, metadata=metadata)
         return write_file(Path(path), meta, tensors, level=level, threads=threads, progress=progress)
 
     @classmethod
@@ -639,6 +662,7 @@ class NexusQuantCache(DynamicCache):
         policy: EvictionPolicy | None = None,
         dtype: torch.dtype | None = None,
         token_ids: TokenIds | None = None,
+        besides: Besides | None = None,
         offloading: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
@@ -656,6 +680,7 @@ class NexusQuantCache(DynamicCache):
             dtype: What tokens in full precision are cast to, for a model that runs in another dtype: ``torch.float16``,
                 ``bfloat16``, ``float32`` or ``float64``.
             token_ids: The ids of the tokens that the cache is to have seen, as given to `save`.
+            besides: What the prompt is made of besides them, as given to `save`.
             offloading: Keep the codes in host memory, as for the constructor.
             threads: Threads to read with; by default as many as there are processors, up to eight.
             progress: Called after each tensor with the bytes done and the bytes in all.
@@ -670,7 +695,7 @@ class NexusQuantCache(DynamicCache):
         check_dtype(dtype)
         text_config(config)
         promise, tensors = read_file(Path(path), threads=threads, progress=progress)
-        check_tokens(promise.meta.tokens_hash, token_ids)
+        check_prompt(promise.meta.tokens_hash, token_ids, besides)
         settings = settings_of(promise.meta)
         when = cast("When", promise.meta.when)
         check_config(promise.meta, config)
@@ -692,6 +717,7 @@ class NexusQuantCache(DynamicCache):
             CacheStateError: If an earlier forward failed half-way through a compression.
         """
         self._forward.check()
+        self._forward.check_reached(self.parts())
         report = self.memory_report()
         names = ("held_bytes", "dense_bytes", "seen_tokens", "kept_tokens", "peak_bytes")
         statistics = {name: getattr(report, name) for name in names}

@@ -7,7 +7,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from nexusquant_cache.cache.report import content, storage_bytes
-from nexusquant_cache.errors import CacheStateError, ShapeError
+from nexusquant_cache.errors import CacheStateError, ShapeError, UnsupportedError
 from nexusquant_cache.layer.parts import CompressedPart, Part, compressed
 from nexusquant_cache.layer.shared import Shared
 
@@ -37,6 +37,7 @@ class Forward:
         self.shared, self.config, self.spares_sliding = shared, config, spares_sliding
         self.is_broken = False
         self.peak_bytes = 0
+        self._held: dict[int, int] = {}  # bytes that each layer held when that was last noted
         # What this forward has given already, as layer and kind; which layer forwards end with; tokens seen before.
         self._given: set[tuple[int, str]] = set()
         self._end: int | None = None
@@ -57,7 +58,8 @@ class Forward:
         """Say why the cache cannot go on as it is; nothing if it can."""
         if self.is_broken:
             return "broken: an earlier forward could not be undone, call cache.reset()"
-        return "" if self.unfinished(parts) is None else "in a forward, or one was not finished"
+        is_whole = self.unfinished(parts) is None and not self.not_reached(parts)
+        return "" if is_whole else "in a forward, or one was not finished"
 
     def enter(self, parts: list[Part], index: int, kind: str = _STATES) -> None:
         """Take note that a layer is about to be given something; what is given a second time begins a forward.
@@ -70,7 +72,9 @@ class Forward:
         Raises:
             CacheStateError: If the forward before was not finished.
         """
-        if not self._given or (index, kind) in self._given:
+        # Layers come in the order of their indices; in a step some give no states of linear attention.
+        last = max((given for given, _ in self._given), default=-1)
+        if last < 0 or index < last or (index, kind) in self._given:
             self._begin(parts)
         self._given.add((index, kind))
 
@@ -82,6 +86,8 @@ class Forward:
                 f"some layers have seen {most} tokens and others {least}: the forward before was not finished. Take "
                 f"its tokens back with cache.crop({least - most}), or call cache.reset()."
             )
+            if self.config is None:
+                msg += " If nothing has failed, some layers are of another kind: give the cache config=model.config."
             raise CacheStateError(msg)
         seen = [part.seen for part in parts if part.is_in_step]
         if any(kind != _STATES for _, kind in self._given):
@@ -101,6 +107,28 @@ class Forward:
         """
         seen = {part.seen for part in parts if part.is_in_step} - {0}
         return (min(seen), max(seen)) if len(seen) > 1 else None
+
+    def not_reached(self, parts: list[Part]) -> list[int]:
+        """Return the layers that no forward has reached, behind others that have seen tokens, if a config names all."""
+        if self.config is None:
+            return []
+        seen = [(part.index, part.seen) for part in parts if part.is_in_step]
+        last = max((index for index, count in seen if count), default=-1)
+        return [index for index, count in seen if not count and index > last >= 0]
+
+    def check_reached(self, parts: list[Part]) -> None:
+        """Refuse what is to be kept of a first forward that has not reached all layers.
+
+        Raises:
+            CacheStateError: If there are such layers.
+        """
+        missing = self.not_reached(parts)
+        if missing:
+            msg = (
+                f"layers {missing[0]} to {missing[-1]} have seen no tokens: the first forward was not finished. Call "
+                "cache.reset() and read the prompt again."
+            )
+            raise CacheStateError(msg)
 
     def update(
         self,
@@ -124,11 +152,11 @@ class Forward:
             self._check_seen(part)
             if isinstance(part, CompressedPart):
                 self._check_mask(part, key_states)
-                self._make_way(parts, part, key_states)
+                self._make_way(parts, part, states)
             part.fetch()
             held = self._store(parts, index, store)
             if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
-                self.note_peak(parts)
+                self.note_peak(parts, index)
         except BaseException:  # an interrupt too: KeyboardInterrupt, cancellation
             self.take_back(parts)
             raise
@@ -139,8 +167,15 @@ class Forward:
 
         Raises:
             CacheStateError: If it has not.
+            UnsupportedError: If this is the attention to an encoder's text, in a layer for the decoder's.
         """
         if part.is_in_step and part.seen != self._before:
+            if getattr(self.config, "is_encoder_decoder", False) and not part.seen:
+                msg = (
+                    "the attention to the encoder's text writes into the same cache as that to the decoder's: use "
+                    "EncoderDecoderCache(NexusQuantCache(config=model.config), DynamicCache()) of transformers"
+                )
+                raise UnsupportedError(msg)
             msg = (
                 f"layer {part.index} has seen {part.seen} tokens and layers before it {self._before}: an earlier "
                 "forward was not finished. Call cache.reset() or use a new cache."
@@ -153,7 +188,7 @@ class Forward:
         is_done = not any(kind != _STATES for _, kind in self._given)
         for part in parts:
             if isinstance(part, CompressedPart):
-                is_done &= part.take_back(self._before)
+                part.take_back(self._before)
             elif part.is_in_step:
                 is_done &= part.seen <= self._before
         self._given.clear()
@@ -193,22 +228,32 @@ class Forward:
             if not (self.spares_sliding and getattr(parts[index].layer, "is_sliding", False)):
                 parts[index].release()
 
-    def _make_way(self, parts: list[Part], part: CompressedPart, key_states: Tensor) -> None:
+    def _make_way(self, parts: list[Part], part: CompressedPart, states: tuple[Tensor, Tensor]) -> None:
         """Do what has to be done in other layers before this one takes new tokens."""
+        key_states = states[0]
         tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
         ours = list(compressed(parts))
         if self.shared.when == "during_prefill" and tokens > 1:
+            part.layer.check(*states)  # so that a bad update changes nothing in other layers
             # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
             for other in ours:
                 if other is not part:
-                    other.compress_early()
+                    other.encode_early(self._before)
         if part.is_pending and part.is_due(tokens):
             self.note_peak(parts)
 
-    def note_peak(self, parts: list[Part]) -> None:
-        """Take note of what is held now."""
-        held = storage_bytes([content(part) for part in parts], *self.shared_content(parts))
-        self.peak_bytes = max(self.peak_bytes, held)
+    def note_peak(self, parts: list[Part], index: int | None = None) -> None:
+        """Take note of what is held now.
+
+        Args:
+            parts: All layers.
+            index: The layer of this forward that was updated last; the others are as they were noted before, but for
+                the one before it, which may have been encoded.
+        """
+        is_within = index is not None and len(self._given) > 1 and len(self._held) == len(parts)
+        changed = parts[max(index - 1, 0) : index + 1] if index is not None and is_within else parts
+        self._held |= {part.index: storage_bytes([content(part)]) for part in changed}
+        self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + storage_bytes(self.shared_content(parts)))
 
     def shared_content(self, parts: list[Part]) -> list[object]:
         """Return what holds the tensors that layers share."""

@@ -48,6 +48,8 @@ def storage_bytes(*things: object, only: torch.device | None = None) -> int:
     for tensor in tensors_of(things):
         if only not in {None, tensor.device}:
             continue
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # noqa: SLF001 - it has no storage of its own
+            continue
         storage = tensor.untyped_storage()
         storages[storage.data_ptr(), tensor.device] = storage.nbytes()
     return sum(storages.values())
@@ -73,7 +75,7 @@ class LayerReport:
         host_bytes: How much of all that is in host memory, away from the layer's device.
         exact_dtype: Dtype of exact tokens, as torch calls it (``"bfloat16"``), or two of keys and values; ``""`` before
             the first update.
-        is_compressed: Whether the layer holds codes.
+        is_compressed: Whether the layer holds codes, and it is decided of which tokens.
         waits_for: What has to come before the prompt, or a later turn, is compressed; ``""`` if nothing waits.
         is_unseen: Whether all tokens were kept because the prompt's attention was not seen.
     """
@@ -249,14 +251,14 @@ class MemoryReport:
 def content(part: Part) -> list[object]:
     """Return what holds the tensors of a layer, without what it shares with other layers."""
     if part.state is not None:
-        return list(part.state.holders("exact", "codes", "scales", "positions", "transform"))
+        return [*part.state.holders("exact", "codes", "scales", "positions", "transform"), *part.layer.held_back]
     return [vars(part.layer)]
 
 
 def layer_report(part: Part, shared: Shared) -> LayerReport:
     """Return the row of a layer."""
     if part.state is not None:
-        return _compressed_report(part.state, shared)
+        return _compressed_report(part.state, shared, part.layer.held_back)
     layer = part.layer
     held = storage_bytes(content(part))
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -284,23 +286,33 @@ def _dtype_of(*tensors: Tensor | None) -> str:
 
 
 def _waits_for(state: LayerState, shared: Shared) -> str:
-    """Return what has to come before waiting tokens are compressed; nothing if none wait."""
-    settings, count = shared.settings, max(candidates(state, shared), 0)
-    if state.body is not None and not state.turn.is_pending:
+    """Return what has to come before it is decided what is kept of waiting tokens; nothing if none wait."""
+    settings, start = shared.settings, state.turn.pending_from
+    if state.body is not None and start is None:
         return ""
+    # Of a prompt that waits, some tokens may be encoded already.
+    count = max(candidates(state, shared), 0)
+    if start is not None and state.body is not None:
+        sinks = settings.sink_tokens if start == 0 else 0
+        count = max(state.waiting_tokens - settings.residual_length - sinks, count)
     if count < settings.min_tokens:
         return f"is too short, with {count} tokens between sinks and residual (min_tokens is {settings.min_tokens})"
     if state.turn.record_past:
         return "waits for the next crop"
-    return f"waits for the {'next' if state.body is not None else 'first'} generation step"
+    return f"waits for the {'next' if _is_compressed(state) else 'first'} generation step"
 
 
-def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
+def _is_compressed(state: LayerState) -> bool:
+    """Tell whether there are codes of which it is decided that they stay."""
+    return state.body is not None and state.turn.pending_from != 0
+
+
+def _compressed_report(state: LayerState, shared: Shared, held_back: list[object]) -> LayerReport:
     if state.tail is None:
         return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = state.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    exact, codes = list(state.holders("exact")), [buffer.on_the_way for buffer in state.buffers]
+    exact, codes = [*state.holders("exact"), *held_back], [buffer.on_the_way for buffer in state.buffers]
     other = list(state.holders("positions", "transform"))
     host = 0
     if state.device != HOST:
@@ -320,7 +332,7 @@ def _compressed_report(state: LayerState, shared: Shared) -> LayerReport:
         code_error=state.code_error,
         host_bytes=host,
         exact_dtype=_dtype_of(keys, values),
-        is_compressed=state.body is not None,
+        is_compressed=_is_compressed(state),
         waits_for=_waits_for(state, shared),
         # Eviction goes by the attention to all tokens since the first one.
         is_unseen=shared.evicts and state.body is not None and state.is_whole and not state.is_shown_whole,

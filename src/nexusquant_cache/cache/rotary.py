@@ -2,12 +2,12 @@
 
 transformers offers the frequencies of every scaled rope type (`ROPE_INIT_FUNCTIONS`), but keeps three
 things in its modeling files: the plain frequencies, which channels form a pair, and which layers have no
-rotary embedding at all.  They are written down here, as found in transformers 5.17 to 5.23.
+rotary embedding at all.  They are written down here, as found in transformers 5.17 to 5.24.
 
 A model that is missing from these lists is taken for the common case (channel ``i`` paired with
 ``i + pairs``, every layer rotary).  Nothing breaks if that is wrong: what is removed before encoding is
 put back after decoding, whatever it is; only the quality suffers.  The same holds for positions that
-are not the token's index (images in multimodal rope, left padding).
+are not the token's index in its row (images in multimodal rope).
 """
 
 import copy

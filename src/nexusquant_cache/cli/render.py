@@ -95,14 +95,13 @@ def fit_renderables(name: str, tokens: int, batch: int, rows: Sequence[Fit]) -> 
     """Yield the table of bytes."""
     prompts = f"{batch} prompts" if batch > 1 else "a prompt"
     yield Text(f"The cache of {name} with {prompts} of {tokens:,} tokens, in 16 bit; the weights come besides.")
-    table = _empty_table(("cache", "GiB", "factor", "GiB while reading", "reading with when='during_prefill'"))
+    table = _empty_table(("cache", "GiB", "factor", "GiB while reading"))
     for row in rows:
         table.add_row(
             row.name,
             f"{row.held_bytes / _GIBIBYTE:.3f}",
             f"{rows[0].held_bytes / row.held_bytes:.1f}x",
             f"{row.reading_bytes / _GIBIBYTE:.3f}",
-            _NONE if row.early_bytes is None else f"{row.early_bytes / _GIBIBYTE:.3f}",
         )
     yield table
 

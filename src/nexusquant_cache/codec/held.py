@@ -164,15 +164,19 @@ class HeldTokens:
             x = out[..., : self.seen]
         return x.flatten(1, 2)
 
-    def decoded_keys(self) -> Float[Tensor, "b h n d"]:
-        """Return all keys as they are stored, in the dtype they came in."""
+    def decoded_keys(self, *, by_tables: bool = False) -> Float[Tensor, "b h n d"]:
+        """Return all keys as they are stored, in the dtype they came in.
+
+        Args:
+            by_tables: Hold the turns of the rotary phase for the next time, where that is the next step.
+        """
         out = self._exact(0)
         if self.keys is not None:
             decoded, packed = self.keys.decode(), self._packed(out)
             if self.phase is None:
                 packed.copy_(decoded)
             else:
-                self.phase.rotate(decoded, self.angles(), out=packed, by_tables=True)
+                self.phase.rotate(decoded, self.angles(), out=packed, by_tables=by_tables)
         return out
 
     def decoded_values(self) -> Float[Tensor, "b h n dv"]:
@@ -182,9 +186,9 @@ class HeldTokens:
             self._packed(out).copy_(self.values.decode())
         return out
 
-    def dense_keys(self) -> Float[Tensor, "b h n d"]:
+    def dense_keys(self, *, by_tables: bool = False) -> Float[Tensor, "b h n d"]:
         """Return all keys in the dtype they came in, in the order of the positions; zeros in empty places."""
-        return self._in_order(self.decoded_keys())
+        return self._in_order(self.decoded_keys(by_tables=by_tables))
 
     def dense_values(self) -> Float[Tensor, "b h n dv"]:
         """Return all values in the dtype they came in, in the order of the positions; zeros in empty places."""

@@ -59,6 +59,14 @@ class PositionMap:
         self.dense = 0
         self.cover(torch.cat([known, earlier, keep], -1))
 
+    def restrict(self, keep: Bool[Tensor, "b h n"]) -> None:
+        """Keep, of the last so many positions, only these of those that are kept."""
+        count = keep.shape[2]
+        bits = torch.cat([self._bits(keep), keep.new_ones(*keep.shape[:2], self.dense)], -1)
+        bits[..., bits.shape[-1] - count :] &= keep
+        self.dense = 0
+        self.cover(bits)
+
     def crop(self, end: int) -> Bool[Tensor, "b h tokens"] | int:
         """Forget positions from ``end`` on, which is not before the start.
 

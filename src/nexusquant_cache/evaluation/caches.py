@@ -99,7 +99,7 @@ class Compressed:
     Attributes:
         cache: The cache.
         footprint: What it holds.
-        seconds: Time that preparing and compressing took; None if the candidate does neither.
+        seconds: Time that storing, preparing and compressing took; None if nothing is prepared or compressed.
     """
 
     cache: Cache
@@ -152,6 +152,13 @@ def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
         UnsupportedError: If ``plain`` holds anything but keys and values of all its tokens.
         CacheStateError: If ``plain`` is empty, or the factory returned a cache that has seen tokens.
     """
+    cache = _empty(factory, plain)
+    _read(cache, plain)
+    return cache
+
+
+def _empty(factory: CacheFactory, plain: Prefilled) -> Cache:
+    """Return a new cache, checked."""
     if not plain.cache.get_seq_length():
         msg = "the plain cache is empty: prefill it first"
         raise CacheStateError(msg)
@@ -159,9 +166,19 @@ def fill(factory: CacheFactory, plain: Prefilled) -> Cache:
     if cache.get_seq_length():
         msg = f"the factory must return a new cache each time, got one that has seen {cache.get_seq_length()} tokens"
         raise CacheStateError(msg)
-    for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
-        update(cache, keys.clone(), values.clone(), index, plain.queries[index])
     return cache
+
+
+def _read(cache: Cache, plain: Prefilled) -> float:
+    """Let a cache see what ``plain`` has; return the seconds that its updates took, in which it may compress."""
+    seconds = 0.0
+    for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
+        given = keys.clone(), values.clone()
+        start = now()
+        states = cache.update(*given, index)
+        seconds += now() - start
+        _attend(cache, states, index, plain.queries[index], keys.shape[2])
+    return seconds
 
 
 @torch.no_grad()
@@ -182,22 +199,26 @@ def update(
         queries: Those of the new tokens, or of the last of them; the keys by default.
     """
     states = cache.update(keys, values, layer_idx)
-    queries = keys if queries is None else queries
+    _attend(cache, states, layer_idx, keys if queries is None else queries, keys.shape[2])
+
+
+def _attend(cache: Cache, states: tuple[Tensor, Tensor], layer_idx: int, queries: Tensor, fresh: int) -> None:
     seen = int(cache.get_seq_length(layer_idx))  # a tensor, of some caches
-    is_causal = queries.shape[2] == keys.shape[2] == seen > 1  # half the work
+    is_causal = queries.shape[2] == fresh == seen > 1  # half the work
     F.scaled_dot_product_attention(queries, *states, is_causal=is_causal, enable_gqa=True)
 
 
 @torch.no_grad()
 def fill_and_compress(loaded: LoadedModel, candidate: Candidate, plain: Prefilled) -> Compressed:
     """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed."""
-    cache = fill(candidate.factory, plain)
-    start = now()
+    cache = _empty(candidate.factory, plain)
+    seconds, start = _read(cache, plain), now()
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, plain.ids)
     is_compressed = compress(cache)
-    seconds = now() - start if is_compressed or candidate.prepare is not None else None
-    return Compressed(cache, footprint(cache), seconds)
+    seconds += now() - start
+    does_something = is_compressed or candidate.prepare is not None
+    return Compressed(cache, footprint(cache), seconds if does_something else None)
 
 
 def compress(cache: Cache) -> bool:

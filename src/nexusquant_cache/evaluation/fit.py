@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import LlamaConfig, PretrainedConfig
@@ -72,14 +73,13 @@ class Fit:
     Attributes:
         name: The preset, or ``"plain"``.
         held_bytes: Once the prompt is read and a token generated.
-        reading_bytes: The most while the prompt is read in one piece.
-        early_bytes: The same with ``when="during_prefill"``; None for the plain cache.
+        reading_bytes: The most while the prompt is read in one piece: the codes of all its tokens, and a layer in full
+            precision.
     """
 
     name: str
     held_bytes: int
     reading_bytes: int
-    early_bytes: int | None
 
 
 def fit(
@@ -112,18 +112,22 @@ def fit(
     for name in names:
         resolve_preset(name)
     windows, dense = shape.window_bytes(tokens), shape.compressed * shape.layer_bytes(tokens)
-    found = [Fit(PLAIN, batch * (windows + dense), batch * (windows + dense), None)]
+    found = [Fit(PLAIN, batch * (windows + dense), batch * (windows + dense))]
     for done, name in enumerate(names):
         report(Step("compressing a head", done, len(names), name))
-        packed = shape.compressed * shape.kv_heads * head_bytes(name, tokens, shape.head_dim)
-        early = windows + packed + shape.layer_bytes(tokens)
-        found.append(Fit(name, batch * (windows + packed), batch * (windows + dense), batch * early))
+        kept, coded = (shape.compressed * shape.kv_heads * x for x in head_bytes(name, tokens, shape.head_dim))
+        reading = min(windows + coded + shape.layer_bytes(tokens), windows + dense)
+        found.append(Fit(name, batch * (windows + kept), batch * reading))
     return found
 
 
 @torch.no_grad()
-def head_bytes(preset: str, tokens: int, head_dim: int) -> int:
-    """Return the bytes that a head of a layer holds of a prompt and a generated token, in a 16-bit model."""
+def head_bytes(preset: str, tokens: int, head_dim: int) -> tuple[int, int]:
+    """Return the bytes that a head of a layer holds of a prompt, in a 16-bit model.
+
+    Returns:
+        Those with a generated token, and those of the codes of all tokens, before it is decided what is kept.
+    """
     config = LlamaConfig(
         num_hidden_layers=1,
         num_attention_heads=1,
@@ -136,7 +140,11 @@ def head_bytes(preset: str, tokens: int, head_dim: int) -> int:
     policy = RecentAttentionPolicy(observation_window=_WINDOW, aggregate="max")
     cache = NexusQuantCache(preset, config=config, policy=policy)
     random = torch.Generator().manual_seed(0)
+    held = []
     for count in (tokens, 1):
         keys, values = torch.randn(2, 1, 1, count, head_dim, generator=random).bfloat16()
         update(cache, keys, values, 0, keys[:, :, -_WINDOW:])
-    return cache.memory_report().layers[0].held_bytes
+        layer: Any = cache.layers[0]
+        layer.encode()  # as when the next layer is given the prompt
+        held.append(cache.memory_report().layers[0].held_bytes)
+    return held[1], held[0]

@@ -362,7 +362,7 @@ class _Layer:
     def _check_queries(self, name: str, queries: QueriesMeta, shape: ShapeMeta) -> None:
         if queries.end > self.meta.seen:
             self._wrong("has queries of tokens that it has not seen")
-        if queries.far is not None and queries.far > self.meta.tail:
+        if queries.far is not None and queries.far > _waiting(self.meta):
             self._wrong("knows of attention to tokens that it does not hold")
         if queries.dtype is None:
             if queries.heads or queries.tokens:
@@ -402,6 +402,7 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
     assert observed is not None
     assert meta.used is not None
     facts: dict[str, Any] = dataclasses.asdict(shape) | {"seen": meta.seen, "tail": meta.tail, "sinks": meta.sinks}
+    facts["waiting"] = _waiting(meta)
     for name, queries in (("", observed.now), ("_before", observed.before)):
         facts |= {
             f"queries{name}": None if queries is None else queries.tokens,
@@ -423,6 +424,11 @@ def layer_facts(meta: LayerMeta, codecs: Sequence[VectorCodec]) -> Facts:
         facts |= _transform_facts(side, transform, shape, codecs[index])
     more = meta.more or {}
     return facts | {name: more.get(name) for name in listed()}
+
+
+def _waiting(meta: LayerMeta) -> int:
+    """Return `LayerState.waiting_tokens`."""
+    return meta.tail if meta.pending_from is None else max(meta.seen - meta.pending_from, meta.tail)
 
 
 def _packed(shape: ShapeMeta, body: BodyMeta) -> tuple[int, ...]:

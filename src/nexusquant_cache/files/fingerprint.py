@@ -156,6 +156,15 @@ Besides: TypeAlias = Mapping[str, Tensor | bytes | str]
 """What a prompt is made of besides token ids, by name: pixel values, audio, embeddings, the name of an adapter."""
 
 
+def first_placeholder(token_ids: TokenIds, placeholders: frozenset[int]) -> int | None:
+    """Return where the first place of an image or a sound is among the tokens of a prompt; None if there is none."""
+    if not placeholders:
+        return None
+    ids = torch.as_tensor(token_ids).detach().to("cpu").reshape(-1, torch.as_tensor(token_ids).shape[-1])
+    found = torch.isin(ids, torch.tensor(sorted(placeholders))).any(0).nonzero()
+    return int(found[0, 0]) if len(found) else None
+
+
 def hash_besides(besides: Besides | None) -> str:
     """Return the hash of what a prompt is made of besides token ids; an empty text if there is nothing.
 
@@ -181,6 +190,22 @@ def hash_besides(besides: Besides | None) -> str:
             raise OptionError(msg)
         total.update(f"{name} {what} {hashlib.sha256(content).hexdigest()}\n".encode())
     return total.hexdigest()
+
+
+def hash_prompt(token_ids: TokenIds | None, besides: Besides | None) -> str | None:
+    """Return the hash of all that a prompt is made of, that of the token ids if that is all; None without them.
+
+    Raises:
+        OptionError: As by `hash_tokens` and `hash_besides`, or if there are no token ids beside the rest.
+    """
+    rest = hash_besides(besides)
+    if token_ids is None:
+        if rest:
+            msg = "besides tells what a prompt holds besides token_ids: give these, too"
+            raise OptionError(msg)
+        return None
+    tokens = hash_tokens(token_ids)
+    return hashlib.sha256(f"{tokens} {rest}".encode()).hexdigest() if rest else tokens
 
 
 def content_hash(cache: str, digests: Mapping[str, str]) -> str:

@@ -124,6 +124,8 @@ def restore_layer(layer: NexusQuantLayer, meta: LayerMeta, source: Source) -> No
         )
     if HIDDEN in (meta.more or {}):
         drop_hidden(state, source)
+    if state.turn.pending_from is not None:
+        state.observed.begin_at(state.turn.pending_from, state.seen)
     layer.is_initialized = True
 
 

@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.checks import check_numbers, check_tensors
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
-from nexusquant_cache.files.fingerprint import TokenIds, check_model, describe_model, hash_tokens
+from nexusquant_cache.files.fingerprint import Besides, TokenIds, check_model, describe_model, hash_prompt
 from nexusquant_cache.files.layers import layer_state, restore_given, restore_layer
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta, StockMeta, from_json, to_json
 from nexusquant_cache.files.state import (
@@ -53,7 +53,11 @@ class WholeCache:
 
 
 def export_cache(
-    cache: WholeCache, *, token_ids: TokenIds | None = None, metadata: Mapping[str, str] | None = None
+    cache: WholeCache,
+    *,
+    token_ids: TokenIds | None = None,
+    besides: Besides | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> tuple[CacheMeta, Tensors]:
     """Return all that a cache holds and counts; the tensors share memory with it.
 
@@ -86,7 +90,7 @@ def export_cache(
         when=cache.shared.when,
         model=None if cache.config is None else describe_model(cache.config.to_dict()),
         tokens_seen=max((part.seen for part in cache.parts), default=0),
-        tokens_hash=None if token_ids is None else hash_tokens(token_ids),
+        tokens_hash=hash_prompt(token_ids, besides),
         statistics=dict(cache.statistics),
         user=dict(metadata or {}),
         has_warned=cache.shared.has_warned,
@@ -130,12 +134,16 @@ def _describe(part: Part, shared: Shared, lists: Lists) -> tuple[LayerMeta | Sto
     return layer_state(part.state, shared, lists)
 
 
-def check_tokens(expected: str | None, token_ids: TokenIds | None) -> None:
-    """Raise FormatError if a file was not saved with these token ids."""
-    if token_ids is None or expected == hash_tokens(token_ids):
+def check_prompt(expected: str | None, token_ids: TokenIds | None, besides: Besides | None) -> None:
+    """Raise FormatError if a file was not saved with these token ids, and what came besides."""
+    found = hash_prompt(token_ids, besides)
+    if found is None or expected == found:
         return
-    what = "does not say of which tokens it is" if expected is None else "is of other tokens than these"
-    msg = f"the file {what}: save with token_ids= the tokens that the cache has seen"
+    what = "does not say of which tokens it is" if expected is None else "is of another prompt than this one"
+    msg = (
+        f"the file {what}: save and load with token_ids= the tokens that the cache has seen, and besides= what came "
+        "with them, such as images"
+    )
     raise FormatError(msg)
 
 

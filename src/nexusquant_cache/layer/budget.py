@@ -1,13 +1,25 @@
 """How the layers of a cache share what they keep of a prompt."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
-from nexusquant_cache.layer.compress import evicts_now
+from nexusquant_cache.layer.compress import choice, choose_alone, stop_waiting
 from nexusquant_cache.layer.layer import NexusQuantLayer
-from nexusquant_cache.layer.selection import Scope, Scores, Selection, shared_counts
+from nexusquant_cache.layer.selection import Scope, Scores, shared_counts
+
+
+@contextmanager
+def _all_or_none(layers: Sequence[NexusQuantLayer]) -> Iterator[None]:
+    """Let an error, or an interrupt, leave all layers as they are now."""
+    saved = [(layer.state, layer.state.snapshot()) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for state, before in saved:
+            state.restore(before)
+        raise
 
 
 def compress_together(layers: Sequence[NexusQuantLayer]) -> None:
@@ -15,49 +27,45 @@ def compress_together(layers: Sequence[NexusQuantLayer]) -> None:
 
     An error, or an interrupt, leaves all of them as they are now: those that still wait would choose otherwise alone.
     """
-    selections, saved = _selections(layers), [(layer.state, layer.state.snapshot()) for layer in layers]
-    try:
+    with _all_or_none(layers):
         for layer in layers:
-            layer.compress(selections.pop(layer.layer_idx, None))
-    except BaseException:
-        for state, before in saved:
-            state.restore(before)
-        raise
+            layer.encode()
+        _choose(layers)
+        for layer in layers:
+            stop_waiting(layer.state)
 
 
 def crop_together(layers: Sequence[NexusQuantLayer], count: int) -> None:
-    """Remove the newest ``count`` tokens of layers; those that have waited for it are then compressed together."""
+    """Remove the newest ``count`` tokens of layers; those that have waited for it are then compressed together.
+
+    An error, or an interrupt, leaves all of them as they are now.
+    """
     layers = [layer for layer in layers if layer.is_initialized]
-    for layer in layers:
-        layer.take_off(count)
-    turns = [(layer, layer.state.turn) for layer in layers]
-    selections = _selections([layer for layer, turn in turns if turn.record_past and turn.expects_prompt])
-    for layer in layers:
-        layer.settle(selections.pop(layer.layer_idx, None))
+    with _all_or_none(layers):
+        for layer in layers:
+            layer.take_off(count)
+        prompts = [layer for layer in layers if layer.state.turn.record_past and layer.state.turn.expects_prompt]
+        compress_together([layer for layer in prompts if layer.state.seen])
+        for layer in layers:
+            layer.settle()
 
 
-def _selections(layers: Sequence[NexusQuantLayer]) -> dict[int, Selection]:
-    """Return what each layer keeps, by index; layers that choose for themselves are not among them."""
-    sharing = [layer for layer in layers if evicts_now(layer.state, layer.shared) and _is_comparable(layer)]
-    if len(sharing) <= 1:
-        return {}
-    scopes: list[Scope] = []
+def _choose(layers: Sequence[NexusQuantLayer]) -> None:
+    """Drop the tokens of a prompt that layers do not keep."""
+    scopes: list[tuple[NexusQuantLayer, Scope]] = []
     found: list[Scores] = []
-    for layer in sharing:
-        state = layer.state
-        with layer.residency.at_home(codes=False), torch.autocast(state.home.type, enabled=False):
-            scope = Scope.of(state, layer.shared)
-            if scope.can_shrink:
-                scopes.append(scope)
+    for layer in layers:
+        policy = layer.state.policy
+        with layer.residency.at_home(), torch.autocast(layer.state.home.type, enabled=False):
+            if policy is None or not policy.scores_are_comparable:
+                choose_alone(layer.state, layer.shared)
+                continue
+            scope = choice(layer.state, layer.shared)
+            if scope is not None:
+                scopes.append((layer, scope))
                 found.append(scope.scores())
     if not found:
-        return {}
-    return {
-        scope.state.layer_idx: replace(Selection.of(scores.scores, counts), scope=scope)
-        for scope, scores, counts in zip(scopes, found, shared_counts(found), strict=True)
-    }
-
-
-def _is_comparable(layer: NexusQuantLayer) -> bool:
-    policy = layer.state.policy
-    return policy is not None and policy.scores_are_comparable
+        return
+    for (layer, scope), scores, counts in zip(scopes, found, shared_counts(found), strict=True):
+        with layer.residency.at_home():
+            scope.keep(scores.best(counts))

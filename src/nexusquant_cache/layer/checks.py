@@ -1,7 +1,10 @@
 """What a layer refuses."""
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from nexusquant_cache.errors import DtypeError, NonFiniteError, OptionError, ShapeError, no_gradients
 from nexusquant_cache.layer.shared import Shared
@@ -59,8 +62,38 @@ def check_update(state: LayerState, key_states: Tensor, value_states: Tensor) ->
 
 
 def needs_gradients(*states: Tensor) -> bool:
-    """Tell whether what is computed from one of these is to have gradients."""
-    return torch.is_grad_enabled() and any(x.requires_grad for x in states)
+    """Tell whether what is computed from one of these is to have gradients, or carries tangents of forward mode."""
+    return any((torch.is_grad_enabled() and x.requires_grad) or _has_tangent(x) for x in states)
+
+
+def _has_tangent(x: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # noqa: SLF001
+
+
+class _WithoutGradient(torch.autograd.Function):
+    """Shows tokens that a layer holds without the gradients that came with them; to ask for these is an error."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, anchor: Tensor) -> Tensor:  # noqa: ANN401 - torch's own
+        """Return the states as they are."""
+        del ctx, anchor
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> NoReturn:  # noqa: ANN401 - as above
+        """Refuse.
+
+        Raises:
+            UnsupportedError: Always.
+        """
+        del ctx, gradients
+        raise no_gradients("these tokens were stored without")
+
+
+def without_gradient(states: Tensor) -> Tensor:
+    """Return states to which no gradient can flow: a backward pass through them is an error, not silently nothing."""
+    shown: Tensor = _WithoutGradient.apply(states, torch.zeros(0, requires_grad=True))  # type: ignore[no-untyped-call]
+    return shown
 
 
 def check_gradients(state: LayerState, key_states: Tensor, value_states: Tensor) -> None:
@@ -69,9 +102,9 @@ def check_gradients(state: LayerState, key_states: Tensor, value_states: Tensor)
     Raises:
         UnsupportedError: If this is one: a later update, of which new or old tokens need gradients.
     """
-    if not state.seen or not torch.is_grad_enabled():
+    if not state.seen:
         return
-    if state.is_detached or needs_gradients(key_states, value_states):
+    if (state.is_detached and torch.is_grad_enabled()) or needs_gradients(key_states, value_states):
         raise no_gradients(f"layer {state.layer_idx} already holds {state.seen} tokens")
 
 

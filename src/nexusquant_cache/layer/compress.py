@@ -1,9 +1,9 @@
-"""One compression of a layer: score, keep, fit, encode."""
+"""One compression of a layer: fit, encode, choose what stays."""
 
 from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
@@ -15,56 +15,51 @@ from nexusquant_cache.layer.checks import check_finite
 from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
 from nexusquant_cache.layer.schedule import candidates
-from nexusquant_cache.layer.selection import Scope, Selection, shared_counts
+from nexusquant_cache.layer.selection import Scope
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Codecs, LayerState
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, own
 
 
-def evicts_now(state: LayerState, shared: Shared) -> bool:
-    """Tell whether a compression of the layer as it is now may drop tokens: a prompt waits whose attention was seen."""
-    is_long = candidates(state, shared) >= shared.settings.min_tokens
-    return state.turn.is_pending and is_long and shared.evicts and state.may_evict
+def encode_oldest(state: LayerState, shared: Shared) -> None:
+    """Move all but the newest tokens of a layer out of the tail, encoded; of the first ones, the sinks as they are.
 
-
-def make_room(state: LayerState, shared: Shared, selection: Selection | None = None) -> None:
-    """Encode what the tail need not hold, if enough of it waits: of a prompt the best tokens, else all.
-
-    Autocast is switched off meanwhile: precision is chosen step by step.
-
-    Args:
-        state: The layer.
-        shared: What the layers share.
-        selection: Which tokens of a prompt to keep; by default what the layer would choose alone.
+    Autocast is switched off meanwhile: precision is chosen step by step.  Nothing changes before everything is
+    computed: an error leaves the layer as it was.
     """
-    settings, count = shared.settings, candidates(state, shared)
-    compression = Compression(state, shared)
     with torch.autocast(state.home.type, enabled=False):
-        if state.turn.is_pending and count >= settings.min_tokens:
-            scope = (selection and selection.scope) or Scope.of(state, shared)
-            if scope.can_shrink and state.may_evict:
-                selection = selection or select_alone(scope)
-            elif scope.can_shrink:
-                shared.warn_kept_whole(state.layer_idx)
-            compression.encode_oldest(scope, selection)
-        elif not state.turn.is_pending and count >= (
-            settings.min_tokens if state.body is None else settings.flush_length
-        ):
-            compression.encode_oldest(Scope.of(state, shared), None)
-    stop_waiting(state)
+        _Encoding(state, shared).encode_oldest()
 
 
-def select_alone(scope: Scope) -> Selection:
-    """Return what a layer keeps that is compressed for itself."""
-    found = scope.scores()
-    (counts,) = shared_counts([found]) if found.is_comparable else (found.equal(),)
-    return Selection.of(found.scores, counts)
+def choice(state: LayerState, shared: Shared) -> Scope | None:
+    """Return the tokens of a prompt of which some are to be dropped now; None if there are none.
+
+    Where some would be, and cannot be, a warning says so.
+    """
+    if not state.turn.is_pending or state.body is None or not shared.evicts:
+        return None
+    scope = Scope(state, shared)
+    if scope.stop <= 0 or not scope.can_shrink:
+        return None
+    if not state.may_evict:
+        shared.warn_kept_whole(state.layer_idx)
+        return None
+    return scope
+
+
+def choose_alone(state: LayerState, shared: Shared) -> None:
+    """Drop the tokens of a prompt that a layer for itself does not keep."""
+    scope = choice(state, shared)
+    if scope is not None:
+        with torch.autocast(state.home.type, enabled=False):
+            scope.keep(scope.scores().chosen_alone())
 
 
 def stop_waiting(state: LayerState) -> None:
-    """Let go of what was kept for a compression."""
+    """Let go of what was kept for a choice."""
     state.turn.pending_from = None
     state.observed = Observations()
+    state.trim_pads()
 
 
 @dataclass(frozen=True)
@@ -78,18 +73,18 @@ class _First:
         sinks: Where the sinks of each row are in the tail; None if they come first in all rows.
         phase: What was taken off the keys.
         start: Where the map of positions begins.
-        left_out: Which of them are padding, or not of the row; None if none are.
-        tokens: How many of them heads keep, on average; those of the longest row.
-        is_short: Whether all are kept, and would be if attention was seen.
+        left_out: Which of them are padding; None if none are.
+        tokens: How many of them heads will keep, on average; those of the longest row.
+        is_short: Whether all will be kept, and would be if attention was seen.
     """
 
     keys: Float[Tensor, "b h n d"]
     values: Float[Tensor, "b h n dv"]
-    columns: Int[Tensor, "*heads n"]
+    columns: Int[Tensor, "*rows n"]
     sinks: Int[Tensor, "b s"] | None
     phase: RotaryPhase | None
     start: int
-    left_out: Bool[Tensor, "b h n"] | None
+    left_out: Bool[Tensor, "b n"] | None
     tokens: int
     is_short: bool
 
@@ -100,64 +95,58 @@ class _First:
 
 
 @dataclass(frozen=True)
-class Compression:
-    """A compression of a layer."""
+class _Encoding:
+    """An encoding of tokens of a layer."""
 
     state: LayerState
     shared: Shared
 
-    def encode_oldest(self, scope: Scope, selection: Selection | None) -> None:
-        """Move the tokens of a scope out of the tail, encoding them, or those selected.
-
-        Nothing changes before everything is computed: an error leaves the layer as it was.
-        """
-        state, stop, phase = self.state, scope.stop, scope.phase
-        is_first = state.body is None
-        offset = state.seen - state.tail_tokens
-        taken = None if selection is None else selection.taken
-        if taken is None and scope.places is not None:
-            taken = ~scope.is_sink[:, None, :stop].expand(-1, state.exact[0].shape[1], -1)
-        start = scope.sinks if taken is None else 0
-        keys, values = (_pick(x[:, :, start:stop], taken) for x in state.exact)
+    def encode_oldest(self) -> None:
+        """Move tokens out of the tail; see the function of this name."""
+        state, shared = self.state, self.shared
+        sinks = shared.settings.sink_tokens if state.body is None else 0
+        offset, stop = state.seen - state.tail_tokens, sinks + candidates(state, shared)
+        pads = None if state.body is not None or state.pads is None else state.pads[:, :stop]
+        places = _sink_places(pads, sinks) if sinks and pads is not None and bool(pads.any()) else None
+        columns: Int[Tensor, "*rows n"] = torch.arange(sinks, stop, device=state.home)
+        taken = None
+        if places is not None and pads is not None:
+            taken = torch.ones_like(pads).scatter_(1, places, value=False)[:, None]
+            columns = taken.nonzero()[:, -1].view(len(taken), 1, -1)
+        keys, values = (_at(x, columns) for x in state.exact)
         check_finite(state.layer_idx, keys, values, "generated tokens")
 
-        columns: Int[Tensor, "*heads n"] = torch.arange(start, stop, device=keys.device)
-        if taken is not None:
-            columns = columns.expand(*taken.shape)[taken].view(*keys.shape[:3])
-        left_out = self._left_out(columns, None if selection is None else selection.unlike)
-        first = None
-        if is_first:
-            tokens = keys.shape[2] if selection is None else selection.most_tokens
-            is_short = not scope.can_shrink
-            first = _First(keys, values, columns, scope.places, phase, start, left_out, tokens, is_short)
+        first, phase, origins = None, state.phase, state.origins
+        if state.body is None:
+            phase = shared.make_phase(state.layer_idx, state.seen)
+            tokens, is_short = self._outlook(pads, columns)
+            left_out = None if pads is None or not bool(pads.any()) else _at(pads[:, None], columns)[:, 0]
+            start = 0 if places is not None else sinks
+            first = _First(keys, values, columns, places, phase, start, left_out, tokens, is_short)
+            origins = first.origins
         if phase is not None:
-            origins = state.origins if first is None else first.origins
             angles = angles_of(columns + offset, origins, *keys.shape[:2])
             keys = phase.rotate(keys.float(), angles, inverse=True)
         if first is not None:
             self._start_body(replace(first, keys=keys))
         else:
             self._append(keys, values)
-        self._place(keys.shape[2], taken, taken if selection is None else selection.kept)
+        assert state.body is not None
+        if taken is None:
+            state.body.positions.append_all(keys.shape[2])
+        else:
+            state.body.positions.append(taken.expand(-1, keys.shape[1], -1))
         state.cut_tail(stop, state.tail_tokens)
-        if state.pads is not None and not bool(state.pads.any()):
-            state.pads = None
+        state.trim_pads()
 
-    def _place(self, tokens: int, taken: Bool[Tensor, "b h n"] | None, kept: Bool[Tensor, "b h n"] | None) -> None:
-        """Say where the newest packed tokens are, and let go of those that are not kept."""
-        body = self.state.body
-        assert body is not None
-        positions = body.positions
-        if taken is None or kept is None:
-            positions.append_all(tokens)
-            return
-        before, fresh = positions.visible(), kept[taken].view(*kept.shape[:2], tokens)
-        is_ragged = before is not None or not bool(fresh.all())
-        if before is None:
-            before = fresh.new_ones(*fresh.shape[:2], positions.tokens)
-        positions.append(kept)
-        if is_ragged:
-            body.choose(torch.cat([before, fresh], 2))
+    def _outlook(self, pads: Bool[Tensor, "b stop"] | None, columns: Int[Tensor, "*rows n"]) -> tuple[int, bool]:
+        """Return how many of the first tokens heads will keep, on average, of the longest row, and whether all."""
+        state, shared = self.state, self.shared
+        counts = [columns.shape[-1]] if pads is None else (~_at(pads[:, None], columns)).sum((1, 2)).tolist()
+        budgets = [shared.settings.budget(count) for count in counts]
+        if not shared.evicts or budgets == counts:
+            return columns.shape[-1], True
+        return max(budgets) if state.may_evict else columns.shape[-1], False
 
     def _append(self, keys: Float[Tensor, "b h n d"], values: Float[Tensor, "b h n dv"]) -> None:
         body, codecs = self.state.body, self.state.codecs
@@ -227,24 +216,8 @@ class Compression:
         queries = self.state.observed.last_queries(QUERY_WINDOW, self.state.seen)
         if queries is None:
             queries = stand_in_queries(self.state.exact[0], keys[0])
-        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), first.left_out)
-
-    def _left_out(
-        self, columns: Int[Tensor, "*heads n"], unlike: Bool[Tensor, "b h m"] | None
-    ) -> Bool[Tensor, "b h n"] | None:
-        """Return which tokens of the tail say nothing of their row, padding and `Selection.unlike`; None if none do."""
-        pads = self.state.pads
-        if pads is None and unlike is None:
-            return None
-        lead = self.state.exact[0].shape[:2]
-        index = columns.expand(*lead, columns.shape[-1])
-        marks = [
-            x.expand(*lead, -1).gather(2, index)
-            for x in (None if pads is None else pads[:, None], unlike)
-            if x is not None
-        ]
-        found = torch.stack(marks).any(0)
-        return found if bool(found.any()) else None
+        hidden = None if first.left_out is None else first.left_out[:, None]
+        return attention_error(queries, (keys[0], first.values), (keys[1], decoded[1]), hidden)
 
     # What the first compression fixes
 
@@ -257,11 +230,10 @@ class Compression:
         return VectorTransform.cat([keys for keys, _ in fitted]), VectorTransform.cat([values for _, values in fitted])
 
     def _fit_row(
-        self, row: int, first: _First, left_out: Bool[Tensor, "h n"], codecs: Codecs
+        self, row: int, first: _First, left_out: Bool[Tensor, " n"], codecs: Codecs
     ) -> tuple[VectorTransform, VectorTransform]:
-        """Fit to one row, without what is left out; in all its heads that is equally many."""
-        heads = len(left_out)
-        keys, values = (x[row][~left_out].view(1, heads, -1, x.shape[-1]) for x in (first.keys, first.values))
+        """Fit to one row, without what is left out."""
+        keys, values = (x[row : row + 1, :, ~left_out] for x in (first.keys, first.values))
         if not keys.shape[2]:
             keys, values = self._real_in_tail(row, first)
         return codecs[0].fit(keys), codecs[1].fit(values)
@@ -284,9 +256,7 @@ class Compression:
         if places is None:
             sinks = self.shared.settings.sink_tokens
             return own(keys[:, :, :sinks]), own(values[:, :, :sinks])
-        index = places[:, None, :, None]
-        keys, values = (x.gather(2, index.expand(-1, x.shape[1], -1, x.shape[3])) for x in (keys, values))
-        return keys, values
+        return _at(keys, places[:, None]), _at(values, places[:, None])
 
 
 def fitted_transforms(state: LayerState) -> LayerTransforms | None:
@@ -308,8 +278,17 @@ def _with_more_bits(codecs: Codecs, bits: float = 1.0) -> Codecs | None:
     return None if more == (None, None) else (more[0] or codecs[0], more[1] or codecs[1])
 
 
-def _pick(x: Tensor, taken: Bool[Tensor, "b h n"] | None) -> Tensor:
-    """Return the tokens that are taken, of each head the same number."""
-    if taken is None:
-        return x
-    return x[taken].view(*taken.shape[:2], -1, x.shape[-1])
+def _at(x: Shaped[Tensor, "b h m *rest"], columns: Int[Tensor, "*rows n"]) -> Shaped[Tensor, "b h n *rest"]:
+    """Return the tokens at these columns, which are ascending: the same without a gap, or those of each row."""
+    if columns.ndim == 1:
+        return x[:, :, int(columns[0]) : int(columns[-1]) + 1] if len(columns) else x[:, :, :0]
+    index = columns.expand(-1, x.shape[1], -1)
+    return x.gather(2, index.view(*index.shape, *(1,) * (x.ndim - 3)).expand(-1, -1, -1, *x.shape[3:]))
+
+
+def _sink_places(pads: Bool[Tensor, "b n"], sinks: int) -> Int[Tensor, "b s"]:
+    """Return where each row has its first real tokens; where it has too few, the last of its pads."""
+    stop = pads.shape[1]
+    order = torch.arange(stop, device=pads.device)
+    rank = torch.where(pads, 2 * stop - order, order)
+    return rank.argsort(1)[:, :sinks].sort(1).values

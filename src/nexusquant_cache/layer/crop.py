@@ -1,8 +1,12 @@
 """Taking the newest tokens of a layer back.  Codes are dropped, never decoded and encoded again."""
 
+from dataclasses import replace
+from typing import Any
+
 from nexusquant_cache.errors import ShapeError, UnsupportedError
 from nexusquant_cache.layer.compress import stop_waiting
-from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.observations import Observations
+from nexusquant_cache.layer.state import LayerState, Turn
 from nexusquant_cache.layer.tokens import own
 
 
@@ -37,13 +41,46 @@ def remove(state: LayerState, count: int) -> None:
     end = state.seen - count
     if state.turn.pending_from is not None and end <= state.turn.pending_from:
         stop_waiting(state)
-    state.observed.crop(end, max(end - (state.seen - state.tail_tokens), 0))
+    start, left = state.turn.pending_from, max(state.waiting_tokens - count, 0)
+    state.observed.crop(end, 0 if start is None else end - start)
+    state.pads = None if state.pads is None else own(state.pads[:, :left])
     if count <= state.tail_tokens or state.body is None:
         state.cut_tail(0, state.tail_tokens - count)
     else:
         _remove_packed(state, end)
     state.seen = end
     state.shown = (min(state.shown[0], end), min(state.shown[1], end))
+
+
+def take_back_update(state: LayerState, count: int) -> None:
+    """Undo the last update, which has brought so many tokens, all of them still exact."""
+    remove(state, count)
+    state.turn.take_back_update()
+
+
+def before_update(state: LayerState, count: int) -> dict[str, Any]:
+    """Return what `bring_back` needs to undo the last update when its tokens are encoded.
+
+    The codes of earlier tokens are not held twice: those to come are behind them, and can be cut off.
+    """
+    before = LayerState(**vars(state))
+    before.turn, before.observed = Turn(**vars(state.turn)), Observations(**vars(state.observed))
+    take_back_update(before, count)
+    positions = None if state.body is None else replace(state.body.positions)
+    before.body = None
+    return before.snapshot() | {"positions": positions}
+
+
+def bring_back(state: LayerState, saved: dict[str, Any]) -> None:
+    """Hold and count what `before_update` has saved."""
+    positions, body = saved["positions"], state.body
+    if positions is None:
+        body = None
+    elif body is not None:
+        for buffer in state.buffers:
+            buffer.crop(positions.tokens)
+        body.positions = positions
+    state.restore({name: value for name, value in saved.items() if name != "positions"} | {"body": body})
 
 
 def _remove_packed(state: LayerState, end: int) -> None:

@@ -8,13 +8,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nexusquant_cache.errors import UnsupportedError
-
-_WRITES = frozenset(
-    {"__set__", "__setitem__"}
-    | {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
-    | {f"__i{name}__" for name in ("lshift", "rshift", "matmul")}
-)
-_WRITES_NOTHING = frozenset({"detach_", "requires_grad_", "share_memory_"})
+from nexusquant_cache.states.metadata import writes
 
 
 class Decoded(torch.Tensor):
@@ -35,8 +29,7 @@ class Decoded(torch.Tensor):
         del types
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = name in _WRITES or (name.endswith("_") and not name.endswith("__") and name not in _WRITES_NOTHING)
-        if (writes and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
+        if (writes(name) and args and isinstance(args[0], cls)) or isinstance(kwargs.get("out"), cls):
             msg = (
                 "keys and values of a compressed layer are decoded anew at each access, so an edit would be lost. Edit "
                 "a clone(), or override make_codec or make_policy to change what the cache holds."

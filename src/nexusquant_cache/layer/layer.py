@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from nexusquant_cache.errors import CacheStateError
+from nexusquant_cache.errors import CacheStateError, UnsupportedError
 from nexusquant_cache.layer.checks import (
     check_finite,
     check_gradients,
@@ -18,25 +19,27 @@ from nexusquant_cache.layer.checks import (
     check_transforms,
     check_update,
     needs_gradients,
+    without_gradient,
 )
-from nexusquant_cache.layer.compress import make_room, stop_waiting
-from nexusquant_cache.layer.crop import check_sign, remove
+from nexusquant_cache.layer.compress import choose_alone, encode_oldest, stop_waiting
+from nexusquant_cache.layer.crop import before_update, check_sign, remove
 from nexusquant_cache.layer.decoded import Decoded
 from nexusquant_cache.layer.observations import scaled
-from nexusquant_cache.layer.reading import dense, states
+from nexusquant_cache.layer.reading import dense, held, newest, states
 from nexusquant_cache.layer.residency import Residency
-from nexusquant_cache.layer.schedule import is_due, wants_far, wants_queries
-from nexusquant_cache.layer.selection import Selection
+from nexusquant_cache.layer.schedule import are_enough, is_due, is_due_early, wants_far, wants_queries
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 from nexusquant_cache.layer.tokens import own
+from nexusquant_cache.states.source import Source
 
 
 class NexusQuantLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer.
 
-    Tokens arrive in the exact tail.  At the first generation step (one token, or as `Turn` has it) everything but
-    the sinks and the newest ``residual_length`` tokens is scored, partly evicted, encoded, and freed.
+    Tokens arrive in the exact tail.  When the next layer is given a prompt, or at the first generation step (one token,
+    or as `Turn` has it), everything but the sinks and the newest ``residual_length`` tokens is encoded, and the exact
+    copies are freed.  At the first step the prompt is scored, and the codes of what is evicted are dropped.
     Later, whenever the tail has grown by ``flush_length``, its oldest tokens are encoded and appended.
     A token is encoded once; stored codes are never decoded and encoded again.
 
@@ -48,6 +51,7 @@ class NexusQuantLayer(CacheLayerMixin):
         shared: What all layers of the cache share.
         residency: Where its tensors are.
         room_at: Tokens seen when it was last compressed because another layer was given new ones.
+        before: What an error in this forward brings back, if the tokens that it has brought are encoded already.
     """
 
     is_sliding = False
@@ -64,6 +68,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Forget everything, including what was fitted."""
         self.is_initialized = False
         self.room_at = -1
+        self.before: dict[str, Any] | None = None
         self.state = LayerState(self.layer_idx)
         self.residency = Residency(self.state, self.shared)
 
@@ -132,7 +137,7 @@ class NexusQuantLayer(CacheLayerMixin):
     # Updates
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        """Store new tokens and return all kept keys and values for this forward's attention.
+        """Store new tokens and return states, with a place for every token seen, for this forward's attention.
 
         Raises:
             ShapeError: If the shapes do not fit each other or earlier updates.
@@ -145,18 +150,17 @@ class NexusQuantLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         state = self.state
         self.residency.arrive()
-        check_update(state, key_states, value_states)
-        check_gradients(state, key_states, value_states)
+        self.check(key_states, value_states)
         self.residency.fetch()
         query_length = key_states.shape[2]
-        if not state.turn.is_step(query_length):
-            check_finite(self.layer_idx, key_states, value_states, "the prompt")
-        if is_due(state, self.shared, query_length):
+        if is_due(state, query_length):
             if state.turn.is_pending:
                 self.shared.compress_waiting(query_length)  # this layer among them
             elif self.room_at != state.seen:
-                self.compress()
-        saved = state.snapshot_of_update()
+                self.encode()
+        elif is_due_early(state, self.shared):
+            self.encode()
+        saved, self.before = state.snapshot_of_update(), None
         try:
             state.observed.start_update()
             state.turn.note_update(state.seen, query_length)
@@ -165,23 +169,51 @@ class NexusQuantLayer(CacheLayerMixin):
                 state.is_detached = needs_gradients(*given)
             was_shown = state.is_shown
             state.append(key_states, value_states)
-            return states(state, query_length, self._see, given=given, was_shown=was_shown)
+            here = state, state.seen
+            source = Source(held(state), query_length, partial(self._see, *here), partial(self._note_read, *here))
+            return states(source, given=given, was_shown=was_shown)
         except BaseException:  # an interrupt too
             state.restore(saved)
             raise
 
-    def _see(self, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None) -> None:
-        """See the attention to the last update's tokens, and which of them are padding."""
+    def check(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Refuse what `update` refuses."""
         state = self.state
+        if not self.is_initialized:
+            check_kind(self.layer_idx, key_states, value_states)
+        else:
+            check_update(state, key_states, value_states)
+        check_gradients(state, key_states, value_states)
+        if not state.turn.is_step(key_states.shape[2]):
+            check_finite(self.layer_idx, key_states, value_states, "the prompt")
+
+    def _see(  # noqa: PLR0913, PLR0917 - the first two are known at the update
+        self, state: LayerState, seen: int, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None
+    ) -> None:
+        """See the attention to an update's tokens, and which of them are padding, if it does not come too late."""
+        if not self._is_at(state, seen) or len(queries) != len(state.exact[0]):
+            return
         self.residency.arrive()
         if pads is not None and bool(pads.any()):
             state.note_pads(pads)
         self.observe(queries, scaling)
         if wants_far(state, self.shared):
-            keys = state.exact[0].to(queries.device)  # an offloading cache has them in host memory already
-            real = keys.new_ones(keys.shape[0], keys.shape[2], dtype=torch.bool) if state.pads is None else ~state.pads
+            count = state.seen - (state.turn.pending_from or 0)
+            with self.residency.at_home():
+                keys = newest(state, 0, count).to(queries.device)
+            real = keys.new_ones(keys.shape[0], count, dtype=torch.bool)
+            if state.pads is not None:
+                real = ~state.pads[:, state.pads.shape[1] - count :]
             state.observed.append_far(scaled(queries.detach(), scaling), keys, real)
         state.note_shown(fresh)  # when all is there
+
+    def _note_read(self, state: LayerState, seen: int) -> None:
+        """Take note that something else than attention looks at an update's tokens, which count as not seen then."""
+        if self._is_at(state, seen):
+            state.shown = (0, 0)
+
+    def _is_at(self, state: LayerState, seen: int) -> bool:
+        return state is self.state and state.seen == seen
 
     def observe(self, queries: Float[Tensor, "b q w d"], scaling: float | None = None) -> None:
         """See the queries of the tokens that came last, and keep them until the compression if the policy wants them.
@@ -198,10 +230,31 @@ class NexusQuantLayer(CacheLayerMixin):
             check_queries(self.state, queries)
             self.state.observed.append(scaled(queries.detach(), scaling), self.state.seen)
 
-    def compress(self, selection: Selection | None = None) -> None:
-        """Encode now what the tail need not hold; of a prompt what is selected, by default as a layer for itself."""
-        with self.residency.at_home(codes=False), self._all_or_nothing():  # codes are appended to where they are
-            make_room(self.state, self.shared, selection)
+    def compress(self) -> None:
+        """Encode now what the tail need not hold, and of a prompt drop what the layer for itself does not keep."""
+        with self._all_or_nothing():
+            self.encode()
+            if self.state.turn.is_pending:
+                with self.residency.at_home():
+                    choose_alone(self.state, self.shared)
+                stop_waiting(self.state)
+
+    def encode(self) -> None:
+        """Encode now what the tail need not hold, if that is enough; nothing is dropped."""
+        if are_enough(self.state, self.shared):
+            with self.residency.at_home(codes=False), self._all_or_nothing():  # codes are appended to where they are
+                encode_oldest(self.state, self.shared)
+
+    def encode_early(self, fresh: int) -> None:
+        """Do the same in the middle of a forward, which has brought so many tokens and may fail yet."""
+        before = before_update(self.state, fresh) if 0 < fresh < self.state.seen else None
+        self.encode()
+        self.before = before
+
+    @property
+    def held_back(self) -> list[object]:
+        """What holds the tensors that an error in this forward would bring back, and that the layer has no more."""
+        return [] if self.before is None else [self.before[name] for name in ("tail", "pads", "observed")]
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -214,19 +267,35 @@ class NexusQuantLayer(CacheLayerMixin):
             raise
 
     @property
-    def keys(self) -> Tensor | None:  # type: ignore[override]
+    def keys(self) -> Tensor | None:
         """All kept keys, decoded anew at each access; None before the first update."""
         return self._shown(0)
 
+    @keys.setter
+    def keys(self, _: object) -> NoReturn:
+        raise self._fixed("keys")
+
     @property
-    def values(self) -> Tensor | None:  # type: ignore[override]
+    def values(self) -> Tensor | None:
         """All kept values, decoded anew at each access; None before the first update."""
         return self._shown(1)
+
+    @values.setter
+    def values(self, _: object) -> NoReturn:
+        raise self._fixed("values")
+
+    def _fixed(self, name: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"the {name} of a compressed layer are codes, which cannot be replaced: use crop, batch_select_indices or "
+            "a new cache, or override make_codec or make_policy to change what the cache holds"
+        )
 
     def _shown(self, place: int) -> Tensor | None:
         if not self.is_initialized:
             return None
         found = dense(self.state, self.residency)[place]
+        if self.state.is_detached and torch.is_grad_enabled():
+            found = without_gradient(found)
         return found if self.state.body is None else found.as_subclass(Decoded)
 
     # Cache operations
@@ -254,7 +323,7 @@ class NexusQuantLayer(CacheLayerMixin):
             with self._all_or_nothing():
                 remove(self.state, min(count, self.state.seen))
 
-    def settle(self, selection: Selection | None = None) -> None:
+    def settle(self) -> None:
         """End a crop: encode what the tail need not hold if past is recorded; of a prompt as `compress` does."""
         turn = self.state.turn
         with self._all_or_nothing():
@@ -265,7 +334,7 @@ class NexusQuantLayer(CacheLayerMixin):
                 stop_waiting(self.state)  # these were candidates
             turn.expects_prompt = False
             if self.state.seen:
-                self.compress(selection)
+                self.compress()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Put rows of the batch in another order, as beam search does."""

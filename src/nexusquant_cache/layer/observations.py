@@ -1,4 +1,4 @@
-"""What attention shows of a prompt until the prompt is compressed."""
+"""What attention shows of a prompt until it is decided what is kept of it."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ _BLOCK = 1 << 19  # logits computed at once, over all heads: 2 MiB in float32
 
 @dataclass
 class Observations:
-    """What is known of a prompt that waits for its compression, besides its keys and values.
+    """What is known of a prompt that waits, besides its keys and values.
 
     Attributes:
         queries: Those of the newest tokens, at most `QUERY_WINDOW`, as attention sees them.
         end: Tokens seen when the newest of them came.
-        far: The greatest attention that a query has paid to each of the tokens that wait, `FAR` or more before it.
+        far: The greatest attention that a query has paid to each token of the prompt, `FAR` or more before it.
         before: The same three as they were before the last update, so that it can be taken back.
         reconstruction: The greatest attention paid to each token in a second reading, see
             `nexusquant_cache.attention.reconstruct`.
@@ -54,11 +54,11 @@ class Observations:
     def append_far(
         self, queries: Float[Tensor, "b q new d"], keys: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"]
     ) -> None:
-        """Look at the attention that the queries of the newest tokens pay to those that wait.
+        """Look at the attention that the queries of the newest tokens pay to the prompt.
 
         Args:
             queries: Scaled as `ScoreInputs.queries`.
-            keys: Of all tokens that wait.
+            keys: Of all its tokens.
             real: Which of them are not padding.
         """
         self._save()
@@ -71,22 +71,30 @@ class Observations:
         """Let what is known now be what was known before the last update, unless that is saved already."""
         self.before = self.before or (self.queries, self.end, self.far)
 
-    def crop(self, end: int, waiting: int) -> None:
-        """Forget what is known of the tokens from position ``end`` on, of which ``waiting`` before it still wait."""
+    def crop(self, end: int, left: int) -> None:
+        """Forget what is known of the tokens from position ``end`` on, before which ``left`` of the prompt are left."""
         if self.reconstruction is not None:
             self.reconstruction = own(self.reconstruction[:, :, :end])
         if self.far is not None:
             is_undone = self.before is not None and self.before[1] == end
             far = self.before[2] if self.before is not None and is_undone else self.far
-            self.far = None if far is None else own(far[:, :, :waiting])
+            self.far = None if far is None else own(far[:, :, :left])
         if self.end <= end:
             return
         if self.before is not None and self.before[1] == end:
             self.queries = self.before[0]
         elif self.queries is not None:
-            left = self.queries.shape[2] - (self.end - end)
-            self.queries = own(self.queries[:, :, :left]) if left > 0 else None
+            known = self.queries.shape[2] - (self.end - end)
+            self.queries = own(self.queries[:, :, :known]) if known > 0 else None
         self.end, self.before = end, None
+
+    def begin_at(self, start: int, seen: int) -> None:
+        """Forget the far attention to tokens before this position, which files of earlier releases hold."""
+        if self.far is not None:
+            self.far = self.far[:, :, max(self.far.shape[2] - (seen - start), 0) :]
+        queries, end, far = self.before or (None, 0, None)
+        if far is not None:
+            self.before = queries, end, far[:, :, max(far.shape[2] - max(end - start, 0), 0) :]
 
     def last_queries(self, count: int, seen: int) -> Float[Tensor, "b q w d"] | None:
         """Return up to ``count`` queries of the last of ``seen`` tokens, if they are known."""

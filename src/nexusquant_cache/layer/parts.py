@@ -9,7 +9,7 @@ from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixi
 
 from nexusquant_cache.codec.held import HeldTokens
 from nexusquant_cache.layer.compress import fitted_transforms
-from nexusquant_cache.layer.crop import check_crop, remove
+from nexusquant_cache.layer.crop import bring_back, check_crop, take_back_update
 from nexusquant_cache.layer.host import to_device, to_host
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.reading import dense, held
@@ -19,7 +19,7 @@ from nexusquant_cache.layer.tokens import LayerTransforms, own
 
 
 class Part:
-    """A layer as its cache sees it.  What is here is what most of transformers' layers do: nothing.
+    """A layer as its cache sees it: one of transformers' own classes, or `CompressedPart`.
 
     Attributes:
         layer: The layer.
@@ -27,7 +27,9 @@ class Part:
     """
 
     layer: Any
-    index: int
+
+    def __init__(self, layer: Any, index: int) -> None:  # noqa: ANN401 - any class of transformers
+        self.layer, self.index = layer, index
 
     @property
     def state(self) -> LayerState | None:
@@ -37,17 +39,7 @@ class Part:
     @property
     def seen(self) -> int:
         """Tokens seen."""
-        return 0
-
-    @property
-    def is_in_step(self) -> bool:
-        """Whether every forward gives the layer its tokens: after it, all such layers have seen equally many."""
-        return False
-
-    @property
-    def is_linear(self) -> bool:
-        """Whether the layer holds states of linear attention, which tell of no tokens."""
-        return isinstance(self.layer, LinearAttentionCacheLayerMixin)
+        return int(getattr(self.layer, "get_seq_length", lambda: 0)())
 
     @property
     def rows(self) -> int:
@@ -56,9 +48,24 @@ class Part:
         return 1 if keys is None else len(keys)
 
     @property
+    def is_in_step(self) -> bool:
+        """Whether every forward gives the layer its tokens: after it, all such layers have seen equally many.
+
+        Of transformers' own these are layers with a sliding window; others may be over an image, or hold states of no
+        tokens.
+        """
+        return isinstance(self.layer, DynamicLayer) and bool(self.layer.is_sliding)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the layer holds states of linear attention, which tell of no tokens."""
+        return isinstance(self.layer, LinearAttentionCacheLayerMixin)
+
+    @property
     def may_leave(self) -> bool:
-        """Whether the layer may be in host memory between its updates."""
-        return False
+        """Whether the layer may be in host memory: every use of its states is an update, others would come too soon."""
+        waits = self.is_linear or hasattr(self.layer, "update_indexer")
+        return isinstance(self.layer, DynamicLayer) and not waits
 
     @property
     def transforms(self) -> LayerTransforms | None:
@@ -74,73 +81,34 @@ class Part:
 
     def fetch(self) -> None:
         """Have on the device what the next update needs."""
+        self._move(lambda x: to_device(x, self.layer.device))
 
     def fetch_beside(self) -> None:
         """Start to `fetch` beside the computation."""
 
     def release(self) -> None:
-        """Keep in host memory what an offloading cache keeps there."""
+        """Keep in host memory what an offloading cache keeps there; all of it is there when this returns."""
+        self._move(to_host)
 
     def offload(self) -> None:
         """Send everything to host memory."""
+        self.release()
 
     def prefetch(self, *, whole: bool) -> None:
         """Undo `offload`; if not ``whole``, an offloading cache keeps in host memory what it always does."""
         del whole
-
-
-class StockPart(Part):
-    """A layer of transformers' own classes."""
-
-    def __init__(self, layer: Any, index: int) -> None:  # noqa: ANN401 - any class of transformers
-        self.layer, self.index = layer, index
-
-    @property
-    def seen(self) -> int:
-        """Tokens seen."""
-        return int(getattr(self.layer, "get_seq_length", lambda: 0)())
-
-    @property
-    def is_in_step(self) -> bool:
-        """Whether this is a layer with a sliding window; others may be over an image, or hold states of no tokens."""
-        return isinstance(self.layer, DynamicLayer) and bool(self.layer.is_sliding)
-
-    @property
-    def may_leave(self) -> bool:
-        """Whether every use of the layer's states is an update: others would not come back in time."""
-        waits = isinstance(self.layer, LinearAttentionCacheLayerMixin) or hasattr(self.layer, "update_indexer")
-        return isinstance(self.layer, DynamicLayer) and not waits
-
-    def fetch(self) -> None:
-        """Move the layer back to its device."""
-        self._move(lambda x: to_device(x, self.layer.device))
-
-    def release(self) -> None:
-        """Move the layer to host memory, where it is complete when this returns."""
-        self._move(to_host)
+        self.fetch()
 
     def _move(self, function: Callable[[Tensor], Tensor]) -> None:
         layer = self.layer
         if self.may_leave and layer.is_initialized and layer.keys is not None and layer.values is not None:
             layer.keys, layer.values = function(layer.keys), function(layer.values)
 
-    def offload(self) -> None:
-        """Do the same."""
-        self.release()
-
-    def prefetch(self, *, whole: bool) -> None:
-        """Move the layer back to its device."""
-        del whole
-        self.fetch()
-
 
 class CompressedPart(Part):
     """A layer of ours."""
 
     layer: NexusQuantLayer
-
-    def __init__(self, layer: NexusQuantLayer, index: int) -> None:
-        self.layer, self.index = layer, index
 
     @property
     def state(self) -> LayerState:
@@ -227,56 +195,54 @@ class CompressedPart(Part):
 
     def is_due(self, query_length: int) -> bool:
         """Tell whether an update of so many tokens begins with a compression."""
-        return is_due(self.layer.state, self.layer.shared, query_length)
+        return is_due(self.layer.state, query_length)
 
-    def compress_early(self) -> None:
-        """Compress during the prefill, if that is wanted and enough tokens are there; otherwise leave them waiting."""
-        turn = self.layer.state.turn
-        is_candidate = turn.record_past and not turn.expects_prompt  # and may still be taken back
-        if is_due_early(self.layer.state, self.layer.shared) and not is_candidate:
-            self.layer.compress()
+    def encode_early(self, before: int) -> None:
+        """Encode in the middle of a prefill, if that is wanted and enough tokens are there; otherwise leave them.
+
+        Args:
+            before: Tokens that the layer had seen before this forward.
+        """
+        if is_due_early(self.layer.state, self.layer.shared):
+            self.layer.encode_early(max(self.seen - before, 0))
 
     def check_crop(self, count: int) -> None:
         """Raise UnsupportedError if the newest ``count`` tokens cannot be removed."""
         check_crop(self.layer.state, count)
 
-    def take_back(self, seen: int) -> bool:
+    def take_back(self, seen: int) -> None:
         """Undo the last update, back to so many tokens seen; without tokens, forget shapes as well.
 
-        A compression that the update caused stays: the next update would have caused it too.
-
-        Returns:
-            Whether that was possible.  It is not if the update's tokens have been compressed already.
+        A compression that the update began with stays: the next update would have caused it too.
         """
-        state = self.layer.state
+        layer, state = self.layer, self.layer.state
         count = state.seen - seen
         if seen == 0:
             is_recording = state.turn.record_past
-            self.layer.reset()
+            layer.reset()
             if is_recording:
-                self.layer.activate_past_recording()
-        elif count > state.tail_tokens:
-            return False
+                layer.activate_past_recording()
         elif count > 0:
-            self.layer.residency.arrive()
-            remove(state, count)
-            state.turn.take_back_update()
-        return True
+            layer.residency.arrive()
+            if layer.before is None:
+                take_back_update(state, count)
+            else:
+                bring_back(state, layer.before)
+                layer.before = None
 
     def observe_reconstruction(self, attention: Float[Tensor, "b h n"]) -> None:
-        """Keep, until the compression, the greatest attention that was paid to each token in a second reading.
+        """Keep, while the prompt waits, the greatest attention that was paid to each token in a second reading.
 
         Tokens that come later count as fully attended.
         """
-        assert self.is_pending
-        assert self.layer.state.body is None
+        assert self.layer.state.turn.pending_from == 0
         self.layer.residency.arrive()
         self.layer.state.observed.reconstruction = own(attention)
 
 
 def part_of(layer: Any, index: int) -> Part:  # noqa: ANN401 - any layer of a cache
     """Return the face of a layer; the one place that asks of which kind it is."""
-    return CompressedPart(layer, index) if isinstance(layer, NexusQuantLayer) else StockPart(layer, index)
+    return CompressedPart(layer, index) if isinstance(layer, NexusQuantLayer) else Part(layer, index)
 
 
 def compressed(parts: list[Part]) -> Iterator[CompressedPart]:

@@ -21,7 +21,7 @@ def attention_error(
     queries: Float[Tensor, "b q w d"],
     exact: tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]],
     coded: tuple[Float[Tensor, "b h n d"], Float[Tensor, "b h n dv"]],
-    hidden: Bool[Tensor, "b h n"] | None = None,
+    hidden: Bool[Tensor, "b #h n"] | None = None,
 ) -> float:
     """Return how much encoding changes what queries read from the encoded tokens, in the head that suffers most.
 
@@ -45,7 +45,7 @@ def attention_error(
 
 
 def _outputs(
-    queries: Tensor, keys: Tensor, values: Tensor, hidden: Bool[Tensor, "b h n"] | None
+    queries: Tensor, keys: Tensor, values: Tensor, hidden: Bool[Tensor, "b #h n"] | None
 ) -> Float[Tensor, "b h rows dv"]:
     """Return what each query reads; the query heads that share a KV head stand one behind the other."""
     rows = queries.float().reshape(*keys.shape[:2], -1, keys.shape[-1])

@@ -1,24 +1,24 @@
-"""When a layer is compressed, and how many of its tokens then leave the tail: lengths alone decide."""
+"""When tokens of a layer are encoded, and how many then leave the tail: lengths alone decide."""
 
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
 
 
-def is_due(state: LayerState, shared: Shared, query_length: int) -> bool:
-    """Tell whether an update of so many tokens begins by making room in the tail."""
-    if state.seen == 0 or state.turn.is_recording:
-        return False
-    return state.turn.is_step(query_length) or is_due_early(state, shared)
+def is_due(state: LayerState, query_length: int) -> bool:
+    """Tell whether an update of so many tokens is a step, which begins with a compression."""
+    return state.seen > 0 and not state.turn.is_recording and state.turn.is_step(query_length)
 
 
 def is_due_early(state: LayerState, shared: Shared) -> bool:
-    """Tell whether to compress before the prefill is over: only if enough tokens wait, in every row."""
-    if shared.when == "post_prefill" or not state.turn.is_pending:
+    """Tell whether to encode before the prefill is over: only if enough tokens are there, in every row."""
+    turn = state.turn
+    # What is recorded may be taken back without a trace, and in training nothing may come after this forward.
+    if shared.when == "post_prefill" or not turn.is_pending or turn.record_past or state.is_detached:
         return False
-    count, settings = candidates(state, shared), shared.settings
+    if not are_enough(state, shared):
+        return False
     # What begins short gets more bits, and so does all that comes later: a first chunk waits to see whether it does.
-    is_short = state.body is None and shared.evicts and count <= settings.min_kept
-    if count < settings.min_tokens or is_short:
+    if state.body is None and shared.evicts and candidates(state, shared) <= shared.settings.min_kept:
         return False
     # The first compression fits the transforms of a row, which it cannot do to padding.
     if state.body is not None or state.pads is None:
@@ -26,8 +26,14 @@ def is_due_early(state: LayerState, shared: Shared) -> bool:
     return int((~state.pads).sum(1).amin()) > shared.settings.sink_tokens
 
 
+def are_enough(state: LayerState, shared: Shared) -> bool:
+    """Tell whether the tail holds so many tokens that some of them are encoded."""
+    settings = shared.settings
+    return candidates(state, shared) >= (settings.min_tokens if state.body is None else settings.flush_length)
+
+
 def candidates(state: LayerState, shared: Shared) -> int:
-    """Return how many tokens of the tail a compression would take: those between the sinks and the residual."""
+    """Return how many tokens of the tail are there to be encoded: those between the sinks and the residual."""
     sinks = 0 if state.sinks is not None else shared.settings.sink_tokens
     return state.tail_tokens - shared.settings.residual_length - sinks
 

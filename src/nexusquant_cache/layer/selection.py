@@ -1,4 +1,4 @@
-"""Which of the tokens that wait a compression takes, and which of these it keeps."""
+"""Which tokens of a prompt are kept: a policy scores all of them, as the codes hold them, and the best stay."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,11 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.layer.observations import QUERY_WINDOW
-from nexusquant_cache.layer.schedule import candidates
+from nexusquant_cache.layer.reading import newest
 from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.state import LayerState, Pair
 from nexusquant_cache.policy import ScoreInputs
 
 _CERTAIN = 5
@@ -21,62 +20,64 @@ _CERTAIN = 5
 
 @dataclass(frozen=True)
 class Scope:
-    """The tokens of the tail that a compression takes out of it, but for sinks.
+    """The tokens of a prompt that waits, all of them held: coded ones, from which a policy chooses, and exact ones.
 
     Attributes:
         state: The layer.
         shared: What its layers share.
-        stop: They are among the first so many of the tail.
-        sinks: How many sinks there are among these.
-        places: Where the sinks of each row are; None if they come first in all rows.
     """
 
     state: LayerState
     shared: Shared
-    stop: int
-    sinks: int
-    places: Int[Tensor, "b s"] | None
-
-    @classmethod
-    def of(cls, state: LayerState, shared: Shared) -> "Scope":
-        """Return the scope of a compression of a layer as it is now."""
-        is_first = state.body is None
-        sinks = shared.settings.sink_tokens if is_first else 0
-        stop = sinks + candidates(state, shared)
-        is_padded = state.pads is not None and bool(state.pads[:, :stop].any())
-        places = _sink_places(state, sinks, stop) if sinks and is_padded else None
-        return cls(state, shared, stop, sinks, places)
-
-    @cached_property
-    def phase(self) -> RotaryPhase | None:
-        """What is taken off keys."""
-        state = self.state
-        return self.shared.make_phase(state.layer_idx, state.seen) if state.body is None else state.phase
 
     @property
-    def is_sink(self) -> Bool[Tensor, "b tail"]:
-        """Which tokens of the tail are sinks."""
+    def tokens(self) -> int:
+        """How many there are."""
+        return self.state.waiting_tokens
+
+    @property
+    def stop(self) -> int:
+        """How many come before the tail."""
+        return self.tokens - self.state.tail_tokens
+
+    @property
+    def first(self) -> int:
+        """Position of the first."""
+        return self.state.seen - self.tokens
+
+    @property
+    def pads(self) -> Bool[Tensor, "b tokens"]:
+        """Which of them are padding."""
         state = self.state
-        found = torch.zeros(len(state.exact[0]), state.tail_tokens, dtype=torch.bool, device=state.home)
-        if self.places is not None:
-            return found.scatter_(1, self.places, value=True)
-        found[:, : self.sinks] = True
-        return found
+        if state.pads is not None:
+            return state.pads
+        return torch.zeros(len(state.exact[0]), self.tokens, dtype=torch.bool, device=state.home)
+
+    @property
+    def is_sink(self) -> Bool[Tensor, "b tokens"]:
+        """Which of them are sinks."""
+        state = self.state
+        found = torch.zeros(len(state.exact[0]), state.seen, dtype=torch.bool, device=state.home)
+        if state.sink_positions is None:
+            found[:, : state.sink_tokens] = True
+        else:
+            found.scatter_(1, state.sink_positions, value=True)
+        return found[:, self.first :]
 
     @cached_property
     def free(self) -> Bool[Tensor, "b stop"]:
-        """Which of them are real and no sinks: among these a policy chooses."""
-        taken = ~self.is_sink[:, : self.stop]
-        return taken if self.state.pads is None else taken & ~self.state.pads[:, : self.stop]
+        """Which of them are coded and no padding: among these a policy chooses."""
+        return ~(self.is_sink | self.pads)[:, : self.stop]
 
     @cached_property
     def budgets(self) -> list[int]:
         """How many tokens the heads of each row keep, on average, as if the row were compressed alone."""
-        state, settings = self.state, self.shared.settings
-        before = state.seen - state.tail_tokens
-        origins = [0] * len(self.free) if state.origins is None else state.origins.tolist()
+        origins = [0] * len(self.free) if self.state.origins is None else self.state.origins.tolist()
         counts = self.free.sum(1).tolist()
-        return [settings.budget(count, before - origin) for count, origin in zip(counts, origins, strict=True)]
+        return [
+            self.shared.settings.budget(count, max(self.first - origin, 0))
+            for count, origin in zip(counts, origins, strict=True)
+        ]
 
     @cached_property
     def can_shrink(self) -> bool:
@@ -88,10 +89,10 @@ class Scope:
 
         It is shown a row without its pads, as if the row had been alone; rows with the same pads together.
         """
-        state, is_sink, stop, free = self.state, self.is_sink, self.stop, self.free
+        state, is_sink, pads, free, stop = self.state, self.is_sink, self.pads, self.free, self.stop
         policy, budgets = state.policy, self.budgets
+        states = newest(state, 0, self.tokens), newest(state, 1, self.tokens)
         assert policy is not None
-        pads = torch.zeros_like(is_sink) if state.pads is None else state.pads
         scores = torch.zeros(free.shape, dtype=torch.float64, device=free.device)
         scores = scores.masked_fill_(~free, -torch.inf)[:, None].repeat(1, state.exact[0].shape[1], 1)
         for members in self._alike():
@@ -100,7 +101,7 @@ class Scope:
                 continue  # all stay
             real = (~pads[row] | is_sink[row]).nonzero()[:, 0]
             protected = is_sink[row, real] | (real >= stop)
-            found = policy.checked_scores(self._inputs(members, real, protected)).double()
+            found = policy.checked_scores(self._inputs(states, members, real, protected)).double()
             index = torch.tensor(members, device=free.device)[:, None], real[~protected]
             scores.movedim(1, 2)[index] = found[..., ~protected].movedim(1, 2)
         return Scores(scores, tuple(budgets), is_comparable=policy.scores_are_comparable)
@@ -117,19 +118,20 @@ class Scope:
             found.setdefault(key, []).append(row)
         return list(found.values())
 
-    def _inputs(self, members: list[int], real: Int[Tensor, " real"], protected: Bool[Tensor, " real"]) -> ScoreInputs:
-        """Return what a policy sees of these rows: the tokens of the tail that are no padding."""
-        state = self.state
-        is_all = len(members) == len(state.exact[0]) and len(real) == state.tail_tokens
-        keys, values = state.exact if is_all else (x[members][:, :, real] for x in state.exact)
-        queries = state.observed.last_queries(min(QUERY_WINDOW, state.tail_tokens), state.seen)
+    def _inputs(
+        self, states: Pair, members: list[int], real: Int[Tensor, " real"], protected: Bool[Tensor, " real"]
+    ) -> ScoreInputs:
+        """Return what a policy sees of these rows: the tokens that are no padding."""
+        state, tokens = self.state, self.tokens
+        is_all = len(members) == len(states[0]) and len(real) == tokens
+        keys, values = states if is_all else (x[members][:, :, real] for x in states)
+        queries = state.observed.last_queries(min(QUERY_WINDOW, tokens), state.seen)
         if queries is not None:
-            before = state.tail_tokens - queries.shape[2]
+            before = tokens - queries.shape[2]
             queries = queries[members][:, :, real[real >= before] - before]
-        attention = state.observed.attention_to(state.tail_tokens)
+        attention = state.observed.attention_to(tokens)
         far = state.observed.far
-        origins = state.origins
-        start = state.seen - state.tail_tokens - (0 if origins is None else int(origins[members[0]]))
+        start = self.first - (0 if state.origins is None else int(state.origins[members[0]]))
         return ScoreInputs(
             keys=keys,
             values=values,
@@ -139,8 +141,22 @@ class Scope:
             queries=queries if queries is not None and queries.shape[2] else None,
             reconstruction=None if attention is None else attention[members][:, :, real],
             far_attention=None if far is None else far[members][:, :, real],
-            phase=self.phase,
+            phase=state.phase,
         )
+
+    def keep(self, kept: Bool[Tensor, "b h stop"]) -> None:
+        """Let go of all coded tokens of the prompt but these."""
+        body = self.state.body
+        assert body is not None
+        positions = body.positions
+        before = positions.visible()
+        coded = ~self.is_sink[:, None, : self.stop].expand_as(kept)
+        fresh = kept[coded].view(*kept.shape[:2], -1)
+        earlier = positions.tokens - fresh.shape[2]
+        if before is None:
+            before = fresh.new_ones(*fresh.shape[:2], earlier)
+        positions.restrict(kept[:, :, max(positions.start - self.first, 0) :])
+        body.choose(torch.cat([before[:, :, :earlier], fresh], 2))
 
 
 @dataclass(frozen=True)
@@ -148,7 +164,7 @@ class Scores:
     """What a policy thinks of the tokens of one layer.
 
     Attributes:
-        scores: Of every token that a `Scope` may take; minus infinity for those that it leaves.
+        scores: Of every token of a `Scope` before the tail; minus infinity for those that it does not choose from.
         budgets: How many tokens the heads of each row keep, on average over its heads and layers.
         is_comparable: Whether scores of different heads and layers can be compared.
     """
@@ -161,6 +177,14 @@ class Scores:
         """Return how many tokens each head keeps if all heads of a row keep equally many."""
         heads = self.scores.shape[1]
         return torch.tensor(self.budgets, device=self.scores.device)[:, None].repeat(1, heads)
+
+    def best(self, counts: Int[Tensor, "b h"]) -> Bool[Tensor, "b h n"]:
+        """Return the best tokens of each head, as many as these."""
+        return _ranks(self.scores) < counts[..., None]
+
+    def chosen_alone(self) -> Bool[Tensor, "b h n"]:
+        """Return what the layer keeps if it chooses for itself."""
+        return self.best(shared_counts([self])[0] if self.is_comparable else self.equal())
 
 
 def shared_counts(layers: Sequence[Scores]) -> list[Int[Tensor, "b h"]]:
@@ -181,7 +205,7 @@ def shared_counts(layers: Sequence[Scores]) -> list[Int[Tensor, "b h"]]:
     rest = torch.stack([(a - b).sum(1).to(device) for a, b in zip(equal, certain, strict=True)]).sum(0)
     # What each head keeps for certain no longer takes part; ties go to the first layer, head and token.
     open_ = [
-        layer.scores.masked_fill(_ranks(layer.scores) < counts[..., None], -torch.inf).to(device)
+        layer.scores.masked_fill(layer.best(counts), -torch.inf).to(device)
         for layer, counts in zip(layers, certain, strict=True)
     ]
     together = torch.cat([scores.flatten(1) for scores in open_], 1)
@@ -193,54 +217,8 @@ def shared_counts(layers: Sequence[Scores]) -> list[Int[Tensor, "b h"]]:
     ]
 
 
-@dataclass(frozen=True)
-class Selection:
-    """What a compression of a layer encodes, and what it keeps of it.
-
-    As many tokens of each row and head are encoded: of heads that keep fewer than others, their next best ones too.
-
-    Attributes:
-        taken: Which tokens are encoded.
-        kept: Which of them are kept.
-        unlike: Which of them say nothing of the tokens of their row: it keeps fewer than others in all of its heads.
-        scope: What was chosen from, if that is known already.
-    """
-
-    taken: Bool[Tensor, "b h n"]
-    kept: Bool[Tensor, "b h n"]
-    unlike: Bool[Tensor, "b h n"]
-    scope: Scope | None = None
-
-    @property
-    def most_tokens(self) -> int:
-        """How many tokens heads keep, on average, in the row that keeps most."""
-        return int(self.kept.sum(-1).double().mean(1).amax())
-
-    @classmethod
-    def of(cls, scores: Float[Tensor, "b h n"], counts: Int[Tensor, "b h"]) -> "Selection":
-        """Return the best tokens of each head.
-
-        Args:
-            scores: Minus infinity for tokens that are not kept.
-            counts: How many each head keeps.
-        """
-        ranks, of_row = _ranks(scores), counts.amax(1)[:, None, None]
-        most = max(int(of_row.max()), 1)  # a body without a token could not be fitted to
-        taken = ranks < most
-        return cls(taken, ranks < counts[..., None], taken & (ranks >= of_row))
-
-
 def _ranks(scores: Float[Tensor, "*heads n"]) -> Int[Tensor, "*heads n"]:
     """Return the place of each score, 0 for the greatest; of equal ones the first comes first."""
     order = scores.argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(scores.shape[-1], device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
-
-
-def _sink_places(state: LayerState, sinks: int, stop: int) -> Int[Tensor, "b s"]:
-    """Return where each row has its first real tokens; where it has too few, the last of its pads."""
-    assert state.pads is not None
-    pads = state.pads[:, :stop]
-    order = torch.arange(stop, device=pads.device)
-    rank = torch.where(pads, 2 * stop - order, order)
-    return rank.argsort(1)[:, :sinks].sort(1).values

@@ -21,8 +21,8 @@ class Shared:
 
     Attributes:
         settings: How the cache spends its bytes.
-        when: When it compresses.
-        offloading: Whether codes, and a prompt that waits, stay in host memory.
+        when: When it encodes a prompt.
+        offloading: Whether codes, and exact tokens of a prompt that waits, stay in host memory.
         mask_shape: Shape of the prompt, if the user has given its mask; None once that was checked.
         make_policy: Returns the policy of a layer.
         make_codec: Returns the codec of a side, for vectors of this length, in a layer.

@@ -202,7 +202,7 @@ TENSORS: tuple[Declared, ...] = (
     replace(_listed("counts", "body.positions.counts", ("batch", "heads"), "int64", _counts), stays=True),
     _listed("sink_positions", "sink_positions", ("batch", "sinks"), "int64", are_places),
     _listed("origins", "origins", ("batch",), "int64", _origins),
-    _listed("pads", "pads", ("batch", "tail"), "bool", None),
+    _listed("pads", "pads", ("batch", "waiting"), "bool", None),
     Declared("queries", "observed.queries", ("batch", "query_heads", "queries", "key_dim"), "query_dtype", "exact"),
     Declared(
         "queries_before",
@@ -325,8 +325,8 @@ class LayerState:
         phase: The rotary phase that was taken off the packed keys.
         sink_positions: Original positions of the sinks, ascending; None if they are the first tokens of every row.
         origins: Position from which the rotary positions of each row count; None if all count from 0.
-        pads: Which tokens of the tail are padding, as the prefill's mask has it; None if none are.
-        observed: What attention has shown of the prompt that waits for its compression.
+        pads: Which of the `waiting_tokens` are padding, as the prefill's mask has it; None if none are.
+        observed: What attention has shown of the prompt that waits.
         turn: What the layer waits for.
         code_error: How much encoding the first tokens changed attention, see `probe.attention_error`; None before.
         codecs: Of keys and values, as used; the first compression may choose others than were asked for.
@@ -374,6 +374,13 @@ class LayerState:
         return 0 if self.tail is None else self.tail[0].shape[2]
 
     @property
+    def waiting_tokens(self) -> int:
+        """Newest tokens that are in the tail, or of a prompt that waits: coded ones among them may still be dropped."""
+        if self.turn.pending_from is None:
+            return self.tail_tokens
+        return max(self.seen - self.turn.pending_from, self.tail_tokens)
+
+    @property
     def sink_tokens(self) -> int:
         """Exact first tokens."""
         return 0 if self.sinks is None else self.sinks[0].shape[2]
@@ -410,11 +417,11 @@ class LayerState:
 
     @property
     def may_evict(self) -> bool:
-        """Whether tokens of the tail may go: only where the model's own mask is at hand, so that it can leave them out.
+        """Whether tokens that wait may go: only where the model's own mask is at hand, so that it can leave them out.
 
         Where attention cannot be seen, all tokens stay, and the decoded states fit any mask.
         """
-        return self.is_shown and self.shown[0] <= self.seen - self.tail_tokens
+        return self.is_shown and self.shown[0] <= self.seen - self.waiting_tokens
 
     @property
     def is_shown_whole(self) -> bool:
@@ -429,10 +436,17 @@ class LayerState:
 
     def note_pads(self, fresh: Bool[Tensor, "#b fresh"]) -> None:
         """Take note of which of the newest tokens are padding."""
-        tail = self.exact[0]
         if self.pads is None:
-            self.pads = torch.zeros(len(tail), tail.shape[2], dtype=torch.bool, device=self.home)
-        self.pads[:, tail.shape[2] - fresh.shape[1] :] = fresh
+            rows, waiting = len(self.exact[0]), self.waiting_tokens
+            self.pads = torch.zeros(rows, waiting, dtype=torch.bool, device=self.home)
+        self.pads[:, self.pads.shape[1] - fresh.shape[1] :] = fresh
+
+    def trim_pads(self) -> None:
+        """Forget of tokens that no longer wait whether they are padding."""
+        if self.pads is None:
+            return
+        waiting = self.pads[:, self.pads.shape[1] - self.waiting_tokens :]
+        self.pads = own(waiting) if bool(waiting.any()) else None
 
     def append(self, keys: Tensor, values: Tensor) -> None:
         """Add exact tokens to the tail."""
@@ -508,14 +522,8 @@ class LayerState:
 
     def cut_tail(self, start: int, stop: int) -> None:
         """Keep these tokens of the tail, without a view of the others."""
-        cut = []
-        for declared in TENSORS:
-            found = find(self, declared.path) if "tail" in declared.axes else None
-            if found is not None:
-                part = [slice(start, stop) if axis == "tail" else slice(None) for axis in declared.axes]
-                cut.append((declared.path, own(found[tuple(part)])))
-        for path, tensor in cut:  # when all are there
-            put(self, path, tensor)
+        keys, values = (own(x[:, :, start:stop]) for x in self.exact)
+        self.tail = (keys, values)
 
     def forget_packed(self) -> None:
         """Become a layer that has never packed anything; its tail stays."""

@@ -22,10 +22,11 @@ Aggregate: TypeAlias = Literal["max", "mean"]
 
 @dataclass(frozen=True)
 class ScoreInputs:
-    """What a policy may look at: one layer's exact tokens at the moment they are compressed.
+    """What a policy may look at: one layer's tokens of a prompt, when it is decided which of them are kept.
 
     Attributes:
-        keys: Keys as attention sees them (with their rotary phase), ``[batch, kv_heads, tokens, head_dim]``.
+        keys: Keys as attention sees them (with their rotary phase), as the codes hold them; sinks and recent tokens
+            exact.  ``[batch, kv_heads, tokens, head_dim]``.
         values: Values of the same tokens.
         positions: Original positions, ascending.
         protected: Tokens that are kept whatever their score: sinks and recent tokens.
@@ -37,7 +38,7 @@ class ScoreInputs:
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
             time; None without `nexusquant_cache.attention.reconstruct`.
         far_attention: The greatest attention that any query of these tokens paid to a token at least 64 before it; None
-            if the policy does not want it.
+            if the policy does not want it, or the prompt was saved by a release that did not know it.
         phase: The rotary phase of the keys, if it is known.
     """
 

@@ -15,7 +15,7 @@ _TINY = 1e-12  # in place of zero, where all keys are equal
 
 @dataclass(frozen=True)
 class KeyKeyPolicy(PooledPolicy):
-    """Keeps what the last keys attend to: keys stand in for queries, which a cache does not see by itself.
+    """Keeps what the last keys attend to: keys stand in for queries.
 
     Keys are centred first (sinks not counted), since what all keys have in common is large and tells nothing.  The
     **maximum** over the observation window and max-pooling over some twenty tokens keep whole facts: a number is

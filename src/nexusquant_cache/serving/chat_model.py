@@ -107,7 +107,8 @@ class ChatModel:
 
     def new_conversation(self) -> Conversation:
         """Return an empty one."""
-        return Conversation(NexusQuantCache(self.preset, config=self.model.config))
+        # Read in pieces, a prompt attends to exact tokens, and a reader who leaves can be taken back without a trace.
+        return Conversation(NexusQuantCache(self.preset, config=self.model.config, when="post_prefill"))
 
     def tokenize(self, messages: Sequence[Message], *, asks: bool = True) -> Int[Tensor, " n"]:
         """Return the ids of messages in the model's chat template.

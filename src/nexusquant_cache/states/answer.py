@@ -58,10 +58,12 @@ def attend(
         mask: True for what may be seen, or numbers to add to the logits, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
     """
+    if not queries.shape[2]:
+        return queries.new_zeros(*queries.shape[:3], held.tail[1].shape[3])
     if queries.shape[2] <= MOST_QUERIES:
         return impl.attend(queries, held, mask, softmax)[0].to(queries.dtype)
     if softmax.softcap is None and softmax.sink_logits is None:
-        keys, values = held.decoded_keys(), held.decoded_values()
+        keys, values = (x.to(queries.dtype) for x in (held.decoded_keys(), held.decoded_values()))
 
         def attend_some(some: Tensor, visible: Tensor | None) -> Tensor:
             kept = held.mask(visible)
@@ -114,7 +116,7 @@ def logits(queries: Float[Tensor, "b q m d"], held: HeldTokens) -> Float[Tensor,
         found = plain_attend.logits_of(queries, held, 1.0).to(queries.dtype)
     else:
         grouped = queries.unflatten(1, (held.tail[0].shape[1], -1))
-        found = grouped @ held.decoded_keys()[:, :, None].mT
+        found = grouped @ held.decoded_keys().to(queries.dtype)[:, :, None].mT
     if held.visible is not None:
         found.masked_fill_(~held.visible, -torch.inf)
     return held.spread(found, -torch.inf)
@@ -128,4 +130,4 @@ def weighted_values(weights: Float[Tensor, "b q m seen"], held: HeldTokens) -> F
         kept = kept.masked_fill(~held.visible, 0.0)
     if weights.shape[2] <= MOST_QUERIES:
         return plain_attend.values_of(kept, held).to(weights.dtype)
-    return (kept @ held.decoded_values()[:, :, None]).flatten(1, 2)
+    return (kept @ held.decoded_values().to(weights.dtype)[:, :, None]).flatten(1, 2)

@@ -8,15 +8,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nexusquant_cache.states.metadata import METADATA
-from nexusquant_cache.states.source import Source
+from nexusquant_cache.states.source import Source, are_last, hidden_in, is_visible
 from nexusquant_cache.uncompiled import uncompiled
 
 _MULTIPLIES = frozenset({"mul", "mul_", "multiply", "multiply_"})
 _DIVIDES = frozenset({"div", "div_", "divide", "divide_", "true_divide", "true_divide_"})
 _SCALES = _MULTIPLIES | _DIVIDES
 _CHANGES_NO_NUMBER = frozenset({"to", "float", "type", "contiguous", "clone"})
-# Of minus infinity these make something else.
-_BOUNDS = frozenset({"tanh", "tanh_", "sigmoid", "sigmoid_", "clamp", "clamp_", "clip", "hardtanh", "softsign"})
+# These leave minus infinity what it is, or the token out.  Others, as soft-capping, make a number of it.
+_KEEPS_INFINITY = (
+    _SCALES
+    | _CHANGES_NO_NUMBER
+    | {"add", "add_", "sub", "sub_", "masked_fill", "masked_fill_", "cat", "detach", "__get__"}
+    | {f"__{sign}{name}__" for name in ("add", "sub", "mul", "truediv") for sign in ("", "i", "r")}
+)
 
 
 class Logits(torch.Tensor):
@@ -69,14 +74,13 @@ def _compute(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, 
     with torch._C.DisableTorchFunctionSubclass():  # noqa: SLF001 - as above
         if given is not None and name == "softmax":
             _show(given)
-        hidden = None
-        if given is not None and name in _BOUNDS and not given.source.held.is_whole:
-            hidden = given.isneginf()
         result = func(*args, **kwargs)
         if given is None or name in {"softmax", "detach", "__get__"} or not _is_made_of(result, given):
             return result
-        if hidden is not None:
-            result.masked_fill_(hidden, -torch.inf)
+        evicted = None if name in _KEEPS_INFINITY else given.source.evicted
+        if evicted is not None:
+            of_queries = evicted.repeat_interleave(result.shape[1] // evicted.shape[1], 1)
+            result[..., : evicted.shape[3]].masked_fill_(of_queries, -torch.inf)
         return _follow(result, given, name, args)
 
 
@@ -111,5 +115,7 @@ def _show(logits: Logits) -> None:
     if source.fresh > 1:
         seen = source.held.seen
         newest = logits[..., seen - source.fresh : seen]
-        pads = ~(newest > torch.finfo(newest.dtype).min / 2).flatten(1, 2).any(1)
+        if not are_last(newest[..., -1], logits.shape[2], source.fresh):
+            return
+        pads = hidden_in(is_visible(newest))
     source.note(logits.queries, 1.0 if logits.scaling is None else logits.scaling, pads)

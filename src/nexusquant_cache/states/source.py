@@ -1,6 +1,7 @@
 """Where states come from: one update of one layer."""
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TypeAlias
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nexusquant_cache.codec.held import HeldTokens, Side
 
+_HIDES = -5e3
 See: TypeAlias = Callable[[int, Tensor, float | None, Tensor | None], None]
 """Sees how many tokens are new, queries, their scale, and which of the new tokens are padding."""
 
@@ -22,15 +24,24 @@ class Source:
         shapes: Shapes of keys and values, ``[batch, kv_heads, tokens seen, channels]``.
     """
 
-    def __init__(self, held: HeldTokens, fresh: int, see: See) -> None:
-        """Come from an update that has brought so many tokens; ``see`` is shown the attention to them, once."""
+    def __init__(
+        self, held: HeldTokens, fresh: int, see: See | None = None, say_read: Callable[[], None] | None = None
+    ) -> None:
+        """Come from an update.
+
+        Args:
+            held: What the layer holds.
+            fresh: Tokens that the update has brought.
+            see: Is shown the attention to them, once.
+            say_read: Called if something else looks at the states.
+        """
         self.held, self.fresh = held, fresh
         (batch, heads, _, key_dim), value_dim = held.tail[0].shape, held.tail[1].shape[3]
         self.shapes: dict[Side, tuple[int, ...]] = {
             "keys": (batch, heads, held.seen, key_dim),
             "values": (batch, heads, held.seen, value_dim),
         }
-        self._see: See | None = see
+        self._see, self._say_read = see, say_read
         self._noted: tuple[Tensor, float | None, Tensor | None] | None = None
 
     @property
@@ -44,15 +55,33 @@ class Source:
         """Let the layer see the attention to what it has returned.
 
         Only the first one counts: a layer of the model that shares the keys of an earlier one has queries of its own.
+        Where a model attends with a few queries at once, this is for the last of them (`are_last`).
 
         Args:
             queries: Queries of the new tokens, or of the last of them, with their rotary phase.
             scaling: What attention multiplies logits with; by default ``head_dim ** -0.5``.
             pads: Which of the new tokens no query attends to; None if all are attended to.
         """
-        if self._see is not None:
+        # More queries than tokens are no queries of these tokens.
+        if self._see is not None and 0 < queries.shape[2] <= self.fresh:
             see, self._see = self._see, None
             see(self.fresh, queries, scaling, pads)
+
+    def read(self) -> None:
+        """Say that something else than attention looks at the states: its tokens have to stay."""
+        if self.fresh > 1 and self._say_read is not None:
+            say, self._say_read, self._see = self._say_read, None, None
+            say()
+
+    @cached_property
+    def evicted(self) -> Bool[Tensor, "b heads 1 seen"] | None:
+        """Which tokens are gone; None if none are."""
+        held = self.held
+        if held.is_whole:
+            return None
+        batch, heads = held.tail[0].shape[:2]
+        kept = torch.zeros(batch, heads, 1, 1, held.tokens, dtype=torch.uint8, device=held.tail[0].device)
+        return held.spread(kept, 1.0).bool()
 
     def note(
         self, queries: Float[Tensor, "b q m d"], scaling: float | None, pads: Bool[Tensor, "#b fresh"] | None
@@ -75,9 +104,37 @@ def pads_in(mask: Shaped[Tensor, "#b #q #m n"] | None, fresh: int) -> Bool[Tenso
         mask: True for what may be seen, or numbers that are added to the logits.
         fresh: How many tokens are new.
     """
-    if mask is None or fresh == 1 or mask.ndim != 4:  # noqa: PLR2004 - batch, heads, queries, tokens
+    if mask is None or fresh <= 1 or mask.ndim != 4 or not mask.shape[2]:  # noqa: PLR2004 - batch, heads, queries
         return None
-    newest = mask[..., -fresh:]
-    # What hides a token by a number is the smallest number, or infinity, with a bias on top of it.
-    visible = newest if mask.dtype == torch.bool else newest > torch.finfo(mask.dtype).min / 2
-    return ~visible.flatten(1, 2).any(1)
+    return hidden_in(is_visible(mask[..., -fresh:]))
+
+
+def hidden_in(visible: Bool[Tensor, "#b #q #m fresh"]) -> Bool[Tensor, "#b fresh"]:
+    """Return which of the new tokens are hidden from all queries of text.
+
+    A query that sees the newest token before its time is one of padding, which is free to see anything, or has a later
+    one in its place that sees as much: only the last query is asked though it sees the newest token.
+    """
+    is_asked = ~visible[..., -1:]
+    is_asked[..., -1, :] = True
+    return ~(visible & is_asked).flatten(1, 2).any(1)
+
+
+def are_last(newest: Shaped[Tensor, "*b_q #m"] | None, queries: int, fresh: int) -> bool:
+    """Tell whether queries are those of the last new tokens, and no block of earlier ones.
+
+    Args:
+        newest: What a mask, or the logits, say of the newest token, by query; None if there is no mask.
+        queries: How many queries there are.
+        fresh: How many tokens are new.
+    """
+    return queries == fresh or newest is None or bool(is_visible(newest[..., -1]).any())
+
+
+def is_visible(x: Shaped[Tensor, "*shape"]) -> Bool[Tensor, "*shape"]:
+    """Return which tokens may be seen, by a mask or by masked logits.
+
+    What hides a token by a number is the smallest number of some dtype, not always that of the mask, or one like -1e4,
+    with a logit or a bias on top of it.
+    """
+    return x if x.dtype == torch.bool else x > _HIDES

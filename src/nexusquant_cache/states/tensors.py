@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.softmax import Softmax
@@ -14,8 +14,8 @@ from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.states import answer
 from nexusquant_cache.states.form import Form
 from nexusquant_cache.states.logits import Logits
-from nexusquant_cache.states.metadata import METADATA
-from nexusquant_cache.states.source import Source, pads_in
+from nexusquant_cache.states.metadata import METADATA, writes
+from nexusquant_cache.states.source import Source, are_last, pads_in
 from nexusquant_cache.uncompiled import uncompiled
 
 Function: TypeAlias = Callable[..., Any]
@@ -132,7 +132,7 @@ class HeldStates(States):
                     "nexusquant_cache.attention.enable(model), or use the preset 'quant', which evicts nothing."
                 )
                 raise UnsupportedError(msg)
-            found = held.dense_keys() if self.side == "keys" else held.dense_values()
+            found = held.dense_keys(by_tables=True) if self.side == "keys" else held.dense_values()
             found = found.mT if form.is_transposed else found
             if form.is_split:
                 found = found[:, :, None].expand(-1, -1, form.repeats, -1, -1)
@@ -176,21 +176,36 @@ class HeldStates(States):
 def _compute(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:  # noqa: ANN401
     name = getattr(func, "__name__", "")
     found = None
+    if args and isinstance(args[0], States) and args[0].source.is_packed and writes(name):
+        msg = (
+            f"{name} would write to the {args[0].side} that a compressed cache returns, and attention is answered from "
+            "the codes: change a clone() of them, or what is given to the cache."
+        )
+        raise UnsupportedError(msg)
     if name == "scaled_dot_product_attention":
         found = _attention(func, *args, **kwargs)
     elif name == "matmul" and len(args) == 2 and not kwargs and isinstance(args[1], States):  # noqa: PLR2004
         found = _product(args[0], args[1])
     elif args and isinstance(args[0], States):
         found = _followed(func, name, args[0], args[1:], kwargs)
-    return func(*plain(args), **plain(kwargs)) if found is None else found
+    if found is not None:
+        return found
+    result = func(*plain(args), **plain(kwargs))
+    if name != "__get__" and any(isinstance(x, Tensor) for x in tree_leaves(result)):  # attributes tell no numbers
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, States):
+                x.source.read()
+    return result
 
 
 def _followed(
     func: Function, name: str, states: States, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> States | None:
     """Return the states in the form that a function gives them; None if it does something else."""
-    if name == "contiguous" or (name in _CASTS and isinstance(states, ExactStates)):
-        form: Form | None = states.form
+    if name == "type" and not args and not kwargs:  # which tells the name of the dtype
+        form: Form | None = None
+    elif name == "contiguous" or (name in _CASTS and isinstance(states, ExactStates)):
+        form = states.form
     elif name == "to" and _is_there(states, args, kwargs):
         return states
     elif name in _CASTS:
@@ -240,6 +255,8 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     source = source_of(key, value)
     if source is None or key.form != value.form or key.form.is_split or key.form.is_transposed:  # type: ignore[attr-defined]
         return None
+    if is_causal and attn_mask is not None:  # which torch refuses
+        return None
     heads, rows = source.held.tail[0].shape[1], query.shape[2]
     if isinstance(query, States) or query.ndim != _AXES or query.shape[1] % heads:
         return None
@@ -253,7 +270,10 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         return None
     if is_regrouped and mask is not None and mask.shape[2] > 1:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]
-    source.show(queries, scale, pads_in(mask, source.fresh))
+    # Without a mask, and causal, queries are those of the first tokens.
+    is_first = is_causal and rows < source.held.seen
+    if not is_first and are_last(None if mask is None else mask[..., -1], queries.shape[2], source.fresh):
+        source.show(queries, scale, pads_in(mask, source.fresh))
     if not source.is_packed:
         exact = (query, key.plain(), value.plain(), attn_mask, dropout_p, is_causal)  # type: ignore[attr-defined]
         found: Tensor = function(*exact, scale=scale, enable_gqa=enable_gqa)

@@ -28,7 +28,7 @@ from nexusquant_cache.cache.cache import NexusQuantCache, placeholder_ids, text_
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files import inspect_file, verify_file
 from nexusquant_cache.files.container import VERSION
-from nexusquant_cache.files.fingerprint import Besides, TokenIds, describe_model, hash_besides
+from nexusquant_cache.files.fingerprint import Besides, TokenIds, describe_model, first_placeholder, hash_besides
 from nexusquant_cache.files.state import describe_settings, policy_name
 from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.policy import EvictionPolicy
@@ -151,7 +151,7 @@ class PrefixStore:
         if read_again is not None:
             cache.read_again(read_again, ids[None].to(next(read_again.parameters()).device))
         cache.compress()
-        if besides is None and _first_of(ids, cache.placeholder_ids) is not None:
+        if besides is None and first_placeholder(ids, cache.placeholder_ids) is not None:
             warnings.warn(
                 "some of these token ids stand for images or sounds, which the ids do not tell apart, so the entry "
                 "will not be found. Name them: put(..., besides={'pixel_values': pixel_values}), and likewise for get.",
@@ -162,7 +162,7 @@ class PrefixStore:
             path = self.folder / f"{token_hex(16)}.safetensors"
             # Stopped for longer than the grace, this process may find its file collected: once more then.
             with contextlib.suppress(FileNotFoundError):
-                cache.save(path, level=level, token_ids=ids)
+                cache.save(path, level=level, token_ids=ids, besides={})  # their hash is in the index
                 return self._enter(path, key, id_bytes(ids))
         msg = f"new files keep disappearing from {self.folder}"
         raise OSError(msg)
@@ -266,7 +266,7 @@ class PrefixStore:
             msg = f"leave must be 0 or more tokens, got {leave}"
             raise OptionError(msg)
         key = self._key(config, policy, preset, besides)
-        first = None if besides else _first_of(ids, placeholder_ids(config))
+        first = None if besides else first_placeholder(ids, placeholder_ids(config))
         most = len(ids) - leave if first is None else min(len(ids) - leave, first)
         entry = self._index.longest(key, id_bytes(ids), most)
         return None if entry is None else PrefixMatch(entry, ids[: entry.tokens], config, policy)
@@ -428,12 +428,6 @@ class PrefixStore:
             "settings": None if settings is None else json.dumps(settings, sort_keys=True),
             "format": VERSION,
         }
-
-
-def _first_of(ids: Int[Tensor, " n"], wanted: frozenset[int]) -> int | None:
-    """Return the place of the first of these ids; None if there is none."""
-    found = torch.isin(ids, torch.tensor(sorted(wanted), dtype=ids.dtype, device=ids.device)).nonzero()
-    return int(found[0, 0]) if len(found) else None
 
 
 def _discard(path: Path) -> None:
