@@ -428,7 +428,7 @@ class OracleLayer(CacheLayerMixin):
             self.shorter = 0  # one alone was a turn
         self.longest = max(self.longest, tokens)
         if not is_step and self.pending_from is None:
-            self.pending_from = self.seen
+            self.pending_from = 0 if self.first else self.seen
 
     def see(self, fresh: int, queries: Tensor | None, pads: Tensor | None) -> None:
         """See the attention to the newest tokens."""

@@ -700,6 +700,11 @@ RECORD = ("activate_past_recording",)
         ({"prompt": 30, **TWO_LAYERS, **DURING}, [RECORD, ONE]),
         # It looks back from the step whose crop compresses it, too.
         (BY_FAR, [RECORD, ONE, ("crop", 0), ONE]),
+        # What is too short to be coded waits with the next prompt, in rows whose first tokens are there or not.
+        (
+            {"rows": 2, "prompt": 4, "forward": padded("all")},
+            [("compress",), ("update", 20), ("update", 30), ("compress",), ONE],
+        ),
         # A prompt without a crop before it ends the recording.
         (DURING, [RECORD, ("update", 4), ("crop", 0), ("update", 20), ("update", 20)]),
         # A crop that is refused compresses nothing.

@@ -94,7 +94,8 @@ def restore_layer(layer: NexusQuantLayer, meta: LayerMeta, source: Source) -> No
     layer.reset()
     state, shared = layer.state, layer.shared
     flags = (meta.record_past, meta.expects_prompt, meta.updated_since_crop)
-    state.turn = Turn(meta.pending_from, *flags, *(meta.updates or ()))
+    start = 0 if meta.body is None and meta.pending_from is not None else meta.pending_from  # of earlier releases
+    state.turn = Turn(start, *flags, *(meta.updates or ()))
     if meta.shape is None or meta.asked is None or meta.used is None or meta.observed is None:
         return
     facts = layer_facts(meta, source.codecs)

@@ -163,7 +163,7 @@ class NexusQuantLayer(CacheLayerMixin):
         saved, self.before = state.snapshot_of_update(), None
         try:
             state.observed.start_update()
-            state.turn.note_update(state.seen, query_length)
+            state.turn.note_update(state.seen, query_length, is_first=state.body is None)
             given = (key_states, value_states) if state.seen == 0 else None
             if given is not None:
                 state.is_detached = needs_gradients(*given)

@@ -248,7 +248,8 @@ class Turn:
     tokens, until one comes that is as long as the longest.
 
     Attributes:
-        pending_from: Seen tokens before the first multi-token update that was not compressed yet; None if none waits.
+        pending_from: Seen tokens before the first multi-token update that was not compressed yet, 0 if none was packed
+            before; None if none waits.
         record_past: Whether a `crop` is expected after each update.
         expects_prompt: Whether the next multi-token update is a prompt, and not candidates that may be taken back.
         updated_since_crop: Whether there was an update that no crop has followed.
@@ -285,8 +286,14 @@ class Turn:
         self.updated_since_crop = False
         self.short_updates = 0
 
-    def note_update(self, seen: int, tokens: int) -> None:
-        """Take note of an update of so many tokens behind those seen; it ends a recording that no crop has followed."""
+    def note_update(self, seen: int, tokens: int, *, is_first: bool) -> None:
+        """Take note of an update of so many tokens behind those seen; it ends a recording that no crop has followed.
+
+        Args:
+            seen: Tokens seen before.
+            tokens: How many come.
+            is_first: Whether nothing is packed yet: then all that was seen waits with a prompt.
+        """
         self.undo = (self.pending_from, self.record_past, self.updated_since_crop, self.longest, self.short_updates)
         self.record_past = self.updated_since_crop = self.is_recording
         if seen == 0:  # everything may have been taken back
@@ -298,7 +305,7 @@ class Turn:
             self._count(tokens)
         self.longest = max(self.longest, tokens)
         if not is_step and self.pending_from is None:
-            self.pending_from = seen
+            self.pending_from = 0 if is_first else seen
 
     def _count(self, tokens: int) -> None:
         """Count updates that are shorter than the longest; a single token ends the count, but no loop."""
