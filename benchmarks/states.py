@@ -97,13 +97,7 @@ def measure(case: Case, rounds: int, repeats: int) -> dict[str, Any]:
     logits, out = torch.randn(1, QUERY_HEADS, fresh, seen), torch.randn_like(queries)
 
     def with_states() -> object:
-        own = states(
-            layer.state,
-            fresh,
-            layer._see,  # noqa: SLF001 - what an update passes on
-            given=given,
-            was_shown=case.is_step,
-        )
+        own = states(layer.source(fresh), given=given, was_shown=case.is_step)
         return forward(module, queries, *own, mask, scaling=SCALING)
 
     def plain() -> object:

@@ -169,9 +169,7 @@ class NexusQuantLayer(CacheLayerMixin):
                 state.is_detached = needs_gradients(*given)
             was_shown = state.is_shown
             state.append(key_states, value_states)
-            here = state, state.seen
-            source = Source(held(state), query_length, partial(self._see, *here), partial(self._note_read, *here))
-            return states(source, given=given, was_shown=was_shown)
+            return states(self.source(query_length), given=given, was_shown=was_shown)
         except BaseException:  # an interrupt too
             state.restore(saved)
             raise
@@ -186,6 +184,11 @@ class NexusQuantLayer(CacheLayerMixin):
         check_gradients(state, key_states, value_states)
         if not state.turn.is_step(key_states.shape[2]):
             check_finite(self.layer_idx, key_states, value_states, "the prompt")
+
+    def source(self, fresh: int) -> Source:
+        """Return what the states of an update that has brought so many tokens have in common."""
+        here = self.state, self.state.seen
+        return Source(held(self.state), fresh, partial(self._see, *here), partial(self._note_read, *here))
 
     def _see(  # noqa: PLR0913, PLR0917 - the first two are known at the update
         self, state: LayerState, seen: int, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None
