@@ -19,11 +19,14 @@ from integration.tiny import (
 )
 from oracle_cache import Counter, CountingCodec
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig, LlamaForCausalLM
 
 from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.cache.forward import Forward
+from nexusquant_cache.cache.report import content, storage_bytes
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.transform import VectorTransform
+from nexusquant_cache.layer.parts import Part
 from nexusquant_cache.policy import KeyNormPolicy
 
 HEADS, HEAD_DIM = 2, 64
@@ -114,6 +117,30 @@ def test_the_peak_that_is_reported(model: LlamaForCausalLM) -> None:
     dense, queries, far = 3 * 2 * 2 * 2000 * 16 * 4, 3 * 4 * 64 * 16 * 4, 3 * 2 * 2000 * 4
     assert peaks["post_prefill"] == dense + queries + far
     assert peaks["during_prefill"] < 0.55 * dense
+
+
+def test_the_peak_is_that_of_all_layers_if_some_are_not_compressed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer holds is noted when it changes; layers with a window stand between those that are encoded."""
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    sizes = {"head_dim": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "hidden_size": 32}
+    config = Gemma3TextConfig(
+        num_hidden_layers=5, layer_types=kinds, sliding_window=16, intermediate_size=32, vocab_size=128, **sizes
+    )
+    model = Gemma3ForCausalLM(config).eval()
+    note, held = Forward.note_peak, [0]
+
+    def noted(forward: Forward, parts: list[Part], index: int | None = None) -> None:
+        note(forward, parts, index)
+        layers = storage_bytes([content(part) for part in parts])
+        held.append(max(held[-1], layers + storage_bytes(forward.shared_content(parts))))
+        assert forward.peak_bytes == held[-1]
+
+    monkeypatch.setattr(Forward, "note_peak", noted)
+    cache = NexusQuantCache("balanced", config=model.config, **SMALL)
+    ids = prompt(400) % 128
+    for start in range(0, 400, 100):
+        logits(model, ids[:, start : start + 100], cache)
+    assert len(held) > 4 * len(kinds)
 
 
 # Long answers

@@ -84,15 +84,16 @@ def enabled(model: nn.Module) -> Iterator[None]:
     """
     config = text_config(model)
     with _lock:
-        known = _users.get(id(config))
-        if known is not None or not is_enabled(model):
+        _, users = _users.get(id(config), (config, 0))
+        is_ours = users > 0 or not is_enabled(model)
+        if is_ours:
             _enable(model)
-            _users[id(config)] = config, 1 + (0 if known is None else known[1])
+            _users[id(config)] = config, users + 1
     try:
         yield
     finally:
         with _lock:
-            if id(config) in _users:
+            if is_ours and id(config) in _users:
                 left = _users.pop(id(config))[1] - 1
                 if left:
                     _users[id(config)] = config, left

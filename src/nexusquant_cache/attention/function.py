@@ -220,12 +220,14 @@ def _dense_mask(
     if mask is not None and not isinstance(mask, Tensor):
         return _of_blocks(mask, queries)
     visible = None
-    order = torch.arange(seen, device=query.device)
-    if is_causal and queries > 1:
-        visible = (order <= order[-queries:, None])[None, None]
-    if is_causal and window is not None and window < seen:  # masks of logits have it already
-        near = (order > order[-queries:, None] - window)[None, None]
-        visible = near if visible is None else visible & near
+    if window is not None and window >= seen:
+        window = None  # it hides nothing
+    if is_causal and (queries > 1 or window is not None):  # masks of logits have both already
+        order = torch.arange(seen, device=query.device)
+        distance = (order[-queries:, None] - order)[None, None]
+        visible = distance >= 0
+        if window is not None:
+            visible &= distance < window
     if mask is None:
         return visible
     padding = mask[:, None, None].bool()

@@ -495,15 +495,12 @@ class NexusQuantCache(DynamicCache):
             raise ShapeError(msg)
         self._change_rows(lambda layer: layer.batch_repeat_interleave(repeats))
 
-    def batch_select_indices(self, indices: Tensor | Sequence[int] | slice | int) -> None:
+    def batch_select_indices(self, indices: Tensor | Sequence[int]) -> None:
         """Keep these rows of the batch.
 
         Raises:
             ShapeError: If these are none.
         """
-        if isinstance(indices, slice | int):
-            rows = torch.arange(max((part.rows for part in compressed(self.parts())), default=1), device="cpu")
-            indices = rows[indices].reshape(-1)
         chosen = indices if isinstance(indices, Tensor) else torch.tensor(indices, device="cpu")
         if not len(chosen) or (chosen.dtype == torch.bool and not bool(chosen.any())):
             msg = "batch_select_indices must leave a row, got none: to empty the cache, call cache.reset()"
@@ -643,13 +640,13 @@ class NexusQuantCache(DynamicCache):
         """
         check_level(level)
         check_threads(threads)
+        meta, tensors = export_cache(self._whole(), token_ids=token_ids, besides=besides, metadata=metadata)
         if token_ids is not None and besides is None and first_placeholder(token_ids, self.placeholder_ids) is not None:
             warnings.warn(
                 "the token ids hold places of images or sounds, and the file will not tell which: name them, "
                 "save(..., besides={'pixel_values': pixel_values}), and likewise for load",
                 stacklevel=2,
             )
-        meta, tensors = export_cache(self._whole(), token_ids=token_ids, besides=besides, metadata=metadata)
         return write_file(Path(path), meta, tensors, level=level, threads=threads, progress=progress)
 
     @classmethod

@@ -38,8 +38,10 @@ class Forward:
         self.is_broken = False
         self.peak_bytes = 0
         self._held: dict[int, int] = {}  # bytes that each layer held when that was last noted
-        # What this forward has given already, as layer and kind; which layer forwards end with; tokens seen before.
+        # What this forward has given already, as layer and kind, and which layer last; which layer forwards end with;
+        # tokens seen before.
         self._given: set[tuple[int, str]] = set()
+        self._last = -1
         self._end: int | None = None
         self._before = 0
 
@@ -73,10 +75,10 @@ class Forward:
             CacheStateError: If the forward before was not finished.
         """
         # Layers come in the order of their indices; in a step some give no states of linear attention.
-        last = max((given for given, _ in self._given), default=-1)
-        if last < 0 or index < last or (index, kind) in self._given:
+        if not self._given or index < self._last or (index, kind) in self._given:
             self._begin(parts)
         self._given.add((index, kind))
+        self._last = index
 
     def _begin(self, parts: list[Part]) -> None:
         unfinished = self.unfinished(parts)
@@ -152,13 +154,19 @@ class Forward:
             self._check_seen(part)
             if isinstance(part, CompressedPart):
                 self._check_mask(part, key_states)
-                self._make_way(parts, part, states)
+                part.layer.check(*states)  # before anything changes in other layers
+                self._make_way(parts, part, key_states.shape[2])
             part.fetch()
-            held = self._store(parts, index, store)
+            self._bring_next(parts, index)
+            held = store()
+            self._send_away(part)
             if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
                 self.note_peak(parts, index)
         except BaseException:  # an interrupt too: KeyboardInterrupt, cancellation
-            self.take_back(parts)
+            try:
+                self._send_away(part)
+            finally:
+                self.take_back(parts)
             raise
         return held
 
@@ -213,28 +221,22 @@ class Forward:
         self.take_back(parts)
         self.check()
 
-    def _store(
-        self, parts: list[Part], index: int, store: Callable[[], tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Update a layer with the next one on its way to the device, and send it away again."""
-        if not self.shared.offloading:
-            return store()
-        try:
+    def _bring_next(self, parts: list[Part], index: int) -> None:
+        """Start to bring the layer that is updated after this one to the device."""
+        if self.shared.offloading:
             following = next(compressed([*parts[index + 1 :], *parts[:index]]), None)  # after the last one the first
             if following is not None:
                 following.fetch_beside()
-            return store()
-        finally:
-            if not (self.spares_sliding and getattr(parts[index].layer, "is_sliding", False)):
-                parts[index].release()
 
-    def _make_way(self, parts: list[Part], part: CompressedPart, states: tuple[Tensor, Tensor]) -> None:
-        """Do what has to be done in other layers before this one takes new tokens."""
-        key_states = states[0]
-        tokens = key_states.shape[-2] if key_states.ndim > 1 else 0
+    def _send_away(self, part: Part) -> None:
+        """Keep a layer in host memory again."""
+        if self.shared.offloading and not (self.spares_sliding and getattr(part.layer, "is_sliding", False)):
+            part.release()
+
+    def _make_way(self, parts: list[Part], part: CompressedPart, tokens: int) -> None:
+        """Do what has to be done in other layers before this one takes so many new tokens."""
         ours = list(compressed(parts))
         if self.shared.when == "during_prefill" and tokens > 1:
-            part.layer.check(*states)  # so that a bad update changes nothing in other layers
             # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
             for other in ours:
                 if other is not part:
@@ -247,11 +249,13 @@ class Forward:
 
         Args:
             parts: All layers.
-            index: The layer of this forward that was updated last; the others are as they were noted before, but for
-                the one before it, which may have been encoded.
+            index: The layer of this forward that was updated last.  The others are as they were noted before, but for
+                the nearest of ours before it, which may have been encoded.
         """
-        is_within = index is not None and len(self._given) > 1 and len(self._held) == len(parts)
-        changed = parts[max(index - 1, 0) : index + 1] if index is not None and is_within else parts
+        changed = parts
+        if index is not None and len(self._given) > 1 and len(self._held) == len(parts):
+            nearest = max((part.index for part in compressed(parts[:index])), default=index)
+            changed = parts[nearest : index + 1]
         self._held |= {part.index: storage_bytes([content(part)]) for part in changed}
         self.peak_bytes = max(self.peak_bytes, sum(self._held.values()) + storage_bytes(self.shared_content(parts)))
 

@@ -251,14 +251,14 @@ class MemoryReport:
 def content(part: Part) -> list[object]:
     """Return what holds the tensors of a layer, without what it shares with other layers."""
     if part.state is not None:
-        return [*part.state.holders("exact", "codes", "scales", "positions", "transform"), *part.layer.held_back]
+        return [*part.state.holders("exact", "codes", "scales", "positions", "transform"), *part.layer.held_to_undo]
     return [vars(part.layer)]
 
 
 def layer_report(part: Part, shared: Shared) -> LayerReport:
     """Return the row of a layer."""
     if part.state is not None:
-        return _compressed_report(part.state, shared, part.layer.held_back)
+        return _compressed_report(part.state, shared, part.layer.held_to_undo)
     layer = part.layer
     held = storage_bytes(content(part))
     keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
@@ -307,12 +307,12 @@ def _is_compressed(state: LayerState) -> bool:
     return state.body is not None and state.turn.pending_from != 0
 
 
-def _compressed_report(state: LayerState, shared: Shared, held_back: list[object]) -> LayerReport:
+def _compressed_report(state: LayerState, shared: Shared, held_to_undo: list[object]) -> LayerReport:
     if state.tail is None:
         return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = state.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    exact, codes = [*state.holders("exact"), *held_back], [buffer.on_the_way for buffer in state.buffers]
+    exact, codes = [*state.holders("exact"), *held_to_undo], [buffer.on_the_way for buffer in state.buffers]
     other = list(state.holders("positions", "transform"))
     host = 0
     if state.device != HOST:

@@ -160,8 +160,8 @@ def first_placeholder(token_ids: TokenIds, placeholders: frozenset[int]) -> int 
     """Return where the first place of an image or a sound is among the tokens of a prompt; None if there is none."""
     if not placeholders:
         return None
-    ids = torch.as_tensor(token_ids).detach().to("cpu").reshape(-1, torch.as_tensor(token_ids).shape[-1])
-    found = torch.isin(ids, torch.tensor(sorted(placeholders))).any(0).nonzero()
+    ids = torch.as_tensor(token_ids).to("cpu")
+    found = torch.isin(ids, torch.tensor(sorted(placeholders))).view(-1, ids.shape[-1]).any(0).nonzero()
     return int(found[0, 0]) if len(found) else None
 
 

@@ -51,7 +51,7 @@ class NexusQuantLayer(CacheLayerMixin):
         shared: What all layers of the cache share.
         residency: Where its tensors are.
         room_at: Tokens seen when it was last compressed because another layer was given new ones.
-        before: What an error in this forward brings back, if the tokens that it has brought are encoded already.
+        undo: What an error in this forward brings back, if the tokens that it has brought are encoded already.
     """
 
     is_sliding = False
@@ -68,7 +68,7 @@ class NexusQuantLayer(CacheLayerMixin):
         """Forget everything, including what was fitted."""
         self.is_initialized = False
         self.room_at = -1
-        self.before: dict[str, Any] | None = None
+        self.undo: dict[str, Any] | None = None
         self.state = LayerState(self.layer_idx)
         self.residency = Residency(self.state, self.shared)
 
@@ -139,18 +139,14 @@ class NexusQuantLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Store new tokens and return states, with a place for every token seen, for this forward's attention.
 
-        Raises:
-            ShapeError: If the shapes do not fit each other or earlier updates.
-            DtypeError: If a tensor is not floating, or its dtype changed.
-            NonFiniteError: If a token holds NaN or infinity.  Prompts are checked on arrival, generated tokens
-                when they are encoded (a check at each step would wait for the accelerator).
-            UnsupportedError: If gradients are to flow to tokens that the layer holds already.
+        Args:
+            key_states: New keys; `check` has been called with these very tensors.
+            value_states: New values.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         state = self.state
         self.residency.arrive()
-        self.check(key_states, value_states)
         self.residency.fetch()
         query_length = key_states.shape[2]
         if is_due(state, query_length):
@@ -160,7 +156,7 @@ class NexusQuantLayer(CacheLayerMixin):
                 self.encode()
         elif is_due_early(state, self.shared):
             self.encode()
-        saved, self.before = state.snapshot_of_update(), None
+        saved, self.undo = state.snapshot_of_update(), None
         try:
             state.observed.start_update()
             state.turn.note_update(state.seen, query_length, is_first=state.body is None)
@@ -175,7 +171,15 @@ class NexusQuantLayer(CacheLayerMixin):
             raise
 
     def check(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Refuse what `update` refuses."""
+        """Refuse what cannot be stored.
+
+        Raises:
+            ShapeError: If the shapes do not fit each other or earlier updates.
+            DtypeError: If a tensor is not floating, or its dtype changed.
+            NonFiniteError: If a token holds NaN or infinity.  Prompts are checked on arrival, generated tokens
+                when they are encoded (a check at each step would wait for the accelerator).
+            UnsupportedError: If gradients are to flow to tokens that the layer holds already.
+        """
         state = self.state
         if not self.is_initialized:
             check_kind(self.layer_idx, key_states, value_states)
@@ -250,14 +254,13 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def encode_early(self, fresh: int) -> None:
         """Do the same in the middle of a forward, which has brought so many tokens and may fail yet."""
-        before = before_update(self.state, fresh) if 0 < fresh < self.state.seen else None
+        self.undo = before_update(self.state, fresh) if 0 < fresh < self.state.seen else None
         self.encode()
-        self.before = before
 
     @property
-    def held_back(self) -> list[object]:
+    def held_to_undo(self) -> list[object]:
         """What holds the tensors that an error in this forward would bring back, and that the layer has no more."""
-        return [] if self.before is None else [self.before[name] for name in ("tail", "pads", "observed")]
+        return [] if self.undo is None else [self.undo[name] for name in ("tail", "pads", "observed")]
 
     @contextmanager
     def _all_or_nothing(self) -> Iterator[None]:
@@ -322,6 +325,7 @@ class NexusQuantLayer(CacheLayerMixin):
     def take_off(self, count: int) -> None:
         """Begin a crop: remove the newest ``count`` tokens."""
         self.residency.arrive()
+        self.undo = None
         if count:
             with self._all_or_nothing():
                 remove(self.state, min(count, self.state.seen))
@@ -353,11 +357,13 @@ class NexusQuantLayer(CacheLayerMixin):
 
     def _map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         self.residency.arrive()
+        self.undo = None
         with self._all_or_nothing():
             self.state.map_rows(function)
 
     def offload(self) -> None:
         """Move everything stored to host memory; the next update, or whatever else needs it, brings it back."""
+        self.undo = None
         self.residency.offload()
 
     def prefetch(self) -> None:

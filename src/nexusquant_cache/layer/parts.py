@@ -224,11 +224,11 @@ class CompressedPart(Part):
                 layer.activate_past_recording()
         elif count > 0:
             layer.residency.arrive()
-            if layer.before is None:
+            if layer.undo is None:
                 take_back_update(state, count)
             else:
-                bring_back(state, layer.before)
-                layer.before = None
+                bring_back(state, layer.undo)
+                layer.undo = None
 
     def observe_reconstruction(self, attention: Float[Tensor, "b h n"]) -> None:
         """Keep, while the prompt waits, the greatest attention that was paid to each token in a second reading.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nexusquant_cache.codec.held import HeldTokens, Side
 
-_HIDES = -5e3
+_HIDES = -5e3  # from here on, a number in a mask or in logits hides a token
 See: TypeAlias = Callable[[int, Tensor, float | None, Tensor | None], None]
 """Sees how many tokens are new, queries, their scale, and which of the new tokens are padding."""
 
@@ -25,7 +25,7 @@ class Source:
     """
 
     def __init__(
-        self, held: HeldTokens, fresh: int, see: See | None = None, say_read: Callable[[], None] | None = None
+        self, held: HeldTokens, fresh: int, see: See | None = None, note_read: Callable[[], None] | None = None
     ) -> None:
         """Come from an update.
 
@@ -33,7 +33,7 @@ class Source:
             held: What the layer holds.
             fresh: Tokens that the update has brought.
             see: Is shown the attention to them, once.
-            say_read: Called if something else looks at the states.
+            note_read: Called, once, if something else looks at the states.
         """
         self.held, self.fresh = held, fresh
         (batch, heads, _, key_dim), value_dim = held.tail[0].shape, held.tail[1].shape[3]
@@ -41,7 +41,7 @@ class Source:
             "keys": (batch, heads, held.seen, key_dim),
             "values": (batch, heads, held.seen, value_dim),
         }
-        self._see, self._say_read = see, say_read
+        self._see, self._note_read = see, note_read
         self._noted: tuple[Tensor, float | None, Tensor | None] | None = None
 
     @property
@@ -67,11 +67,11 @@ class Source:
             see, self._see = self._see, None
             see(self.fresh, queries, scaling, pads)
 
-    def read(self) -> None:
-        """Say that something else than attention looks at the states: its tokens have to stay."""
-        if self.fresh > 1 and self._say_read is not None:
-            say, self._say_read, self._see = self._say_read, None, None
-            say()
+    def note_read(self) -> None:
+        """Tell the layer that something else than attention looks at its states: their tokens have to stay."""
+        if self.fresh > 1 and self._note_read is not None:
+            note, self._note_read, self._see = self._note_read, None, None
+            note()
 
     @cached_property
     def evicted(self) -> Bool[Tensor, "b heads 1 seen"] | None:
@@ -112,8 +112,8 @@ def pads_in(mask: Shaped[Tensor, "#b #q #m n"] | None, fresh: int) -> Bool[Tenso
 def hidden_in(visible: Bool[Tensor, "#b #q #m fresh"]) -> Bool[Tensor, "#b fresh"]:
     """Return which of the new tokens are hidden from all queries of text.
 
-    A query that sees the newest token before its time is one of padding, which is free to see anything, or has a later
-    one in its place that sees as much: only the last query is asked though it sees the newest token.
+    Queries of padding are free to see anything.  They are known by seeing the newest token, which in text only the last
+    query does, and are not asked.  Where a mask lets text look ahead, the last query sees as much as they do.
     """
     is_asked = ~visible[..., -1:]
     is_asked[..., -1, :] = True

@@ -194,7 +194,7 @@ def _compute(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if name != "__get__" and any(isinstance(x, Tensor) for x in tree_leaves(result)):  # attributes tell no numbers
         for x in tree_leaves((args, kwargs)):
             if isinstance(x, States):
-                x.source.read()
+                x.source.note_read()
     return result
 
 
