@@ -694,6 +694,9 @@ RECORD = ("activate_past_recording",)
         ({"prompt": 30, "forward": unseen(1), **TWO_LAYERS}, [ONE, ("crop", 20), ("update", 20), ONE]),
         # ... until a prompt comes of which all was seen; a step that was not is enough.
         ({"prompt": 30}, [("update", 1, unseen(0)), ("update", 20), ONE, ("update", 20), ONE]),
+        # What is taken back, and was not seen, leaves no trace.
+        ({"prompt": 30}, [("update", 2, unseen(0)), ("crop", 2), ONE]),
+        ({"prompt": 30}, [RECORD, ("update", 2, unseen(0)), ("crop", 2), ONE]),
         # Nothing is said where nothing would have been evicted.
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),
         # The last layer waits for its compression when recording begins.

@@ -49,7 +49,7 @@ def remove(state: LayerState, count: int) -> None:
     else:
         _remove_packed(state, end)
     state.seen = end
-    state.shown = (min(state.shown[0], end), min(state.shown[1], end))
+    state.note_shown_until(end)
 
 
 def take_back_update(state: LayerState, count: int) -> None:

@@ -192,7 +192,7 @@ class NexusQuantLayer(CacheLayerMixin):
     def source(self, fresh: int) -> Source:
         """Return what the states of an update that has brought so many tokens have in common."""
         here = self.state, self.state.seen
-        return Source(held(self.state), fresh, partial(self._see, *here), partial(self._note_read, *here))
+        return Source(held(self.state), fresh, partial(self._see, *here), partial(self._note_read, *here, fresh))
 
     def _see(  # noqa: PLR0913, PLR0917 - the first two are known at the update
         self, state: LayerState, seen: int, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None
@@ -214,10 +214,10 @@ class NexusQuantLayer(CacheLayerMixin):
             state.observed.append_far(scaled(queries.detach(), scaling), keys, real)
         state.note_shown(fresh)  # when all is there
 
-    def _note_read(self, state: LayerState, seen: int) -> None:
+    def _note_read(self, state: LayerState, seen: int, fresh: int) -> None:
         """Take note that something else than attention looks at an update's tokens, which count as not seen then."""
         if self._is_at(state, seen):
-            state.shown = (0, 0)
+            state.note_shown_until(seen - fresh)
 
     def _is_at(self, state: LayerState, seen: int) -> bool:
         return state is self.state and state.seen == seen

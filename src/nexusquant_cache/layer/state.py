@@ -441,6 +441,10 @@ class LayerState:
         start = self.shown[0] if self.shown[1] == before else before
         self.shown = (start, self.seen)
 
+    def note_shown_until(self, end: int) -> None:
+        """Let attention to no token from position ``end`` on count as shown."""
+        self.shown = (min(self.shown[0], end), min(self.shown[1], end))
+
     def note_pads(self, fresh: Bool[Tensor, "#b fresh"]) -> None:
         """Take note of which of the newest tokens are padding."""
         if self.pads is None:
