@@ -448,7 +448,10 @@ class CacheMachine(RuleBasedStateMachine):
     @rule(tokens=st.sampled_from([1, 1, 2, 20]), forward=forwards, data=st.data())
     def failing_forward(self, tokens: int, forward: dict[str, Any], data: st.DataObject) -> None:
         """A layer refuses its tokens; those before it give theirs back, and what they have compressed stays."""
-        failing, seen = data.draw(st.integers(0, self.model["layers"] - 1)), self.seen
+        self.fail_at(data.draw(st.integers(0, self.model["layers"] - 1)), tokens, forward)
+
+    def fail_at(self, failing: int, tokens: int = 1, forward: dict[str, Any] = PLAIN) -> None:
+        seen = self.seen
         self.update(tokens, forward, layers=failing)
         keys, values = (self.states(failing, side, tokens) for side in (0, 1))
         with pytest.raises(ShapeError):
@@ -697,6 +700,8 @@ RECORD = ("activate_past_recording",)
         # What is taken back, and was not seen, leaves no trace.
         ({"prompt": 30}, [("update", 2, unseen(0)), ("crop", 2), ONE]),
         ({"prompt": 30}, [RECORD, ("update", 2, unseen(0)), ("crop", 2), ONE]),
+        (TWO_LAYERS | {"prompt": 20, "forward": unseen(0)}, [("fail_at", 1)]),
+        (TWO_LAYERS | {"prompt": 20}, [("update", 5, unseen(0)), ("fail_at", 1), ("crop", 5)]),
         # Nothing is said where nothing would have been evicted.
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),
         # The last layer waits for its compression when recording begins.

@@ -56,6 +56,7 @@ def take_back_update(state: LayerState, count: int) -> None:
     """Undo the last update, which has brought so many tokens, all of them still exact."""
     remove(state, count)
     state.turn.take_back_update()
+    state.shown = state.shown_before
 
 
 def before_update(state: LayerState, count: int) -> dict[str, Any]:

@@ -160,6 +160,7 @@ class NexusQuantLayer(CacheLayerMixin):
         try:
             state.observed.start_update()
             state.turn.note_update(state.seen, query_length, is_first=state.body is None)
+            state.shown_before = state.shown
             given = (key_states, value_states) if state.seen == 0 else None
             if given is not None:
                 state.is_detached = needs_gradients(*given)

@@ -341,6 +341,7 @@ class LayerState:
         policy: Which tokens to keep.
         device: Where attention needs everything.
         shown: From which token to which the attention to new tokens has been shown, without a gap.
+        shown_before: The same before the last update.
         is_detached: Whether gradients would have flowed to the first tokens, had they not been stored without.
     """
 
@@ -361,6 +362,7 @@ class LayerState:
     policy: EvictionPolicy | None = None
     device: torch.device | None = None
     shown: tuple[int, int] = (0, 0)
+    shown_before: tuple[int, int] = (0, 0)
     is_detached: bool = False
 
     @property
