@@ -676,7 +676,8 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (min(self.seen_attention[0], stop), min(self.seen_attention[1], stop))
         if stop < self.known[1]:
             undone = self.known_before[1] == stop
-            self.far = self.far_before if undone else self.far
+            far = self.far_before if undone else self.far
+            self.far = {key: attention for key, attention in far.items() if key[2] < stop}
             self.known = self.known_before if undone else (min(self.known[0], stop), stop)
             self.known_before = self.known
         if self.pending_from is not None and stop <= self.pending_from:

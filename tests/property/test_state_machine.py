@@ -706,6 +706,8 @@ RECORD = ("activate_past_recording",)
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),
         # The last layer waits for its compression when recording begins.
         ({"prompt": 30, **TWO_LAYERS, **DURING}, [RECORD, ONE]),
+        # What was taken back does not count for the tokens that come in its place.
+        (BY_FAR, [("crop", 20), ("update", 10), ("update", 10), ONE]),
         # It looks back from the step whose crop compresses it, too.
         (BY_FAR, [RECORD, ONE, ("crop", 0), ONE]),
         # What is too short to be coded waits with the next prompt, in rows whose first tokens are there or not.
