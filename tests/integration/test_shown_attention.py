@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from integration.tiny import SMALL, TINY, LosslessCache, balanced, generate, kept_mask, logits, prompt, tiny_llama
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -44,6 +45,7 @@ from nexusquant_cache import (
     compressed_generation,
 )
 from nexusquant_cache.attention import record_queries
+from nexusquant_cache.layer import observations
 from nexusquant_cache.releases import CACHE
 
 PROMPT = 256
@@ -287,6 +289,42 @@ def test_grouped_heads_in_the_place_of_queries_are_not_seen() -> None:
     mask = torch.ones(80, 80, dtype=torch.bool).tril().repeat(2, 1)[None, None]
     F.scaled_dot_product_attention(torch.randn(1, 2, 160, 16), keys, values, attn_mask=mask)
     assert not cache.layers[0].state.is_shown
+
+
+@pytest.mark.parametrize("scale", [None, 0.7])
+@pytest.mark.parametrize("form", ["grouped", "repeated"])
+def test_sums_of_a_prompt_are_those_of_its_attention(
+    scale: float | None, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first forward gives torch's own numbers, and what far attention is found from costs no second softmax."""
+    given = []
+    found_by = observations.greatest_attention
+    monkeypatch.setattr(
+        observations, "greatest_attention", lambda *args, **how: given.append((args, how)) or found_by(*args, **how)
+    )
+    exact, queries = states(300), torch.randn(1, 4, 300, 16)
+    group = 4 // exact[0].shape[1]
+    cache = NexusQuantCache("balanced", **SMALL)
+    returned = cache.update(*exact, 0)
+    if form == "repeated":
+        returned, exact = ([x.repeat_interleave(group, 1) for x in each] for each in (returned, exact))
+    how: dict[str, Any] = {"is_causal": True, "scale": scale, "enable_gqa": form == "grouped"}
+    out = F.scaled_dot_product_attention(queries, *returned, **how)
+    assert torch.equal(out, F.scaled_dot_product_attention(queries, *exact, **how))
+    ((args, kwargs),) = given
+    assert kwargs["log_sums"] is not None
+    without = found_by(*args, least_distance=kwargs["least_distance"])
+    torch.testing.assert_close(found_by(*args, **kwargs), without)
+
+
+@pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
+def test_the_way_that_torch_was_told_to_go_is_gone(backend: SDPBackend) -> None:
+    exact, queries = states(80), torch.randn(1, 4, 80, 16)
+    how: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+    with sdpa_kernel(backend):
+        expected = F.scaled_dot_product_attention(queries, *exact, **how)
+        returned = NexusQuantCache("balanced", **SMALL).update(*exact, 0)
+        assert torch.equal(F.scaled_dot_product_attention(queries, *returned, **how), expected)
 
 
 def test_small_things_that_torch_allows() -> None:

@@ -235,8 +235,8 @@ class TestSource:
         out = F.scaled_dot_product_attention(queries, *states, attn_mask=mask, scale=0.3, enable_gqa=True)
         plain = [x.as_subclass(Tensor).expand(-1, 3, -1, -1) for x in states]
         assert torch.equal(out, F.scaled_dot_product_attention(queries, *plain, attn_mask=mask, scale=0.3))
-        fresh, shown, scaling, pads = seen.pop()
-        assert (fresh, scaling) == (4, 0.3)
+        fresh, shown, scaling, pads, sums = seen.pop()
+        assert (fresh, scaling, sums) == (4, 0.3, None)
         assert torch.equal(shown, queries)
         assert pads.tolist() == [[False] * 4, [True, True, False, False]]
 
@@ -250,8 +250,8 @@ class TestSource:
         assert not seen
         out = weights @ values
         assert type(out) is Tensor
-        fresh, shown, scaling, pads = seen.pop()
-        assert (fresh, scaling) == (4, 0.3)
+        fresh, shown, scaling, pads, sums = seen.pop()
+        assert (fresh, scaling, sums) == (4, 0.3, None)
         assert torch.equal(shown, queries)
         assert pads.tolist() == [[False] * 4, [True, True, False, False]]
 
@@ -423,6 +423,25 @@ def test_greatest_attention_by_hand(block: int, distance: int, monkeypatch: pyte
                     continue
                 expected[row, head // 2, at] = max(expected[row, head // 2, at], weight)
     torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("distance", [0, 1, 64, 200])
+@pytest.mark.parametrize("block", [1, 4096, 1 << 25])
+@pytest.mark.parametrize("count", [150, 37])
+def test_greatest_attention_from_known_sums(
+    block: int, distance: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it is known what a softmax divides by, the same comes out, whatever the blocks."""
+    monkeypatch.setattr("nexusquant_cache.layer.observations._BLOCK", block)
+    queries, keys = 3 * torch.randn(2, 6, count, 8), torch.randn(2, 3, 150, 8)
+    real = torch.ones(2, 150, dtype=torch.bool)
+    logits = queries @ keys.repeat_interleave(2, 1).mT / 8**0.5
+    future = torch.ones(count, 150, dtype=torch.bool).triu(151 - count)
+    sums = logits.masked_fill(future, -torch.inf).logsumexp(-1)
+    expected = greatest_attention(queries, keys, real, least_distance=distance)
+    found = greatest_attention(queries, keys, real, least_distance=distance, log_sums=sums)
+    torch.testing.assert_close(found, expected)
+    assert bool((found == 0).any()) == (distance > 0)
 
 
 def test_rows_of_padding_alone_are_nothing() -> None:

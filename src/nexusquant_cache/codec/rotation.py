@@ -106,8 +106,13 @@ class PrincipalRotation(Rotation):
         """
         peak = vectors.abs().amax((-1, -2), keepdim=True)
         peak = torch.where(peak > 0, peak, 1.0)
-        x = _double(vectors) / peak
-        variances, axes = torch.linalg.eigh(x.mT @ x / max(x.shape[2], 1))
+        x = _double(vectors)
+        if x.dtype == torch.float64:  # which no square of a float32 number leaves
+            covariance = x.mT @ x / peak.double().square()
+        else:
+            x = x / peak
+            covariance = x.mT @ x
+        variances, axes = torch.linalg.eigh(covariance / max(x.shape[2], 1))
         variances, axes = variances.flip(-1).clamp_min(0), axes.flip(-1)
         # The sign of an axis is free: fixed, it cannot depend on the library that found it.
         largest = axes.gather(-2, axes.abs().argmax(-2, keepdim=True))
@@ -134,13 +139,17 @@ class PrincipalRotation(Rotation):
         by_block: Tensor = relative.square().unflatten(-1, (-1, BLOCK)).mean(-1)
         return by_block
 
+    def units(self) -> tuple[Float[Tensor, "b h d d"], Float[Tensor, "b h d 1"]]:
+        """Return the axes with length 1, and their lengths; in float64, see `fit`."""
+        basis = _double(self.basis)
+        norms = basis.norm(dim=-1, keepdim=True).clamp_min(_TINY)
+        return basis / norms, norms * self.step
+
     def rotate(self, x: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h n d"]:
         """Return each vector's product with every axis over its squared length; rounded from float64, see `fit`."""
-        basis = _double(self.basis)
         # Lengths come in twice: once with the vector, which may be huge, so that no square is formed of it.
-        unit = basis / basis.norm(dim=-1, keepdim=True).clamp_min(_TINY)
-        lengths = basis.norm(dim=-1, keepdim=True).clamp_min(_TINY) * self.step
-        channels: Tensor = (_double(x) @ unit.mT) / lengths.mT
+        units, lengths = self.units()
+        channels: Tensor = (_double(x) @ units.mT) / lengths.mT
         return channels.float()
 
     def unrotate(self, y: Float[Tensor, "b h n d"], first_stride: int = 1) -> Float[Tensor, "b h n d"]:

@@ -196,7 +196,14 @@ class NexusQuantLayer(CacheLayerMixin):
         return Source(held(self.state), fresh, partial(self._see, *here), partial(self._note_read, *here, fresh))
 
     def _see(  # noqa: PLR0913, PLR0917 - the first two are known at the update
-        self, state: LayerState, seen: int, fresh: int, queries: Tensor, scaling: float | None, pads: Tensor | None
+        self,
+        state: LayerState,
+        seen: int,
+        fresh: int,
+        queries: Tensor,
+        scaling: float | None,
+        pads: Tensor | None,
+        log_sums: Tensor | None,
     ) -> None:
         """See the attention to an update's tokens, and which of them are padding, if it does not come too late."""
         if not self._is_at(state, seen) or len(queries) != len(state.exact[0]):
@@ -212,7 +219,7 @@ class NexusQuantLayer(CacheLayerMixin):
             real = keys.new_ones(keys.shape[0], count, dtype=torch.bool)
             if state.pads is not None:
                 real = ~state.pads[:, state.pads.shape[1] - count :]
-            state.observed.append_far(scaled(queries.detach(), scaling), keys, real)
+            state.observed.append_far(scaled(queries.detach(), scaling), keys, real, log_sums)
         state.note_shown(fresh)  # when all is there
 
     def _note_read(self, state: LayerState, seen: int, fresh: int) -> None:

@@ -14,6 +14,7 @@ QUERY_WINDOW = 64
 FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
 _BLOCK = 1 << 19  # logits computed at once, over all heads: 2 MiB in float32
+_ROWS = 64  # queries of each head among them, where it is free
 
 
 @dataclass
@@ -52,7 +53,11 @@ class Observations:
         self.queries, self.end = own(queries[:, :, -QUERY_WINDOW:]), seen
 
     def append_far(
-        self, queries: Float[Tensor, "b q new d"], keys: Float[Tensor, "b h n d"], real: Bool[Tensor, "b n"]
+        self,
+        queries: Float[Tensor, "b q new d"],
+        keys: Float[Tensor, "b h n d"],
+        real: Bool[Tensor, "b n"],
+        log_sums: Float[Tensor, "b q new"] | None = None,
     ) -> None:
         """Look at the attention that the queries of the newest tokens pay to the prompt.
 
@@ -60,9 +65,10 @@ class Observations:
             queries: Scaled as `ScoreInputs.queries`.
             keys: Of all its tokens.
             real: Which of them are not padding.
+            log_sums: See `greatest_attention`.
         """
         self._save()
-        found = greatest_attention(queries, keys, real, least_distance=FAR)
+        found = greatest_attention(queries, keys, real, least_distance=FAR, log_sums=log_sums)
         if self.far is not None:
             torch.maximum(found[..., : self.far.shape[2]], self.far, out=found[..., : self.far.shape[2]])
         self.far = found
@@ -119,6 +125,7 @@ def greatest_attention(
     real: Bool[Tensor, "b n"],
     *,
     least_distance: int = 0,
+    log_sums: Float[Tensor, "b q m"] | None = None,
 ) -> Float[Tensor, "b h n"]:
     """Return the greatest attention weight that a token gets from any query, over the query heads of its KV head.
 
@@ -130,15 +137,33 @@ def greatest_attention(
         real: Which tokens are not padding; others neither attend nor are attended to.
         least_distance: Attention of a query to a token counts that is so many tokens before it.  All of it is in the
             softmax.
+        log_sums: The logarithm of the sum that each query's softmax divides by, where it is known already, which saves
+            half of the time.
     """
-    batch, heads, tokens, head_dim = keys.shape
-    count, real = queries.shape[2], real.to(keys.device)
+    heads, head_dim = keys.shape[1], keys.shape[3]
+    real = real.to(keys.device)
     is_padded = not bool(real.all())
     if keys.device.type == "cpu":  # how products of half precision are rounded there depends on the processor
         queries, keys = queries.float(), keys.float()
     groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
+    if log_sums is None or is_padded:
+        return _by_softmax(groups, keys, real, least_distance, is_padded=is_padded)
+    return _by_sums(groups, keys, log_sums.unflatten(1, (heads, -1)), least_distance)
+
+
+def _by_softmax(
+    groups: Float[Tensor, "b h group m d"],
+    keys: Float[Tensor, "b h n d"],
+    real: Bool[Tensor, "b n"],
+    least_distance: int,
+    *,
+    is_padded: bool,
+) -> Float[Tensor, "b h n"]:
+    """Return what `greatest_attention` does, from the weights of some queries after the other."""
+    batch, heads, tokens = keys.shape[:3]
+    count = groups.shape[3]
     greatest = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
-    step = max(_BLOCK // (batch * queries.shape[1] * tokens), 1)
+    step = max(_BLOCK // (batch * heads * groups.shape[2] * tokens), 1)
     for start in range(tokens - count, tokens, step):
         stop = min(start + step, tokens)
         part = groups[:, :, :, start - tokens + count : stop - tokens + count]
@@ -152,7 +177,49 @@ def greatest_attention(
             weights.masked_fill_(~real[:, None, None, start:stop, None], 0.0)
         # What is far from the first of these queries is far from all, and needs no mask.
         far = max(start - least_distance + 1, 0)
-        distance = torch.arange(start, stop, device=keys.device)[:, None] - torch.arange(far, stop, device=keys.device)
-        weights[..., far:].masked_fill_(distance < least_distance, 0.0)
+        weights[..., far:].masked_fill_(
+            _is_near(range(start, stop), range(far, stop), least_distance, keys.device), 0.0
+        )
         torch.maximum(greatest[..., :stop], weights.amax((2, 3)), out=greatest[..., :stop])
     return greatest
+
+
+def _by_sums(
+    groups: Float[Tensor, "b h group m d"],
+    keys: Float[Tensor, "b h n d"],
+    log_sums: Float[Tensor, "b h group m"],
+    least_distance: int,
+) -> Float[Tensor, "b h n"]:
+    """Return what `greatest_attention` does without padding: where sums are known, the greatest logarithm is enough.
+
+    A sum is one more channel of its query, so that products are logarithms of weights.  Near tokens are left out of
+    them, and blocks are small enough to stay in a core's cache.
+    """
+    batch, heads, group, count = groups.shape[:4]
+    tokens, device = keys.shape[2], keys.device
+    queries = torch.cat([groups.float(), -log_sums.float()[..., None]], -1)
+    keys = F.pad(keys.float(), (0, 1), value=1.0)
+    greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=device)
+    columns = max(_BLOCK // (batch * heads * group * _ROWS), 1)
+    for start in range(tokens - count, tokens, _ROWS):
+        stop = min(start + _ROWS, tokens)
+        part = queries[:, :, :, start - tokens + count : stop - tokens + count].flatten(2, 3)
+        end = max(stop - least_distance, 0)
+        for left in range(0, end, columns):
+            right = min(left + columns, end)
+            logs = part @ keys[:, :, left:right].mT
+            near = max(start - least_distance + 1, left)
+            if near < right:
+                is_near = _is_near(range(start, stop), range(near, right), least_distance, device)
+                logs.unflatten(2, (group, -1))[..., near - left :].masked_fill_(is_near, -torch.inf)
+            place = greatest[:, :, left:right]
+            torch.maximum(place, logs.amax(2), out=place)
+    return greatest.exp_()
+
+
+def _is_near(
+    queries: range, tokens: range, least_distance: int, device: torch.device
+) -> Bool[Tensor, "queries tokens"]:
+    """Return which tokens are less than a distance before which queries, or after them."""
+    query, token = (torch.arange(each.start, each.stop, device=device) for each in (queries, tokens))
+    return query[:, None] - token < least_distance

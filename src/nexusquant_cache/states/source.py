@@ -11,8 +11,8 @@ from torch import Tensor
 from nexusquant_cache.codec.held import HeldTokens, Side
 
 _HIDES = -5e3  # from here on, a number in a mask or in logits hides a token
-See: TypeAlias = Callable[[int, Tensor, float | None, Tensor | None], None]
-"""Sees how many tokens are new, queries, their scale, and which of the new tokens are padding."""
+See: TypeAlias = Callable[[int, Tensor, float | None, Tensor | None, Tensor | None], None]
+"""Sees how many tokens are new, queries, their scale, which of the new tokens are padding, and sums."""
 
 
 class Source:
@@ -50,7 +50,11 @@ class Source:
         return self.held.keys is not None
 
     def show(
-        self, queries: Float[Tensor, "b q m d"], scaling: float | None, pads: Bool[Tensor, "#b fresh"] | None
+        self,
+        queries: Float[Tensor, "b q m d"],
+        scaling: float | None,
+        pads: Bool[Tensor, "#b fresh"] | None,
+        log_sums: Float[Tensor, "b q m"] | None = None,
     ) -> None:
         """Let the layer see the attention to what it has returned.
 
@@ -61,11 +65,12 @@ class Source:
             queries: Queries of the new tokens, or of the last of them, with their rotary phase.
             scaling: What attention multiplies logits with; by default ``head_dim ** -0.5``.
             pads: Which of the new tokens no query attends to; None if all are attended to.
+            log_sums: The logarithm of the sum that each query's softmax divides by; None if it is not known.
         """
         # More queries than tokens are no queries of these tokens.
         if self._see is not None and 0 < queries.shape[2] <= self.fresh:
             see, self._see = self._see, None
-            see(self.fresh, queries, scaling, pads)
+            see(self.fresh, queries, scaling, pads, log_sums)
 
     def note_read(self) -> None:
         """Tell the layer that something else than attention looks at its states: their tokens have to stay."""

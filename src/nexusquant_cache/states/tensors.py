@@ -12,6 +12,7 @@ from nexusquant_cache.codec.held import Side
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.states import answer
+from nexusquant_cache.states.exact import ExactAttention
 from nexusquant_cache.states.form import Form
 from nexusquant_cache.states.logits import Logits
 from nexusquant_cache.states.metadata import METADATA, writes
@@ -255,8 +256,6 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     source = source_of(key, value)
     if source is None or key.form != value.form or key.form.is_split or key.form.is_transposed:  # type: ignore[attr-defined]
         return None
-    if is_causal and attn_mask is not None:  # which torch refuses
-        return None
     heads, rows = source.held.tail[0].shape[1], query.shape[2]
     if isinstance(query, States) or query.ndim != _AXES or query.shape[1] % heads:
         return None
@@ -266,17 +265,19 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     mask = attn_mask
     if mask is not None and mask.ndim < _AXES:
         mask = mask[(None,) * (_AXES - mask.ndim)]
-    if mask is not None and mask.shape[3] != source.held.seen:
+    if mask is not None and (is_causal or mask.shape[3] != source.held.seen):  # torch refuses a mask besides
         return None
     if is_regrouped and mask is not None and mask.shape[2] > 1:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]
+    found = log_sums = None
+    if not source.is_packed:
+        exact = ExactAttention(attn_mask, dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa)
+        found, log_sums = exact.attend(function, query, *plain((key, value)))
     # Without a mask, and causal, queries are those of the first tokens.
     is_first = is_causal and rows < source.held.seen
     if not is_first and are_last(None if mask is None else mask[..., -1], queries.shape[2], source.fresh):
-        source.show(queries, scale, pads_in(mask, source.fresh))
-    if not source.is_packed:
-        exact = (query, key.plain(), value.plain(), attn_mask, dropout_p, is_causal)  # type: ignore[attr-defined]
-        found: Tensor = function(*exact, scale=scale, enable_gqa=enable_gqa)
+        source.show(queries, scale, pads_in(mask, source.fresh), log_sums)
+    if found is not None:
         return found
     answer.check_dropout(dropout_p)
     answer.check_gradients(query, mask)
@@ -284,7 +285,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         mask = torch.ones(rows, source.held.seen, dtype=torch.bool, device=query.device).tril()[None, None]
     softmax = Softmax(query.shape[-1] ** -0.5 if scale is None else scale)
     out = answer.attend(queries, source.held, mask, softmax)
-    return out.view(len(out), heads, rows, -1) if is_regrouped else out
+    return out.view(*query.shape[:3], out.shape[3])
 
 
 def source_of(key: object, value: object) -> Source | None:

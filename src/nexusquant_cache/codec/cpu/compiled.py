@@ -49,6 +49,11 @@ def exact_part(function: Function) -> Function:
     return cast("Function", njit(nogil=True, error_model="numpy")(function))
 
 
+def inlined(function: Function) -> Function:
+    """Compile a function for one number, as `exact_part`, that becomes a piece of the loop that calls it."""
+    return cast("Function", njit(nogil=True, error_model="numpy", forceinline=True)(function))
+
+
 @contextmanager
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""

@@ -1,7 +1,6 @@
 """Encoding by compiled functions: what `codec.torch.encode` returns."""
 
 from functools import lru_cache
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,15 +9,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
-from nexusquant_cache.codec.blocks import cells_of
 from nexusquant_cache.codec.cpu import kernels_encode
 from nexusquant_cache.codec.cpu.support import side_of
 from nexusquant_cache.codec.cpu.workers import share, workers_for
-from nexusquant_cache.codec.layout import MAX_BITS, CodeLayout
+from nexusquant_cache.codec.layout import BLOCK, MAX_BITS, CodeLayout, block_code
+from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.scale import encode_scales
 from nexusquant_cache.codec.transform import VectorTransform
 
-_WEIGHT = 8  # a chunk takes as long to encode as so many to read
+_WEIGHT = 4  # a chunk takes as long to encode as so many to read
 
 
 def encode(
@@ -28,16 +27,15 @@ def encode(
     candidates: tuple[float, ...],
 ) -> PackedVectors:
     """Return finite vectors, encoded; arguments as in plain torch."""
-    y = transform.forward(vectors)
-    shape = y.shape[:3]
+    shape = vectors.shape[:3]
     words = torch.empty(*shape, layouts[0].bytes_per_vector, dtype=torch.uint8, device="cpu")
     scales = torch.empty(shape, dtype=torch.float32, device="cpu")
     given = (
-        y.flatten(0, 1).numpy(),
+        *_rotated(vectors, transform),
         _weights(transform, layouts),
         _blocks(transform, layouts),
         np.array(candidates, np.float32),
-        *_tables(),
+        _shifts(),
     )
     out = (words.flatten(0, 1).numpy(), scales.flatten(0, 1).numpy())
     share(
@@ -45,6 +43,20 @@ def encode(
         workers_for(shape.numel() // kernels_encode.CHUNK * _WEIGHT),
     )
     return PackedVectors(words, encode_scales(scales, transform.reference))
+
+
+def _rotated(
+    vectors: Float[Tensor, "b h n d"], transform: VectorTransform
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
+    """Return vectors, and with what they are still to be rotated: a mean, axes, and the inverse of their lengths."""
+    if type(transform.rotation) is not PrincipalRotation:
+        rotated = transform.forward(vectors).flatten(0, 1).numpy()
+        return rotated, np.zeros((0, 0), np.float32), np.zeros((0, 0, 0)), np.zeros((0, 0))
+    units, lengths = transform.rotation.units()
+    mean = torch.zeros_like(vectors[:, :, :1]) if transform.mean is None else transform.mean
+    rest = (mean[:, :, 0].float(), units, lengths[..., 0].reciprocal())
+    first, second, third = (x.flatten(0, 1).contiguous().numpy() for x in rest)
+    return vectors.float().flatten(0, 1).numpy(), first, second, third
 
 
 def _blocks(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> NDArray[np.int32]:
@@ -61,33 +73,10 @@ def _weights(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> NDA
     return (weights * (bits > 0)).astype(np.float32)
 
 
-class _Tables(NamedTuple):
-    """The cells of each rate, see `kernels_encode.encode`; behind those of a rate there are zeros."""
-
-    thresholds: NDArray[np.float32]
-    values: NDArray[np.float32]
-    odd: NDArray[np.uint8]
-    code_bits: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-
 @lru_cache(maxsize=1)
-def _tables() -> _Tables:
-    rates = range(1, MAX_BITS + 1)
-    cells = {bits: cells_of(bits, torch.device("cpu")) for bits in rates}
-    most = max(len(x.thresholds) for x in cells.values())
-    tables = _Tables(
-        np.zeros((MAX_BITS + 1, most), np.float32),
-        np.zeros((MAX_BITS + 1, 4 * (most + 1)), np.float32),
-        np.zeros((MAX_BITS + 1, most + 1), np.uint8),
-        np.zeros((MAX_BITS + 1, 8, 4 * (most + 1)), np.int64),
-        np.zeros(MAX_BITS + 1, np.int64),
-    )
-    for bits, cell in cells.items():
-        count = len(cell.thresholds)
-        tables.thresholds[bits, :count] = cell.thresholds
-        tables.values[bits, : 4 * (count + 1)] = cell.values.flatten()
-        tables.odd[bits, : count + 1] = cell.odd
-        tables.code_bits[bits, :, : 4 * (count + 1)] = cell.codes
-        tables.counts[bits] = count
-    return tables
+def _shifts() -> NDArray[np.uint32]:
+    """Return, by rate and channel, the place of each bit of its field in the code of a block."""
+    shifts = np.zeros((MAX_BITS + 1, BLOCK, MAX_BITS), np.uint32)
+    for bits in range(1, MAX_BITS + 1):
+        shifts[bits, :, :bits] = block_code(bits).field_shifts
+    return shifts
