@@ -142,24 +142,17 @@ def _sum_channels(x, i):
 def _ladder(values, thresholds):
     """Return a function of a number: the last of these values whose threshold is below it, or the first value.
 
-    Each step is a function around the one before, so that it compiles to comparisons with constants.
+    Both are constants to the compiler, which unrolls the loop: comparisons are left, and no branch.
     """
-    lowest = np.float32(values[0])
+    steps, lowest = len(thresholds), np.float32(values[0])
+    values, thresholds = np.array(values[1:], np.float32), np.array(thresholds, np.float32)
 
-    @inlined
-    def found(_x):
-        return lowest
-
-    for value, threshold in zip(values[1:], thresholds, strict=True):
-        found = _step(found, np.float32(value), np.float32(threshold))
-    return found
-
-
-def _step(below: Function, value: np.float32, threshold: np.float32) -> Function:
     @inlined
     def found(x):
-        lower = below(x)
-        return value if x > threshold else lower
+        value = lowest
+        for step in range(steps):
+            value = values[step] if x > thresholds[step] else value
+        return value
 
     return found
 
