@@ -265,6 +265,22 @@ def speed_table(content: dict[str, Any]) -> str:
     return markdown(head, table)
 
 
+def reading_table(content: dict[str, Any]) -> str:
+    """Return what a prefill takes through each cache, the first step after it included in the ratios."""
+    head = ("cache", "reading, s", "first step, s", "both, times plain", "in CPU seconds")
+    rows = (
+        (
+            row["cache"],
+            f"{row['read_seconds']:.1f}",
+            f"{row['step_seconds']:.2f}",
+            f"{row['relative_seconds']:.2f}x",
+            f"{row['relative_cpu_seconds']:.2f}x",
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
 def states_table(content: dict[str, Any]) -> str:
     """Return what states add to the calls around an attention, and what those take."""
     head = ("attention", "added, microseconds", "with states", "with plain tensors", "of that, attention")
@@ -768,6 +784,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "fit": (fit_table, "fit"),
     "presets": (presets_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
+    "reading": (reading_table, "reading"),
     "states": (states_table, "states"),
     "instructions": (instructions_table, "instructions"),
     "compatibility": (compatibility_table, "compatibility"),

@@ -673,7 +673,8 @@ class OracleLayer(CacheLayerMixin):
                 row.transforms, row.sinks = [], []
                 assert row.alive.all(), "sinks are never evicted"
         self.tail_from = min(self.tail_from, stop)
-        self.seen_attention = (min(self.seen_attention[0], stop), min(self.seen_attention[1], stop))
+        seen = self.seen_attention[0], min(self.seen_attention[1], stop)
+        self.seen_attention = seen if seen[0] < seen[1] else (0, 0)
         if stop < self.known[1]:
             undone = self.known_before[1] == stop
             far = self.far_before if undone else self.far

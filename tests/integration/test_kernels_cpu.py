@@ -54,12 +54,15 @@ UNEVEN = CodeLayout(64, (4, 3, 0, 1, 2, 0, 1, 2))
         (E8Codec(CodeLayout.flat(80, 4), candidates=(0.8, 1.0, 1.2)), torch.float32),
         (E8Codec(UNEVEN, center=True), torch.float32),
         (E8Codec(CodeLayout.flat(256, 0.5), transform="principal"), torch.float32),
+        (E8Codec(CodeLayout.flat(80, 1.5), transform="principal"), torch.float32),
+        (E8Codec(CodeLayout.flat(24, 2), center=True, transform="principal"), torch.float16),
+        (E8Codec(CodeLayout.flat(8, 3), transform="principal"), torch.float32),
     ],
     ids=lambda x: f"{x.layout.head_dim}-{x.layout.bits_per_channel:g}" if isinstance(x, E8Codec) else None,
 )
 def test_codes_and_vectors_of_plain_torch(codec: E8Codec, dtype: torch.dtype) -> None:
     """The words are the same but for rounded ties, and in rows whose number is none of chunks."""
-    vectors = correlated(1, 4, 301, codec.layout.head_dim).to(dtype)
+    vectors = correlated(2, 4, 301, codec.layout.head_dim).to(dtype)
     transform = codec.fit(vectors)
     vectors = vectors[:, :, :141]
     expected = plain_encode.encode(vectors, transform, codec.layouts, codec.candidates)
@@ -86,8 +89,8 @@ def test_vectors_of_any_size() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1])
-def test_few_vectors(tokens: int) -> None:
-    codec = codec_of(64, 2.5)
+@pytest.mark.parametrize("codec", [codec_of(64, 2.5), E8Codec(CodeLayout.flat(64, 2.5), transform="principal")])
+def test_few_vectors(tokens: int, codec: E8Codec) -> None:
     vectors = correlated(1, 2, 300, 64)
     transform = codec.fit(vectors)
     found = encode.encode(vectors[:, :, :tokens], transform, codec.layouts, codec.candidates)

@@ -319,12 +319,21 @@ def test_sums_of_a_prompt_are_those_of_its_attention(
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 def test_the_way_that_torch_was_told_to_go_is_gone(backend: SDPBackend) -> None:
-    exact, queries = states(80), torch.randn(1, 4, 80, 16)
-    how: dict[str, Any] = {"is_causal": True, "enable_gqa": True}
+    exact = states(80)
+    queries = torch.randn(1, exact[0].shape[1], 80, 16)
     with sdpa_kernel(backend):
-        expected = F.scaled_dot_product_attention(queries, *exact, **how)
+        expected = F.scaled_dot_product_attention(queries, *exact, is_causal=True)
         returned = NexusQuantCache("balanced", **SMALL).update(*exact, 0)
-        assert torch.equal(F.scaled_dot_product_attention(queries, *returned, **how), expected)
+        assert torch.equal(F.scaled_dot_product_attention(queries, *returned, is_causal=True), expected)
+
+
+def test_queries_of_one_row_attend_to_a_batch() -> None:
+    keys, values = (x.repeat(2, 1, 1, 1) for x in states(80))
+    cache = NexusQuantCache("quant", **SMALL)
+    cache.update(keys, values, 0)
+    cache.compress()
+    returned = cache.update(keys[:, :, :1], values[:, :, :1], 0)
+    assert F.scaled_dot_product_attention(torch.randn(1, 4, 1, 16), *returned, enable_gqa=True).shape[0] == 2
 
 
 def test_small_things_that_torch_allows() -> None:

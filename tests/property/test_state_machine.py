@@ -701,6 +701,7 @@ RECORD = ("activate_past_recording",)
         ({"prompt": 30}, [("update", 2, unseen(0)), ("crop", 2), ONE]),
         ({"prompt": 30}, [RECORD, ("update", 2, unseen(0)), ("crop", 2), ONE]),
         (TWO_LAYERS | {"prompt": 20, "forward": unseen(0)}, [("fail_at", 1)]),
+        ({"prompt": 30, "forward": unseen(0)}, [("update", 2), ("crop", 2), ONE]),
         (TWO_LAYERS | {"prompt": 20}, [("update", 5, unseen(0)), ("fail_at", 1), ("crop", 5)]),
         # Nothing is said where nothing would have been evicted.
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),

@@ -8,6 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nexusquant_cache.codec.e8 import E8Codec
+from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.codec.scale import STEPS_PER_OCTAVE, decode_scales, encode_scales
 
 HALF_STEP = 0.5 / STEPS_PER_OCTAVE  # octaves
@@ -75,3 +77,14 @@ def test_code_takes_one_byte() -> None:
     codes = encode_scales(torch.rand(2, 3, 7), torch.ones(2, 3, 1))
     assert codes.dtype == torch.uint8
     assert codes.shape == (2, 3, 7)
+
+
+@pytest.mark.parametrize("tokens", [1, 511, 513, 3000])
+def test_reference_is_the_median_of_some_vectors_among_all(tokens: int) -> None:
+    """With axes it is taken from at most 512, evenly spread: of vectors that grow it is the middle one's scale."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.linspace(1, 3, tokens)[:, None]
+    vectors = torch.randn(1, 2, tokens, 16, generator=generator) * sizes
+    transform = E8Codec(CodeLayout.flat(16, 2), transform="principal").fit(vectors)
+    scales = transform.rotation.rotate(vectors).square().mean(-1).sqrt()
+    assert (transform.reference[..., 0] / scales.median(-1).values - 1).abs().max() < 0.05

@@ -21,7 +21,7 @@ TransformRule = Literal["auto", "principal", "hadamard"]
 
 _STEP_BYTES = 4  # of each axis, besides one byte for each of its channels
 _FLOAT16_MAX = 65504.0
-_SAMPLE = 512  # vectors of which the median scale is taken, where it takes a rotation to know a scale
+_SAMPLE = 512  # at most so many vectors, of which the median scale is taken, where it takes a rotation to know a scale
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -129,7 +129,7 @@ class E8Codec(VectorCodec):
         rotation, variances = PrincipalRotation.fit(centred)
         errors = torch.stack([_expected_error(variances, layout) for layout in self.layouts])
         plans = errors.argmin(0).to("cpu", torch.uint8)
-        some = centred[:, :, :: -(-centred.shape[2] // _SAMPLE)] if centred.shape[2] else centred
+        some = centred[:, :, :: -(-centred.shape[2] // _SAMPLE)]
         return VectorTransform(rotation, mean, _reference(rotation.rotate(some)), plans)
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:

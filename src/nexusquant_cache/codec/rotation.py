@@ -107,7 +107,7 @@ class PrincipalRotation(Rotation):
         peak = vectors.abs().amax((-1, -2), keepdim=True)
         peak = torch.where(peak > 0, peak, 1.0)
         x = _double(vectors)
-        if x.dtype == torch.float64:  # which no square of a float32 number leaves
+        if x.dtype == torch.float64:  # squares of float32 numbers neither overflow there nor vanish
             covariance = x.mT @ x / peak.double().square()
         else:
             x = x / peak

@@ -197,8 +197,8 @@ def _by_sums(
     """
     batch, heads, group, count = groups.shape[:4]
     tokens, device = keys.shape[2], keys.device
-    queries = torch.cat([groups.float(), -log_sums.float()[..., None]], -1)
-    keys = F.pad(keys.float(), (0, 1), value=1.0)
+    queries = torch.cat([groups, -log_sums[..., None]], -1)
+    keys = F.pad(keys, (0, 1), value=1.0)
     greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=device)
     columns = max(_BLOCK // (batch * heads * group * _ROWS), 1)
     for start in range(tokens - count, tokens, _ROWS):
@@ -214,7 +214,7 @@ def _by_sums(
                 logs.unflatten(2, (group, -1))[..., near - left :].masked_fill_(is_near, -torch.inf)
             place = greatest[:, :, left:right]
             torch.maximum(place, logs.amax(2), out=place)
-    return greatest.exp_()
+    return greatest.clamp_(max=0.0).exp_()  # a rounding of large logits makes no weight larger than 1
 
 
 def _is_near(

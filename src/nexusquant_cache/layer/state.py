@@ -445,7 +445,8 @@ class LayerState:
 
     def note_shown_until(self, end: int) -> None:
         """Let attention to no token from position ``end`` on count as shown."""
-        self.shown = (min(self.shown[0], end), min(self.shown[1], end))
+        start, stop = self.shown[0], min(self.shown[1], end)
+        self.shown = (start, stop) if start < stop else (0, 0)
 
     def note_pads(self, fresh: Bool[Tensor, "#b fresh"]) -> None:
         """Take note of which of the newest tokens are padding."""

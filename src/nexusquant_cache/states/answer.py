@@ -43,7 +43,7 @@ def check_gradients(*given: Tensor | None) -> None:
 
 @uncompiled
 def attend(
-    queries: Float[Tensor, "b q m d"],
+    queries: Float[Tensor, "#b q m d"],
     held: HeldTokens,
     mask: Shaped[Tensor, "#b #q #m seen"] | None,
     softmax: Softmax,
@@ -58,6 +58,7 @@ def attend(
         mask: True for what may be seen, or numbers to add to the logits, of all tokens seen; None if all may be seen.
         softmax: What varies between models.
     """
+    queries = queries.expand(len(held.tail[0]), -1, -1, -1)  # one row may attend to a batch
     if not queries.shape[2]:
         return queries.new_zeros(*queries.shape[:3], held.tail[1].shape[3])
     if queries.shape[2] <= MOST_QUERIES:

@@ -8,6 +8,10 @@ from jaxtyping import Float, Shaped
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
+_FLASH: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
+    torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
+)
+
 
 @dataclass(frozen=True)
 class ExactAttention:
@@ -31,20 +35,20 @@ class ExactAttention:
         torch has the sums where it computes a whole prompt on a CPU, but keeps them to itself; so what it would call
         there is called here.  Elsewhere they are None.
         """
-        if not self._is_flash_on_cpu(query, key, value):
+        if _FLASH is None or not self._is_flash_on_cpu(query, key, value):
             return function(query, key, value, **vars(self)), None
-        group = query.shape[1] // key.shape[1]
-        if group > 1:
-            key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
-        found: tuple[Tensor, Tensor] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
-            query, key, value, is_causal=True, scale=self.scale
-        )
-        return found
+        return _FLASH(query, key, value, is_causal=True, scale=self.scale)
 
     def _is_flash_on_cpu(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Tell whether torch would take this way, for a causal prompt in float32 that needs no gradients."""
         given = query, key, value
-        if not self.is_causal or self.attn_mask is not None or self.dropout_p or query.shape[2] != key.shape[2]:
+        if (
+            _FLASH is None
+            or not self.is_causal
+            or self.attn_mask is not None
+            or self.dropout_p
+            or query.shape[2] != key.shape[2]
+        ):
             return False
         if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given) or torch.is_autocast_enabled("cpu"):
             return False

@@ -265,7 +265,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     mask = attn_mask
     if mask is not None and mask.ndim < _AXES:
         mask = mask[(None,) * (_AXES - mask.ndim)]
-    if mask is not None and (is_causal or mask.shape[3] != source.held.seen):  # torch refuses a mask besides
+    if mask is not None and (is_causal or mask.shape[3] != source.held.seen):  # torch refuses both
         return None
     if is_regrouped and mask is not None and mask.shape[2] > 1:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]
@@ -285,7 +285,7 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
         mask = torch.ones(rows, source.held.seen, dtype=torch.bool, device=query.device).tril()[None, None]
     softmax = Softmax(query.shape[-1] ** -0.5 if scale is None else scale)
     out = answer.attend(queries, source.held, mask, softmax)
-    return out.view(*query.shape[:3], out.shape[3])
+    return out.view(len(out), *query.shape[1:3], out.shape[3])
 
 
 def source_of(key: object, value: object) -> Source | None:

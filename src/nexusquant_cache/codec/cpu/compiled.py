@@ -1,7 +1,9 @@
 """How functions are compiled: once for a machine, kept on disk, with the interpreter's lock released.
 
 numba takes what it has on disk as long as the file of the function that is called has not changed.  So a function, all
-that it calls and all constants of it stand in one file; only what is here does not.
+that it calls and all constants of it stand in one file.  Two things do not: what is here, and the levels of
+`codec.layout`.  Those cannot change without a new version of all files, and code for others would be found out at its
+first use (`codec.impl.is_right`).
 """
 
 import logging

@@ -53,9 +53,10 @@ def _rotated(
         rotated = transform.forward(vectors).flatten(0, 1).numpy()
         return rotated, np.zeros((0, 0), np.float32), np.zeros((0, 0, 0)), np.zeros((0, 0))
     units, lengths = transform.rotation.units()
-    mean = torch.zeros_like(vectors[:, :, :1]) if transform.mean is None else transform.mean
-    rest = (mean[:, :, 0].float(), units, lengths[..., 0].reciprocal())
-    first, second, third = (x.flatten(0, 1).contiguous().numpy() for x in rest)
+    heads, head_dim = vectors.shape[:2], vectors.shape[3]
+    mean = torch.zeros(1, 1, head_dim) if transform.mean is None else transform.mean[:, :, 0].float()
+    rest = (mean, units, lengths[..., 0].reciprocal())
+    first, second, third = (x.expand(*heads, *x.shape[2:]).flatten(0, 1).contiguous().numpy() for x in rest)
     return vectors.float().flatten(0, 1).numpy(), first, second, third
 
 

@@ -48,19 +48,17 @@ def _rotate(vectors, mean, axes, inverse_lengths, x, sums, y):
         vector = vectors[i]
         for c in range(dim):
             x[np.uint64(c * CHUNK + i)] = vector[c] - mean[c]
+    s0, s1, s2, s3 = sums[:CHUNK], sums[CHUNK : 2 * CHUNK], sums[2 * CHUNK : 3 * CHUNK], sums[3 * CHUNK : 4 * CHUNK]
     for c in range(0, dim, 4):
-        s0, s1, s2, s3 = (
-            sums[:CHUNK], sums[CHUNK : 2 * CHUNK], sums[2 * CHUNK : 3 * CHUNK], sums[3 * CHUNK : 4 * CHUNK]
-        )  # fmt: skip
         sums[:] = 0.0
         for k in range(0, dim, 4):
             a0, a1, a2, a3 = axes[c, k], axes[c, k + 1], axes[c, k + 2], axes[c, k + 3]
             b0, b1, b2, b3 = axes[c + 1, k], axes[c + 1, k + 1], axes[c + 1, k + 2], axes[c + 1, k + 3]
             c0, c1, c2, c3 = axes[c + 2, k], axes[c + 2, k + 1], axes[c + 2, k + 2], axes[c + 2, k + 3]
             d0, d1, d2, d3 = axes[c + 3, k], axes[c + 3, k + 1], axes[c + 3, k + 2], axes[c + 3, k + 3]
-            part = x[k * CHUNK :]
+            four = x[k * CHUNK :]
             for i in range(CHUNK):
-                x0, x1, x2, x3 = part[i], part[CHUNK + i], part[2 * CHUNK + i], part[3 * CHUNK + i]
+                x0, x1, x2, x3 = four[i], four[CHUNK + i], four[2 * CHUNK + i], four[3 * CHUNK + i]
                 s0[i] += (x0 * a0 + x1 * a1) + (x2 * a2 + x3 * a3)
                 s1[i] += (x0 * b0 + x1 * b1) + (x2 * b2 + x3 * b3)
                 s2[i] += (x0 * c0 + x1 * c1) + (x2 * c2 + x3 * c3)
@@ -371,7 +369,7 @@ def encode(vectors, mean, axes, inverse_lengths, weights, blocks, candidates, sh
     room = np.empty(_ROOM, np.float32)
     fields, code = np.empty(_BLOCK * CHUNK, np.int32), np.empty(CHUNK, np.uint32)
     inner, norm = np.empty((2, size * CHUNK), np.float32)
-    peak, power, inverse, factor = np.empty((4, CHUNK), np.float32)
+    peak, power, inverse, factor, better = np.empty((5, CHUNK), np.float32)
     fit, best_fit, now_inner, now_norm, best_norm = np.empty((5, CHUNK), np.float32)
     begin, end = heads * several * worker // workers, heads * several * (worker + 1) // workers
     for number in range(begin, end):
@@ -412,14 +410,14 @@ def encode(vectors, mean, axes, inverse_lengths, weights, blocks, candidates, sh
                 best_q, q = q, best_q
             else:
                 for i in range(CHUNK):
-                    factor[i] = _ONE if fit[i] > best_fit[i] else _ZERO  # whether it is better
+                    better[i] = _ONE if fit[i] > best_fit[i] else _ZERO
                     best_norm[i] = now_norm[i] if fit[i] > best_fit[i] else best_norm[i]
                     best_fit[i] = max(fit[i], best_fit[i])
                 for c in range(dim):
                     best, new = best_q[c * CHUNK : (c + 1) * CHUNK], q[c * CHUNK : (c + 1) * CHUNK]
                     for i in range(CHUNK):
                         value, other = best[i], new[i]
-                        best[i] = other if factor[i] > _ZERO else value
+                        best[i] = other if better[i] > _ZERO else value
         for i in range(count):
             scale = np.sqrt(power[i] / max(best_norm[i], _TINY)) if power[i] > _ZERO else _ZERO
             scales[head, at + i] = scale * peak[i]
