@@ -426,13 +426,14 @@ def test_greatest_attention_by_hand(block: int, distance: int, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("distance", [0, 1, 64, 200])
-@pytest.mark.parametrize("block", [1, 4096, 1 << 25])
+@pytest.mark.parametrize(("rows", "columns"), [(7, 16), (64, 1), (128, 2048)])
 @pytest.mark.parametrize("count", [150, 37])
 def test_greatest_attention_from_known_sums(
-    block: int, distance: int, count: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, columns: int, distance: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it is known what a softmax divides by, the same comes out, whatever the blocks."""
-    monkeypatch.setattr("nexusquant_cache.layer.observations._BLOCK", block)
+    monkeypatch.setattr("nexusquant_cache.layer.observations._ROWS", rows)
+    monkeypatch.setattr("nexusquant_cache.layer.observations._COLUMNS", columns)
     queries, keys = 3 * torch.randn(2, 6, count, 8), torch.randn(2, 3, 150, 8)
     real = torch.ones(2, 150, dtype=torch.bool)
     logits = queries @ keys.repeat_interleave(2, 1).mT / 8**0.5

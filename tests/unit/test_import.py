@@ -21,7 +21,7 @@ import nexusquant_cache
 SOURCE = Path(nexusquant_cache.__file__).parent
 # Imports point to the right; names of one place do not import each other.
 ORDER: list[set[str]] = [
-    {"__init__"},
+    {"__init__", "__main__"},
     {"cli"},
     {"serving"},
     {"evaluation"},

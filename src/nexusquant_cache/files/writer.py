@@ -8,7 +8,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from stat import S_IMODE, S_ISDIR, S_ISREG
@@ -64,7 +64,7 @@ class AtRest:
         header_bytes: Bytes of the header, metadata included.
     """
 
-    tensors: tuple[Stored, ...]
+    tensors: tuple[Stored, ...] = field(repr=False)
     header_bytes: int
 
     @property

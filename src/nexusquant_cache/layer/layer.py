@@ -128,8 +128,9 @@ class NexusQuantLayer(CacheLayerMixin):
         if query_length == 0 and seen:
             msg = (
                 f"this forward brings no new token, and the cache has seen {seen}: the prompt is not its "
-                "continuation. Call cache.reset() or use a new cache for another prompt. For several questions about "
-                "one text, ask each of a copy.deepcopy(cache), or crop the cache back to the text."
+                "continuation. To go on, give generate all tokens so far and the new ones behind them. Call "
+                "cache.reset() or use a new cache for another prompt. For several questions about one text, ask each "
+                "of a copy.deepcopy(cache), or crop the cache back to the text."
             )
             raise CacheStateError(msg)
         return seen + query_length, 0

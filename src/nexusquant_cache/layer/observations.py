@@ -1,6 +1,7 @@
 """What attention shows of a prompt until it is decided what is kept of it."""
 
 from dataclasses import dataclass
+from itertools import product
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
@@ -13,8 +14,8 @@ QUERY_WINDOW = 64
 """The most queries that a policy can be shown."""
 FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
-_BLOCK = 1 << 19  # logits computed at once, over all heads: 2 MiB in float32
-_ROWS = 64  # queries of each head among them, where it is free
+_BLOCK = 1 << 19  # logits computed at once: 2 MiB in float32
+_ROWS, _COLUMNS = 128, 2048  # queries of each query head, and tokens, where one KV head follows the other
 
 
 @dataclass
@@ -197,24 +198,24 @@ def _by_sums(
     """
     batch, heads, group, count = groups.shape[:4]
     tokens, device = keys.shape[2], keys.device
-    queries = torch.cat([groups, -log_sums[..., None]], -1)
-    keys = F.pad(keys, (0, 1), value=1.0)
-    greatest = torch.full((batch, heads, tokens), -torch.inf, dtype=torch.float32, device=device)
-    columns = max(_BLOCK // (batch * heads * group * _ROWS), 1)
-    for start in range(tokens - count, tokens, _ROWS):
+    queries = torch.cat([groups, -log_sums[..., None]], -1).flatten(0, 1)
+    keys = F.pad(keys, (0, 1), value=1.0).flatten(0, 1)
+    greatest = torch.full((batch * heads, tokens), -torch.inf, dtype=torch.float32, device=device)
+    for head, start in product(range(batch * heads), range(tokens - count, tokens, _ROWS)):
         stop = min(start + _ROWS, tokens)
-        part = queries[:, :, :, start - tokens + count : stop - tokens + count].flatten(2, 3)
+        some = queries[head, :, start - tokens + count : stop - tokens + count].flatten(0, 1)
         end = max(stop - least_distance, 0)
-        for left in range(0, end, columns):
-            right = min(left + columns, end)
-            logs = part @ keys[:, :, left:right].mT
+        for left in range(0, end, _COLUMNS):
+            right = min(left + _COLUMNS, end)
+            logs = some @ keys[head, left:right].T
             near = max(start - least_distance + 1, left)
             if near < right:
                 is_near = _is_near(range(start, stop), range(near, right), least_distance, device)
-                logs.unflatten(2, (group, -1))[..., near - left :].masked_fill_(is_near, -torch.inf)
-            place = greatest[:, :, left:right]
-            torch.maximum(place, logs.amax(2), out=place)
-    return greatest.clamp_(max=0.0).exp_()  # a rounding of large logits makes no weight larger than 1
+                logs.unflatten(0, (group, -1))[..., near - left :].masked_fill_(is_near, -torch.inf)
+            place = greatest[head, left:right]
+            torch.maximum(place, logs.amax(0), out=place)
+    # Of huge logits a rounding makes no weight larger than 1.
+    return greatest.clamp_(max=0.0).exp_().view(batch, heads, tokens)
 
 
 def _is_near(
