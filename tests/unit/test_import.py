@@ -51,37 +51,39 @@ optional, block = json.loads(sys.argv[1])
 if block:
     sys.modules.update(dict.fromkeys(optional))  # None: importing it raises ModuleNotFoundError
 import time
+start = time.process_time()
 import torch, transformers.cache_utils
 theirs = set(sys.modules)  # old releases of accelerate load rich
-start = time.process_time()
+middle = time.process_time()
 import nexusquant_cache
-seconds = time.process_time() - start
-print(json.dumps([[name for name in optional if sys.modules.get(name) and name not in theirs], seconds]))
+share = (time.process_time() - middle) / (middle - start)
+print(json.dumps([[name for name in optional if sys.modules.get(name) and name not in theirs], share]))
 """
-MOST_SECONDS = 0.5  # of a processor, beyond what torch and transformers take
+MOST = 0.3  # of what torch and transformers take: the speed of the machine is in both
 
 
 def cold_import(*, block: bool) -> tuple[list[str], float]:
     """Import the package in a fresh interpreter.
 
     Returns:
-        The optional packages that it added to transformers', and the seconds of a processor that it took.
+        The optional packages that it added to transformers', and the time that it took, in times of torch and
+        transformers.
     """
     code = [sys.executable, "-c", COLD_IMPORT, json.dumps([OPTIONAL, block])]
     done = subprocess.run(code, capture_output=True, text=True, check=False)  # noqa: S603 (our own code)
     assert done.returncode == 0, done.stderr
     assert not done.stderr, "the import prints or warns"
-    loaded, seconds = json.loads(done.stdout)
-    return loaded, seconds
+    loaded, share = json.loads(done.stdout)
+    return loaded, share
 
 
 def test_is_light_and_quick():
     """Without the optional packages it works, with them it loads none of them."""
     loaded, _ = cold_import(block=True)
     assert loaded == []
-    loaded, seconds = cold_import(block=False)  # the second one, by when Python has compiled the modules
+    loaded, share = cold_import(block=False)  # the second one, by when Python has compiled the modules
     assert loaded == []
-    assert seconds < MOST_SECONDS
+    assert share < MOST
 
 
 def test_all_lists_every_public_name():
