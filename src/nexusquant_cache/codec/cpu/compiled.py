@@ -59,7 +59,11 @@ def inlined(function: Function) -> Function:
 @contextmanager
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""
-    told = threading.Timer(_PATIENCE, _LOG.warning, ["compiling the codec for this machine, once; that takes a while"])
+    told = threading.Timer(
+        _PATIENCE,
+        _LOG.warning,
+        ["compiling a part of the codec for this machine, once; each of three takes up to a minute"],
+    )
     told.daemon = True
     told.start()
     try:
