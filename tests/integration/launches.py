@@ -63,6 +63,7 @@ def main(capability: int) -> None:
     support.why_not = lambda *_: None
     impl.is_right = lambda *_: True
     _Encoding._code_error = lambda *_: 0.0
+    torch.empty = torch.zeros  # nothing is written there, and policies refuse what is no number
     for config, options in (
         (tiny_llama(head_dim=64).config, {"keep_ratio": 0.6, "key_bits": 1.75, "value_bits": 2.625}),
         (None, {"keep_ratio": 1.0, "key_bits": 3, "value_bits": 2.25, "transform": "hadamard"}),
