@@ -318,7 +318,7 @@ def test_sums_of_a_prompt_are_those_of_its_attention(
 
 
 @pytest.mark.parametrize("backend", [SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
-def test_the_way_that_torch_was_told_to_go_is_gone(backend: SDPBackend) -> None:
+def test_torch_takes_the_way_that_it_was_told(backend: SDPBackend) -> None:
     exact = states(80)
     queries = torch.randn(1, exact[0].shape[1], 80, 16)
     with sdpa_kernel(backend):
@@ -332,8 +332,10 @@ def test_queries_of_one_row_attend_to_a_batch() -> None:
     cache = NexusQuantCache("quant", **SMALL)
     cache.update(keys, values, 0)
     cache.compress()
-    returned = cache.update(keys[:, :, :1], values[:, :, :1], 0)
-    assert F.scaled_dot_product_attention(torch.randn(1, 4, 1, 16), *returned, enable_gqa=True).shape[0] == 2
+    returned, queries = cache.update(keys[:, :, :1], values[:, :, :1], 0), torch.randn(1, 4, 1, 16)
+    found = F.scaled_dot_product_attention(queries, *returned, enable_gqa=True)
+    expected = F.scaled_dot_product_attention(queries.expand(2, -1, -1, -1), *returned, enable_gqa=True)
+    assert torch.equal(found, expected)
 
 
 def test_small_things_that_torch_allows() -> None:

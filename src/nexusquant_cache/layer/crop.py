@@ -49,7 +49,7 @@ def remove(state: LayerState, count: int) -> None:
     else:
         _remove_packed(state, end)
     state.seen = end
-    state.note_shown_until(end)
+    state.forget_shown_from(end)
 
 
 def take_back_update(state: LayerState, count: int) -> None:

@@ -226,7 +226,7 @@ class NexusQuantLayer(CacheLayerMixin):
     def _note_read(self, state: LayerState, seen: int, fresh: int) -> None:
         """Take note that something else than attention looks at an update's tokens, which count as not seen then."""
         if self._is_at(state, seen):
-            state.note_shown_until(seen - fresh)
+            state.forget_shown_from(seen - fresh)
 
     def _is_at(self, state: LayerState, seen: int) -> bool:
         return state is self.state and state.seen == seen

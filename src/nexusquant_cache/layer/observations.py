@@ -138,8 +138,8 @@ def greatest_attention(
         real: Which tokens are not padding; others neither attend nor are attended to.
         least_distance: Attention of a query to a token counts that is so many tokens before it.  All of it is in the
             softmax.
-        log_sums: The logarithm of the sum that each query's softmax divides by, where it is known already, which saves
-            half of the time.
+        log_sums: The logarithm of the sum that each query's softmax divides by, where it is known already: then no
+            softmax has to be computed.
     """
     heads, head_dim = keys.shape[1], keys.shape[3]
     real = real.to(keys.device)

@@ -443,8 +443,8 @@ class LayerState:
         start = self.shown[0] if self.shown[1] == before else before
         self.shown = (start, self.seen)
 
-    def note_shown_until(self, end: int) -> None:
-        """Let attention to no token from position ``end`` on count as shown."""
+    def forget_shown_from(self, end: int) -> None:
+        """Let the attention to tokens from position ``end`` on count as not shown."""
         start, stop = self.shown[0], min(self.shown[1], end)
         self.shown = (start, stop) if start < stop else (0, 0)
 

@@ -42,13 +42,7 @@ class ExactAttention:
     def _is_flash_on_cpu(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Tell whether torch would take this way, for a causal prompt in float32 that needs no gradients."""
         given = query, key, value
-        if (
-            _FLASH is None
-            or not self.is_causal
-            or self.attn_mask is not None
-            or self.dropout_p
-            or query.shape[2] != key.shape[2]
-        ):
+        if not self.is_causal or self.attn_mask is not None or self.dropout_p or query.shape[2] != key.shape[2]:
             return False
         if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given) or torch.is_autocast_enabled("cpu"):
             return False

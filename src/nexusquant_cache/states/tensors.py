@@ -265,7 +265,8 @@ def _attention(  # noqa: PLR0913, PLR0917 - torch's own signature
     mask = attn_mask
     if mask is not None and mask.ndim < _AXES:
         mask = mask[(None,) * (_AXES - mask.ndim)]
-    if mask is not None and (is_causal or mask.shape[3] != source.held.seen):  # torch refuses both
+    # torch refuses a mask together with is_causal.
+    if mask is not None and (is_causal or mask.shape[3] != source.held.seen):
         return None
     if is_regrouped and mask is not None and mask.shape[2] > 1:
         mask = mask.expand(-1, heads, -1, -1).flatten(1, 2)[:, :, None]

@@ -59,11 +59,8 @@ def inlined(function: Function) -> Function:
 @contextmanager
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""
-    told = threading.Timer(
-        _PATIENCE,
-        _LOG.warning,
-        ["compiling a part of the codec for this machine, once; each of three takes up to a minute"],
-    )
+    what = "compiling a part of the codec for this machine, once; that can take minutes"
+    told = threading.Timer(_PATIENCE, _LOG.warning, [what])
     told.daemon = True
     told.start()
     try:

@@ -31,7 +31,7 @@ def encode(
     words = torch.empty(*shape, layouts[0].bytes_per_vector, dtype=torch.uint8, device="cpu")
     scales = torch.empty(shape, dtype=torch.float32, device="cpu")
     given = (
-        *_rotated(vectors, transform),
+        *_to_rotate(vectors, transform),
         _weights(transform, layouts),
         _blocks(transform, layouts),
         np.array(candidates, np.float32),
@@ -45,19 +45,24 @@ def encode(
     return PackedVectors(words, encode_scales(scales, transform.reference))
 
 
-def _rotated(
+def _to_rotate(
     vectors: Float[Tensor, "b h n d"], transform: VectorTransform
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float64], NDArray[np.float64]]:
-    """Return vectors, and with what they are still to be rotated: a mean, axes, and the inverse of their lengths."""
+    """Return vectors, their mean, axes, and the inverse lengths of these, as `kernels_encode.encode` takes them.
+
+    Rotations without axes of their own for each head, and those of users, have rotated the vectors already.
+    """
     if type(transform.rotation) is not PrincipalRotation:
         rotated = transform.forward(vectors).flatten(0, 1).numpy()
         return rotated, np.zeros((0, 0), np.float32), np.zeros((0, 0, 0)), np.zeros((0, 0))
     units, lengths = transform.rotation.units()
     heads, head_dim = vectors.shape[:2], vectors.shape[3]
     mean = torch.zeros(1, 1, head_dim) if transform.mean is None else transform.mean[:, :, 0].float()
-    rest = (mean, units, lengths[..., 0].reciprocal())
-    first, second, third = (x.expand(*heads, *x.shape[2:]).flatten(0, 1).contiguous().numpy() for x in rest)
-    return vectors.float().flatten(0, 1).numpy(), first, second, third
+    means, axes, inverse_lengths = (
+        x.expand(*heads, *x.shape[2:]).flatten(0, 1).contiguous().numpy()
+        for x in (mean, units, lengths[..., 0].reciprocal())
+    )
+    return vectors.float().flatten(0, 1).numpy(), means, axes, inverse_lengths
 
 
 def _blocks(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> NDArray[np.int32]:
