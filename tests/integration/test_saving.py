@@ -445,6 +445,9 @@ class TestWhoseFile:
         NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[0].tolist())
         with pytest.raises(FormatError, match="is of another prompt"):
             NexusQuantCache.load(tmp_path / "a", config=sdpa.config, token_ids=ids[:, :-1])
+        for wrong in (ids[:, :-1], torch.cat([ids, ids]), [1]):
+            with pytest.raises(OptionError, match=r"the cache has seen \[1, 50\]: give the ids of all"):
+                cache.save(tmp_path / "a", token_ids=wrong)
         assert inspect_file(tmp_path / "a").meta.user == {"tokenizer": "T"}
         assert inspect_file(tmp_path / "a").meta.tokens_hash == hash_tokens(ids.int())
         cache.save(tmp_path / "a")

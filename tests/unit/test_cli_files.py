@@ -4,6 +4,7 @@ import os
 from dataclasses import replace
 
 import pytest
+import torch
 from feeding import feed
 from files import MAKERS, file_bytes, forged
 from integration.tiny import random_states, tiny_config
@@ -51,7 +52,9 @@ class TestInspect:
 
     def test_shows_what_was_said_when_it_was_saved(self, tmp_path):
         path = tmp_path / "cache"
-        NexusQuantCache("quant").save(path, token_ids=[1, 2], metadata={"tokenizer": "[bold]T[/bold]"})
+        cache = NexusQuantCache("quant")
+        cache.update(torch.ones(1, 1, 2, 8), torch.ones(1, 1, 2, 8), 0)
+        cache.save(path, token_ids=[1, 2], metadata={"tokenizer": "[bold]T[/bold]"})
         outcome = run("inspect", path)
         assert "(tokenizer)  [bold]T[/bold]" in outcome.stdout
         assert inspect_file(path).meta.tokens_hash in outcome.stdout

@@ -617,8 +617,8 @@ class NexusQuantCache(DynamicCache):
             path: Where to; an older file is replaced, and its permissions are kept.  Of a symbolic link, what it points
                 to is replaced.
             level: Of zstd, 1 (fast) to 22 (small); None stores all tensors as they are, for any reader of safetensors.
-            token_ids: The ids of the tokens seen, of which the file keeps a hash, so that `load` can tell prompts
-                apart.
+            token_ids: The ids of all tokens seen, ``[batch, tokens]`` or, of one row, ``[tokens]``.  The file keeps a
+                hash of them, so that `load` can tell prompts apart.
             besides: What the prompt is made of besides token ids, by name: pixel values, sounds, embeddings, the name
                 of an adapter, as for `PrefixStore.put`.  Of these, too, the file keeps a hash.
             metadata: Texts of your own to keep in the file, for instance the tokenizer's name.
@@ -629,8 +629,8 @@ class NexusQuantCache(DynamicCache):
             What each tensor takes in the file.
 
         Raises:
-            OptionError: If the level or the number of threads is out of its range, the token ids are not ``[batch,
-                tokens]``, or the metadata are too long or anything but texts.
+            OptionError: If the level or the number of threads is out of its range, the token ids are not those of all
+                tokens seen, ``[batch, tokens]``, or the metadata are too long or anything but texts.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
                 (`nexusquant_cache.register_codec`), rotations and layers of other classes, layers that
                 have seen different numbers of tokens, or anything else that `load` would refuse.

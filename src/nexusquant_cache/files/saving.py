@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
@@ -62,7 +63,7 @@ def export_cache(
     """Return all that a cache holds and counts; the tensors share memory with it.
 
     Raises:
-        OptionError: If the metadata are no texts, or very long ones.
+        OptionError: If the metadata are no texts, or very long ones, or the token ids are not as many as were seen.
         UnsupportedError: If a file cannot hold a part of the cache.
         NonFiniteError: If an exact token holds NaN or infinity.
     """
@@ -76,6 +77,9 @@ def export_cache(
             f"metadata may be {_MOST_TEXT:,} bytes long in all, got {size:,}: keep a name in it, and the rest elsewhere"
         )
         raise OptionError(msg)
+    tokens_hash, tokens_seen = hash_prompt(token_ids, besides), max((part.seen for part in cache.parts), default=0)
+    if token_ids is not None:
+        _check_count(token_ids, max((part.rows for part in cache.parts), default=1), tokens_seen)
     lists, tensors = Lists(), Tensors()
     layers: list[LayerMeta | StockMeta] = []
     for part in cache.parts:
@@ -89,8 +93,8 @@ def export_cache(
         settings=describe_settings(cache.shared.settings),
         when=cache.shared.when,
         model=None if cache.config is None else describe_model(cache.config.to_dict()),
-        tokens_seen=max((part.seen for part in cache.parts), default=0),
-        tokens_hash=hash_prompt(token_ids, besides),
+        tokens_seen=tokens_seen,
+        tokens_hash=tokens_hash,
         statistics=dict(cache.statistics),
         user=dict(metadata or {}),
         has_warned=cache.shared.has_warned,
@@ -102,6 +106,16 @@ def export_cache(
     )
     _check_readable(meta, tensors)
     return meta, tensors
+
+
+def _check_count(token_ids: TokenIds, rows: int, seen: int) -> None:
+    given = list(torch.atleast_2d(torch.as_tensor(token_ids)).shape)
+    if given != [rows, seen]:
+        msg = (
+            f"token_ids are {given}, the cache has seen {[rows, seen]}: give the ids of all that it has seen. The last "
+            "token that generate returns is not among them"
+        )
+        raise OptionError(msg)
 
 
 def _check_readable(meta: CacheMeta, tensors: Tensors) -> None:
