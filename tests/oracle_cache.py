@@ -862,7 +862,12 @@ class OracleCache(DynamicCache):
         if tokens_to_remove > 0:
             msg = f"the number of tokens to remove is given as 0 or negative, not {tokens_to_remove}"
             raise ValueError(msg)
-        copy.deepcopy(self)._crop(tokens_to_remove)  # so that nothing has changed if this raises
+        tried = copy.deepcopy(self)  # so that nothing has changed if this raises
+        tried._crop(tokens_to_remove)
+        windows = [layer for layer in tried.layers if layer.is_sliding and layer.is_initialized]
+        if any(layer.keys.shape[-2] < min(tried.get_seq_length(), layer.sliding_window - 1) for layer in windows):
+            msg = "a window would lack tokens"
+            raise UnsupportedError(msg)
         self._crop(tokens_to_remove)
 
     def _crop(self, tokens_to_remove: int) -> None:

@@ -9,6 +9,7 @@ import torch
 from integration.tiny import (
     ROUNDING,
     SMALL,
+    TINY,
     balanced,
     fingerprint,
     generate,
@@ -23,10 +24,11 @@ from integration.tiny import (
     visible_mask,
 )
 from torch import Tensor
-from transformers import DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM
 
 from grids import combined
 from nexusquant_cache import KeyKeyPolicy, NexusQuantCache
+from nexusquant_cache.errors import UnsupportedError
 
 
 def grown(model: LlamaForCausalLM, cache: Any, steps: int = 15) -> Any:
@@ -218,3 +220,21 @@ def test_forward_after_forward_without_crop_frees_what_is_coded() -> None:
     for seed in range(3):
         cache.update(*random_states((1, 2, 1, 16), seed), 0)
     assert cache.layers[0].state.body is not None
+
+
+def test_what_slid_out_of_a_window_does_not_come_back() -> None:
+    """transformers' class goes on without those tokens: logits were wrong, and nobody said so."""
+    config = Gemma2Config(**TINY, head_dim=16, sliding_window=12, layer_types=["sliding_attention", "full_attention"])
+    model = Gemma2ForCausalLM(config).eval()
+    cache = NexusQuantCache("quant", config=config, **SMALL)
+    logits(model, prompt(40), cache)
+    cache.activate_past_recording()
+    logits(model, prompt(3, seed=1), cache)
+    with pytest.raises(UnsupportedError, match=r"newest 4 of 43 tokens: layer 0 .* of the 11 .* 1 are gone\. Call"):
+        cache.crop(-4)
+    assert cache.get_seq_length() == 43
+    again = copy.deepcopy(cache)
+    cache.crop(-3)
+    found = logits(model, prompt(3, seed=1), cache)
+    again.crop(-2)
+    assert torch.allclose(logits(model, prompt(3, seed=1)[:, 1:], again), found[:, 1:], atol=ROUNDING)

@@ -450,7 +450,8 @@ class NexusQuantCache(DynamicCache):
 
         Raises:
             ShapeError: If the number is positive.
-            UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row.
+            UnsupportedError: If the batch is padded and the removal reaches the first tokens of a row, or what a
+                sliding window would hold then is gone.
             RuntimeError: From transformers' own layers, if they cannot go back so far.
             CacheStateError: If the forward before was not finished and only part of it is to be removed, or it cannot
                 be taken back.
@@ -467,7 +468,7 @@ class NexusQuantCache(DynamicCache):
         if ours:
             tokens_to_remove = min(end - seen, 0)
         count = min(-tokens_to_remove, seen) if ours else -tokens_to_remove
-        for part in ours:
+        for part in self.parts():
             part.check_crop(min(count, part.seen))
         is_empty = bool(ours) and not seen
         others = [] if is_empty else [part.layer for part in self.parts() if part.state is None]

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer, LinearAttentionCacheLayerMixin
 
 from nexusquant_cache.codec.held import HeldTokens
+from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.compress import fitted_transforms
 from nexusquant_cache.layer.crop import bring_back, check_crop, take_back_update
 from nexusquant_cache.layer.host import to_device, to_host
@@ -74,6 +75,25 @@ class Part:
 
     def arrive(self) -> None:
         """Wait for what is on its way, so that it can be read."""
+
+    def check_crop(self, count: int) -> None:
+        """Raise UnsupportedError if the newest ``count`` tokens cannot be removed.
+
+        What was in a sliding window before them is there only as far as it was recorded; transformers' class would go
+        on with a window that lacks it.
+        """
+        if not (self.is_in_step and self.layer.is_initialized and count):
+            return
+        left = self.seen - count
+        held, needed = self.layer.keys.shape[-2] - count, min(left, self.layer.sliding_window - 1)
+        if held < needed:
+            msg = (
+                f"cannot remove the newest {count} of {self.seen} tokens: layer {self.index} has a sliding window, and "
+                f"of the {needed} tokens that would be in it, {needed - max(held, 0)} are gone. Call "
+                "cache.activate_past_recording() before the tokens that may be taken back, or start again after "
+                "cache.reset()"
+            )
+            raise UnsupportedError(msg)
 
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """See the queries of the tokens that came last."""
