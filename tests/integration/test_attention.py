@@ -563,6 +563,8 @@ class TestReconstruct:
             ids[:, 1:],
         )
         refused(self.read(sdpa, ids), ShapeError, r"got shape \(2, 60\)", prompt(60, batch=2))
+        refused(self.read(sdpa, ids), OptionError, r"tensor of integers, \[batch, tokens\], got list", ids.tolist())
+        refused(self.read(sdpa, ids), OptionError, r"got torch\.float32", ids.float())
         compressed = balanced(sdpa, policy=Latest())
         logits(sdpa, ids, compressed)
         compressed.compress()
@@ -575,3 +577,20 @@ class TestReconstruct:
         for part in (ids[:, :10], ids[:, 10:11]):
             logits(sdpa, part, short)
         refused(short, CacheStateError, "no prompt waits", ids[:, :11])
+
+    @pytest.mark.parametrize(
+        ("options", "layer"),
+        [
+            ({"num_hidden_layers": 3}, 2),
+            ({"num_hidden_layers": 1}, 1),
+            ({"num_attention_heads": 8, "num_key_value_heads": 4}, 0),
+            ({"head_dim": 32}, 0),
+        ],
+    )
+    def test_refuses_another_model(self, sdpa: LlamaForCausalLM, options: dict[str, int], layer: int) -> None:
+        ids = prompt(60)
+        cache = self.read(sdpa, ids)
+        before = fingerprint(cache)
+        with pytest.raises(OptionError, match=f"not the one that has read the prompt: layer {layer} of cache"):
+            cache.read_again(tiny_llama(**options), ids)
+        assert fingerprint(cache) == before

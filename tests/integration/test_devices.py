@@ -111,17 +111,19 @@ DEFAULTS = [("cpu", torch.float32), ("meta", torch.float32), ("cpu", torch.float
 
 @pytest.mark.usefixtures("fresh_tables")
 @pytest.mark.parametrize(
-    ("policy", "dtype", "transform"),
+    ("policy", "dtype", "transform", "impl"),
     [
-        (KeyKeyPolicy(), torch.float32, "auto"),
-        (MeanKeyKeyPolicy(), torch.float16, "auto"),
-        (KeyNormPolicy(), torch.bfloat16, "principal"),
-        (DEFAULT_POLICY, torch.float32, "principal"),
+        (KeyKeyPolicy(), torch.float32, "auto", "torch"),
+        (MeanKeyKeyPolicy(), torch.float16, "auto", "torch"),
+        (KeyNormPolicy(), torch.bfloat16, "principal", "torch"),
+        (DEFAULT_POLICY, torch.float32, "principal", "torch"),
+        (DEFAULT_POLICY, torch.float32, "hadamard", "cpu"),
+        (KeyNormPolicy(), torch.bfloat16, "principal", "cpu"),
     ],
-    ids=["key-key", "mean-key-key", "key-norm", "default"],
+    ids=["key-key", "mean-key-key", "key-norm", "default", "compiled", "compiled principal"],
 )
 def test_the_defaults_of_torch_decide_nothing(
-    model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype, transform: str
+    model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype, transform: str, impl: str
 ) -> None:
     """Another default device or dtype than the model's changes no bit of what is stored and returned."""
     drawn = {shape: random_states((shape[0], 2, shape[1], 16), sum(shape), dtype) for shape in ROWS_AND_TOKENS}
@@ -129,6 +131,7 @@ def test_the_defaults_of_torch_decide_nothing(
     for default_device, default_dtype in DEFAULTS:
         forget_tables()
         options = SMALL | {"policy": policy, "attention_mask": mask, "transform": transform, "most_code_error": 1e9}
+        options["impl"] = impl
         cache = NexusQuantCache("asym", config=model.config, **options)
         torch.set_default_dtype(default_dtype)
         try:

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own convention
 import transformers
 from feeding import feed
 from integration.tiny import (
@@ -36,6 +37,7 @@ from integration.tiny import (
 from torch import Tensor, nn
 from transformers import (
     DynamicCache,
+    EncoderDecoderCache,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaForCausalLM,
@@ -46,6 +48,8 @@ from transformers import (
     PreTrainedModel,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import nexusquant_cache
@@ -887,6 +891,48 @@ def test_what_is_computed_from_decoded_keys_is_plain(sdpa: LlamaForCausalLM) -> 
     assert keys.numpy().shape == tuple(keys.shape)
     assert "tensor" in repr(keys)
     assert torch.equal(keys, keys.to(torch.float64).to(torch.float32))
+
+
+@pytest.mark.parametrize("repeats", [1, 2])
+def test_attention_to_what_is_left_of_a_layer_is_refused(sdpa: LlamaForCausalLM, repeats: int) -> None:
+    """As cross-attention does, which takes keys from the layer: the zeros of heads that keep fewer are no tokens."""
+    cache = balanced(sdpa)
+    generate(sdpa, prompt(60), cache)
+    keys, values = cache.layers[0].keys, cache.layers[0].values
+    assert not cache.layers[0].state.is_whole
+    queries = torch.randn(1, 2 * repeats, 3, 16)
+    if repeats > 1:
+        keys, values = (
+            x[:, :, None].expand(-1, -1, repeats, -1, -1).reshape(1, 2 * repeats, -1, 16) for x in (keys, values)
+        )
+    for attend in (
+        lambda: F.scaled_dot_product_attention(queries, keys, values),
+        lambda: torch.matmul(queries, keys.transpose(2, 3)),
+        lambda: queries @ keys.float().contiguous().mT,
+    ):
+        with pytest.raises(UnsupportedError, match=r"have been evicted.*preset 'quant'.*take a clone\(\)"):
+            attend()
+    assert (queries @ keys.clone().mT).isfinite().all()
+    whole = NexusQuantCache("quant", config=sdpa.config, **SMALL)
+    generate(sdpa, prompt(60), whole)
+    assert F.scaled_dot_product_attention(queries[:, :2], whole.layers[0].keys, whole.layers[0].values).isfinite().all()
+
+
+def test_compressed_cross_attention_is_refused() -> None:
+    config = WhisperConfig(
+        vocab_size=256, d_model=64, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, num_mel_bins=16,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_source_positions=60, pad_token_id=0,
+        bos_token_id=1, eos_token_id=None, decoder_start_token_id=2,
+    )  # fmt: skip
+    model = WhisperForConditionalGeneration(config).eval()
+    cache = EncoderDecoderCache(DynamicCache(), NexusQuantCache("balanced", config=config, **SMALL))
+    given = {"encoder_outputs": model.get_encoder()(torch.randn(1, 16, 120)), CACHE: cache}
+    with torch.no_grad():
+        model(decoder_input_ids=prompt(4), **given)
+        cache.cross_attention_cache.compress()
+        assert not cache.cross_attention_cache.layers[0].state.is_whole
+        with pytest.raises(UnsupportedError, match="for cross-attention"):
+            model(decoder_input_ids=prompt(1), **given)
 
 
 def test_an_edit_of_exact_keys_is_an_edit_of_the_cache(sdpa: LlamaForCausalLM) -> None:

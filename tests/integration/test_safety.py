@@ -268,6 +268,14 @@ def test_a_placeholder_is_never_served_by_ids_alone(kept: PrefixStore, name: str
     assert kept.longest_prefix(with_image(60), config=config, leave=0, besides={}) is None
 
 
+def test_a_config_without_placeholders_finds_nothing_that_has_some(kept: PrefixStore) -> None:
+    """The text part of a config does not name them, and would have served any image."""
+    config = image_config()
+    with pytest.warns(UserWarning, match="stand for images or sounds"):
+        kept.put(reader(config, 60, 1), with_image(60))
+    assert kept.get(with_image(70), config=config.get_text_config()) is None
+
+
 def test_placeholders_in_a_part_of_the_config(configs: dict[str, PreTrainedConfig]) -> None:
     config = configs["phi4_multimodal"]
     assert {config.vision_config.image_token_id, config.audio_config.audio_token_id} <= placeholder_ids(config)

@@ -1,6 +1,7 @@
 """What a cache takes from attention that comes in parts, late, or otherwise than most models have it."""
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -402,6 +403,21 @@ def test_values_that_a_model_reads_itself_are_kept() -> None:
             cache.update(*states(1), 0)
         assert cache.layers[0].state.is_whole
         assert gates[0].isfinite()
+
+
+def test_values_that_a_model_reads_itself_are_kept_in_a_later_turn() -> None:
+    """Doge's mask is made of a view of the values; its second turn was evicted from, and no step could go on."""
+    cache = NexusQuantCache("balanced", **SMALL)
+    for turn in range(2):
+        keys, values = cache.update(*states(80), 0)
+        gates = values.transpose(1, 2).reshape(1, values.shape[2], -1)
+        mask = torch.ones(80, values.shape[2], dtype=torch.bool).tril(values.shape[2] - 80)
+        F.scaled_dot_product_attention(torch.randn(1, 4, 80, 16), keys, values, attn_mask=mask, enable_gqa=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that attention was not seen; said once, in the first turn
+            keys, values = cache.update(*states(1), 0)
+        assert values.transpose(1, 2).reshape(1, values.shape[2], -1)[:, : gates.shape[1]].isfinite().all()
+        assert cache.layers[0].state.is_whole, turn
 
 
 def test_pad_queries_that_see_everything_are_not_asked() -> None:

@@ -722,6 +722,7 @@ RECORD = ("activate_past_recording",)
         # What slid out of a window before its past was recorded does not come back.
         (SLIDING | {"prompt": 35}, [("update", 20), RECORD, ("crop", 43), ("crop", 3), ("update", 2)]),
         (SLIDING | {"prompt": 35}, [("update", 20), RECORD, ("update", 8), ("crop", 29), ("file_round_trip", 3), ONE]),
+        (SLIDING | {"prompt": 30}, [RECORD, ("crop", 30), ("update", 20)]),
         (SLIDING | {"prompt": 20}, [RECORD, ("update", 20), ("crop", 0), ("update", 8), ("crop", 8), ("crop", 9), ONE]),
         # A crop that is refused compresses nothing.
         ({"rows": 2, "prompt": 40, "forward": padded("left"), **DURING}, [("crop", 38)]),

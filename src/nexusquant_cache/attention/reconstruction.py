@@ -60,7 +60,8 @@ def reconstruct(  # noqa: PLR0913 - all but three have defaults
         progress: Called after every chunk with the tokens read and how many there are.
 
     Raises:
-        OptionError: If the cache is of another kind, or ``chunk`` is below 1.
+        OptionError: If the cache is of another kind, the tokens are no integers, the model is not the one that has read
+            the prompt, or ``chunk`` is below 1.
         ShapeError: If the tokens are not as many as the cache has seen.
         CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
         UnsupportedError: If the queries of the model cannot be seen.
@@ -107,6 +108,11 @@ def _check(cache: Any, parts: list[CompressedPart], input_ids: Tensor, chunk: in
     if chunk < 1:
         msg = f"chunk must be at least 1 token, got {chunk}"
         raise OptionError(msg)
+    given: object = input_ids  # whatever the annotation says
+    if not isinstance(given, Tensor) or given.is_floating_point():
+        what = given.dtype if isinstance(given, Tensor) else type(given).__name__
+        msg = f"input_ids must be a tensor of integers, [batch, tokens], got {what}"
+        raise OptionError(msg)
     parts = [part for part in parts if part.layer.is_initialized]
     if any(part.state.body is not None and part.state.turn.pending_from != 0 for part in parts):
         msg = "the cache is compressed already: call reconstruct between the prompt and the first generation step"
@@ -138,9 +144,33 @@ def _read(model: Any, layers: list[Any], ids: Tensor, real: Bool[Tensor, "b n"])
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # As a tensor: for a number, some models compute no other queries in their last layers.
         options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
-    cache = Cache(layers=[layer if isinstance(layer, _Reader) else copy.deepcopy(layer) for layer in layers])
+    cache = _SecondReading(layers=[layer if isinstance(layer, _Reader) else copy.deepcopy(layer) for layer in layers])
     name = next(iter(cache_names(model)), CACHE)
     model(input_ids=ids, use_cache=True, **{name: cache}, **options)
+
+
+class _SecondReading(Cache):
+    """What the model reads into."""
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the layer does.
+
+        Raises:
+            OptionError: If there is none of this number or shape: the prompt was read by another model.
+        """
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        if layer is None or (isinstance(layer, _Reader) and not layer.fits(key_states, value_states)):
+            raise _another_model(layer_idx)
+        found: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        return found
+
+
+def _another_model(layer_idx: int) -> OptionError:
+    return OptionError(
+        f"the model is not the one that has read the prompt: layer {layer_idx} of cache and model do not fit each other"
+    )
 
 
 class _Reader(DynamicLayer):
@@ -161,6 +191,11 @@ class _Reader(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Return (seen + new tokens, 0)."""
         return self.part.seen + query_length, 0
+
+    def fits(self, *states: Tensor) -> bool:
+        """Tell whether keys and values are of this layer's rows, heads and dimensions."""
+        exact = self.part.state.exact
+        return all(x.shape[:2] == y.shape[:2] and x.shape[3] == y.shape[3] for x, y in zip(states, exact, strict=True))
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Return the prompt's keys and values and the new ones behind them; store nothing."""
@@ -191,8 +226,12 @@ class _GreatestAttention(Observer):
         """Hand everything to the layers.
 
         Raises:
+            OptionError: If the model has not asked for one.
             UnsupportedError: If the attention of one was not seen.
         """
+        for reader in self.readers:
+            if reader.returned is None:
+                raise _another_model(reader.part.index)
         if any(reader.attention is None for reader in self.readers):
             msg = "the model changes keys between cache and attention, as in latent attention: nothing can be seen"
             raise UnsupportedError(msg)

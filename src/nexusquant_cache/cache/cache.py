@@ -425,7 +425,7 @@ class NexusQuantCache(DynamicCache):
             progress: Called after every chunk with the tokens read and how many there are.
 
         Raises:
-            OptionError: If ``chunk`` is below 1.
+            OptionError: If ``chunk`` is below 1, the tokens are no integers, or another model has read them.
             ShapeError: If the tokens are not as many as the cache has seen.
             CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
             UnsupportedError: If the queries of the model cannot be seen.

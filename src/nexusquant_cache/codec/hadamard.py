@@ -13,6 +13,7 @@ References:
 """
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,8 @@ from torch import Tensor
 
 from nexusquant_cache.codec.layout import BLOCK
 from nexusquant_cache.errors import ShapeError
+
+_FLOATS: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}  # whatever torch's defaults are
 
 
 def _is_prime(n: int) -> bool:
@@ -31,13 +34,13 @@ def _paley(order: int) -> Float[Tensor, "order order"] | None:
 
     def jacobsthal(q: int) -> Tensor:
         squares = {i * i % q for i in range(1, q)}
-        character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], device="cpu")
+        character = torch.tensor([0.0] + [1.0 if i in squares else -1.0 for i in range(1, q)], **_FLOATS)
         index = torch.arange(q, device="cpu")
         return character[(index[:, None] - index) % q]
 
     def bordered(core: Tensor, sign: float) -> Tensor:
         q = core.shape[0]
-        matrix = torch.zeros(q + 1, q + 1, device="cpu")
+        matrix = torch.zeros(q + 1, q + 1, **_FLOATS)
         matrix[0, 1:] = 1.0
         matrix[1:, 0] = sign
         matrix[1:, 1:] = core
@@ -45,15 +48,15 @@ def _paley(order: int) -> Float[Tensor, "order order"] | None:
 
     q = order - 1
     if q % 4 == 3 and _is_prime(q):  # noqa: PLR2004 - the residue of the theorem
-        return torch.eye(order, device="cpu") + bordered(jacobsthal(q), -1.0)
+        return torch.eye(order, **_FLOATS) + bordered(jacobsthal(q), -1.0)
     q = order // 2 - 1
     if order % 2 == 0 and q % 4 == 1 and _is_prime(q):
         symmetric = bordered(jacobsthal(q), 1.0)
         plus, minus = (
-            torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"),
-            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], device="cpu"),
+            torch.tensor([[1.0, 1.0], [1.0, -1.0]], **_FLOATS),
+            torch.tensor([[1.0, -1.0], [-1.0, -1.0]], **_FLOATS),
         )
-        return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1, device="cpu"), minus)
+        return torch.kron(symmetric, plus) + torch.kron(torch.eye(q + 1, **_FLOATS), minus)
     return None
 
 
@@ -73,10 +76,10 @@ def hadamard_factors(head_dim: int) -> tuple[Float[Tensor, "p p"], int]:
     while sylvester >= 1:
         outer = head_dim // sylvester
         if outer == 1:
-            return torch.ones(1, 1, device="cpu", dtype=torch.float32), sylvester
+            return torch.ones(1, 1, **_FLOATS), sylvester
         matrix = _paley(outer)
         if matrix is not None:
-            return matrix.float(), sylvester
+            return matrix, sylvester
         sylvester //= 2
     msg = f"no Hadamard matrix of order {head_dim} is known to this package; please report the model"
     raise ShapeError(msg)
@@ -86,9 +89,9 @@ def hadamard_factors(head_dim: int) -> tuple[Float[Tensor, "p p"], int]:
 def hadamard_matrix(head_dim: int) -> Float[Tensor, "d d"]:
     """Return the unnormalised +-1 matrix ``H`` with ``H @ H.T = d * I`` as float32, for tests and compiled code."""
     outer, order = hadamard_factors(head_dim)
-    sylvester = torch.ones(1, 1, device="cpu", dtype=torch.float32)
+    sylvester = torch.ones(1, 1, **_FLOATS)
     while sylvester.shape[0] < order:
-        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], device="cpu"), sylvester)
+        sylvester = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], **_FLOATS), sylvester)
     return torch.kron(outer, sylvester)
 
 

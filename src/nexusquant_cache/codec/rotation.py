@@ -71,7 +71,8 @@ def _hadamard_axes(
     head_dim: int, seed: int, device: torch.device
 ) -> tuple[Int8[Tensor, "1 1 d d"], Float[Tensor, " d"]]:
     signed = hadamard_matrix(head_dim) * random_signs(head_dim, seed, torch.device("cpu"))
-    return signed.to(device, torch.int8)[None, None], torch.full((head_dim,), head_dim**-0.5, device=device)
+    lengths = torch.full((head_dim,), head_dim**-0.5, device=device, dtype=torch.float32)
+    return signed.to(device, torch.int8)[None, None], lengths
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,23 @@ from nexusquant_cache.states.metadata import writes
 class Decoded(torch.Tensor):
     """Keys or values that were decoded from codes.  To write to them, or to a view of them, is an error.
 
+    So is attention to them where tokens have been evicted: it would take the others for all there are, and the zeros of
+    heads that keep fewer for tokens.  Cross-attention of transformers takes keys from a layer in this way.
+
     Everything else that is computed from them is a tensor of torch's.
+
+    Attributes:
+        is_whole: Whether no token is missing.
     """
+
+    is_whole: bool = True
+
+    @staticmethod
+    def of(tensor: Tensor, *, is_whole: bool) -> "Decoded":
+        """Return a tensor, sharing its memory, as what was decoded."""
+        self = tensor.as_subclass(Decoded)
+        self.is_whole = is_whole
+        return self
 
     @classmethod
     def __torch_function__(
@@ -24,7 +39,7 @@ class Decoded(torch.Tensor):
         """Compute with a plain tensor.
 
         Raises:
-            UnsupportedError: If the function writes to this one.
+            UnsupportedError: If the function writes to this one, or attends to it and tokens are missing.
         """
         del types
         kwargs = kwargs or {}
@@ -35,16 +50,31 @@ class Decoded(torch.Tensor):
                 "a clone(), or override make_codec or make_policy to change what the cache holds."
             )
             raise UnsupportedError(msg)
-        held = {_storage(x) for x in args if isinstance(x, cls)}
+        given = [x for x in (*args, *kwargs.values()) if isinstance(x, cls)]
+        is_whole = all(x.is_whole for x in given)
+        if name in _ATTENDS and not is_whole:
+            msg = (
+                "tokens of this layer have been evicted, and attention to the keys and values that it shows would take "
+                "the others for all there are. Attention is answered for what update() returns; for cross-attention "
+                "use the preset 'quant', which evicts nothing. To compute with what is kept, take a clone()."
+            )
+            raise UnsupportedError(msg)
+        held = {_storage(x) for x in given}
         result = func(*_plain(args), **_plain(kwargs))
-        if type(result) in {tuple, list}:  # of views, as by `unbind`
-            return type(result)(_shown(each, held) for each in result)
-        return _shown(result, held)
+
+        def shown(x: Any) -> Any:  # noqa: ANN401 - what a torch function returns
+            if not isinstance(x, Tensor):
+                return x
+            is_same = _storage(x) in held or (not is_whole and name in _COPIES)
+            return Decoded.of(x, is_whole=is_whole) if is_same else x
+
+        # A list or a tuple is of views, as by `unbind`.
+        return type(result)(map(shown, result)) if type(result) in {tuple, list} else shown(result)
 
 
-def _shown(result: Any, held: set[int]) -> Any:  # noqa: ANN401 - what a torch function returns
-    """Return a view of something decoded as such."""
-    return result.as_subclass(Decoded) if isinstance(result, Tensor) and _storage(result) in held else result
+_ATTENDS = {"scaled_dot_product_attention", "matmul", "__matmul__", "__rmatmul__"}
+_COPIES = {"contiguous", "expand", "repeat", "repeat_interleave", "reshape", "to", "type", "float"}
+"""What models do to keys and values on their way to attention that may be no view."""
 
 
 def _plain(given: Any) -> Any:  # noqa: ANN401 - arguments of a torch function

@@ -311,7 +311,7 @@ class NexusQuantLayer(CacheLayerMixin):
         found = dense(self.state, self.residency)[place]
         if self.state.is_detached and torch.is_grad_enabled():
             found = without_gradient(found)
-        return found if self.state.body is None else found.as_subclass(Decoded)
+        return found if self.state.body is None else Decoded.of(found, is_whole=self.state.is_whole)
 
     # Cache operations
 

@@ -85,11 +85,11 @@ class Part:
         if not (self.is_in_step and self.layer.is_initialized and count):
             return
         left = self.seen - count
-        held, needed = self.layer.keys.shape[-2] - count, min(left, self.layer.sliding_window - 1)
+        held, needed = max(self.layer.keys.shape[-2] - count, 0), min(left, self.layer.sliding_window - 1)
         if held < needed:
             msg = (
                 f"cannot remove the newest {count} of {self.seen} tokens: layer {self.index} has a sliding window, and "
-                f"of the {needed} tokens that would be in it, {needed - max(held, 0)} are gone. Call "
+                f"of the {needed} tokens that would be in it, {needed - held} are gone. Call "
                 "cache.activate_past_recording() before the tokens that may be taken back, or start again after "
                 "cache.reset()"
             )

@@ -90,7 +90,11 @@ def _shortcut(name: str) -> Function:
     @uncompiled
     def method(self: "HeldStates", *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         form = self.form.after(name, self.source.shapes[self.side], args, kwargs)
-        return function(self.plain(), *args, **kwargs) if form is None else self.formed(form, function, args, kwargs)
+        if form is not None:
+            return self.formed(form, function, args, kwargs)
+        found = function(self.plain(), *args, **kwargs)
+        self.source.note_read()
+        return found
 
     return method
 
@@ -170,7 +174,9 @@ class HeldStates(States):
     ) -> Any:  # noqa: ANN401
         """Compute with decoded tensors what does not come through torch's functions in Python."""
         del types
-        return func(*plain(args), **plain(kwargs or {}))
+        found = func(*plain(args), **plain(kwargs or {}))
+        _note_read((args, kwargs))
+        return found
 
 
 @uncompiled
@@ -193,10 +199,15 @@ def _compute(func: Function, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return found
     result = func(*plain(args), **plain(kwargs))
     if name != "__get__" and any(isinstance(x, Tensor) for x in tree_leaves(result)):  # attributes tell no numbers
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, States):
-                x.source.note_read()
+        _note_read((args, kwargs))
     return result
+
+
+def _note_read(given: Any) -> None:  # noqa: ANN401 - arguments of a torch function
+    """Tell the layers whose states were given that something else than attention looks at them."""
+    for x in tree_leaves(given):
+        if isinstance(x, States):
+            x.source.note_read()
 
 
 def _followed(

@@ -147,7 +147,8 @@ class PrefixStore:
         """
         ids = _checked_ids(token_ids)
         _check_cache(cache, len(ids))
-        key = {**self._key(cache.model_config, cache.policy, cache.cache_config, besides), **describe_ids(ids)}
+        key = self._key(cache.model_config, cache.placeholder_ids, cache.policy, cache.cache_config, besides)
+        key |= describe_ids(ids)
         if read_again is not None:
             cache.read_again(read_again, ids[None].to(next(read_again.parameters()).device))
         cache.compress()
@@ -218,9 +219,8 @@ class PrefixStore:
         besides: Besides | None = None,
     ) -> int:
         """Remove the entries of exactly these tokens; return how many there were.  Arguments as in `longest_prefix`."""
-        gone = self._index.delete_same(
-            {**self._key(config, policy, preset, besides), **describe_ids(_checked_ids(token_ids))}
-        )
+        key = self._key(config, placeholder_ids(config), policy, preset, besides)
+        gone = self._index.delete_same(key | describe_ids(_checked_ids(token_ids)))
         self._discard_all(gone)
         return len(gone)
 
@@ -248,7 +248,8 @@ class PrefixStore:
 
         Args:
             token_ids: The prompt, ``[tokens]`` or ``[1, tokens]``.
-            config: The model's config; None finds caches that were made without one.
+            config: The model's config, whole: the text part of that of a vision-language model does not name what
+                stands for images.  None finds caches that were made without one.
             policy: The policy that caches were given; None finds those of the default policy.
             preset: The preset or settings that caches must have.  None takes any; of several, the one used last.
             leave: How many tokens of the prompt the prefix must leave over, at least.  The model has to read one to say
@@ -265,8 +266,9 @@ class PrefixStore:
         if leave < 0:
             msg = f"leave must be 0 or more tokens, got {leave}"
             raise OptionError(msg)
-        key = self._key(config, policy, preset, besides)
-        first = None if besides else first_placeholder(ids, placeholder_ids(config))
+        places = placeholder_ids(config)
+        key = self._key(config, places, policy, preset, besides)
+        first = None if besides else first_placeholder(ids, places)
         most = len(ids) - leave if first is None else min(len(ids) - leave, first)
         entry = self._index.longest(key, id_bytes(ids), most)
         return None if entry is None else PrefixMatch(entry, ids[: entry.tokens], config, policy)
@@ -414,6 +416,7 @@ class PrefixStore:
     def _key(
         self,
         config: PretrainedConfig | None,
+        places: frozenset[int],
         policy: EvictionPolicy | None,
         preset: str | CacheConfig | None,
         besides: Besides | None,
@@ -421,9 +424,10 @@ class PrefixStore:
         """Return the columns that decide whose caches are found."""
         decoder, more = text_config(config), hash_besides(besides)
         settings = None if preset is None else describe_settings(resolve_preset(preset))
+        model = "" if decoder is None else describe_model(decoder.to_dict()).fingerprint
         return {
             "namespace": f"{self.namespace}\n{more}" if more else self.namespace,
-            "model": "" if decoder is None else describe_model(decoder.to_dict()).fingerprint,
+            "model": " ".join((model, *map(str, sorted(places)))),  # a config that names none finds no others
             "policy": "" if policy is None else policy_name(policy),
             "settings": None if settings is None else json.dumps(settings, sort_keys=True),
             "format": VERSION,

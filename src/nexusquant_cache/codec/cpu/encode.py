@@ -57,7 +57,8 @@ def _to_rotate(
         return rotated, np.zeros((0, 0), np.float32), np.zeros((0, 0, 0)), np.zeros((0, 0))
     units, lengths = transform.rotation.units()
     heads, head_dim = vectors.shape[:2], vectors.shape[3]
-    mean = torch.zeros(1, 1, head_dim) if transform.mean is None else transform.mean[:, :, 0].float()
+    none = vectors.new_zeros(1, 1, head_dim, dtype=torch.float32)
+    mean = none if transform.mean is None else transform.mean[:, :, 0].float()
     means, axes, inverse_lengths = (
         x.expand(*heads, *x.shape[2:]).flatten(0, 1).contiguous().numpy()
         for x in (mean, units, lengths[..., 0].reciprocal())

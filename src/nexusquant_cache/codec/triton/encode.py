@@ -23,7 +23,7 @@ def encode(
     packed = PackedVectors(words, words.new_empty(batch, heads, tokens))
     out = operand(packed, transform, layouts)
     # What the rotation makes of each channel's unit vector: the matrix of any rotation.
-    unit = torch.eye(head_dim, device=vectors.device).expand(batch, heads, -1, -1)
+    unit = torch.eye(head_dim, device=vectors.device, dtype=torch.float32).expand(batch, heads, -1, -1)
     forward = transform.rotation.rotate(unit)
     given = kernels_encode.encode_operand(out.plan, forward, transform.reference, transform.rotation.block_variances)
     kernels_encode.encode(vectors, given, candidates, out)
