@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from nexusquant_cache.evaluation.plots import save_png
+from nexusquant_cache.pages.pictures import save_png
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 
-from nexusquant_cache.evaluation.plots import save_png
+from nexusquant_cache.pages.pictures import save_png
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -44,9 +44,10 @@ from nexusquant_cache.evaluation import (
     summaries,
 )
 from nexusquant_cache.evaluation.caches import update
-from nexusquant_cache.evaluation.plots import quality_figure, save_png
+from nexusquant_cache.evaluation.plots import quality_figure
 from nexusquant_cache.evaluation.report import measured_on
 from nexusquant_cache.evaluation.results import read_json, write_json
+from nexusquant_cache.pages.pictures import save_png
 from nexusquant_cache.policy import (
     EvictionPolicy,
     ExpectedAttentionPolicy,

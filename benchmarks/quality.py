@@ -25,9 +25,10 @@ from nexusquant_cache.evaluation import (
     nexusquant_candidate,
     summaries,
 )
-from nexusquant_cache.evaluation.plots import quality_figure, save_png
+from nexusquant_cache.evaluation.plots import quality_figure
 from nexusquant_cache.evaluation.report import measured_on
 from nexusquant_cache.evaluation.results import read_json
+from nexusquant_cache.pages.pictures import save_png
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

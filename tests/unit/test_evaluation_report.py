@@ -5,7 +5,8 @@ from html.parser import HTMLParser
 import pytest
 
 from nexusquant_cache.evaluation import KINDS, EvaluationError, summaries, write_report
-from nexusquant_cache.evaluation.plots import family, place_figure, quality_figure, recall_figure, svg_of
+from nexusquant_cache.evaluation.plots import family, place_figure, quality_figure, recall_figure
+from nexusquant_cache.pages.pictures import svg_of
 
 CACHES = {"plain": 1.0, "quant": 5.0, "max": 20.0, "rival@2bit": 6.0, "other": 8.0}
 LENGTHS, DEPTHS = (1000, 2000), (0.1, 0.5, 0.9)

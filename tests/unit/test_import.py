@@ -34,7 +34,7 @@ ORDER: list[set[str]] = [
     {"presets"},
     {"policy"},
     {"codec"},
-    {"uncompiled"},
+    {"pages", "uncompiled"},
     {"errors", "releases"},
 ]
 MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path__, "nexusquant_cache.")]

@@ -280,7 +280,7 @@ class TestSession:
         session.ask(QUESTION, Heard())
         session.save(tmp_path / "good")
         session.conversation.cache.save(tmp_path / "cache")
-        session.conversation.cache.save(tmp_path / "odd", metadata={"conversation": "[]", "conversation.ids": ""})
+        session.conversation.cache.save(tmp_path / "odd", metadata={"conversation": "[]", "token_ids": ""})
         (tmp_path / "text").write_text("text")
         before = (session.messages, session.conversation)
         for name, message in (

@@ -29,6 +29,7 @@ from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError, suggest
 from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.fingerprint import Besides, TokenIds, first_placeholder
+from nexusquant_cache.files.ids import with_token_ids
 from nexusquant_cache.files.packing import check_level
 from nexusquant_cache.files.reader import check_dtype, read_file
 from nexusquant_cache.files.saving import WholeCache, check_config, check_prompt, export_cache, import_cache
@@ -606,6 +607,7 @@ class NexusQuantCache(DynamicCache):
         token_ids: TokenIds | None = None,
         besides: Besides | None = None,
         metadata: Mapping[str, str] | None = None,
+        keep_token_ids: bool = False,
         threads: int | None = None,
         progress: Progress | None = None,
     ) -> AtRest:
@@ -623,6 +625,8 @@ class NexusQuantCache(DynamicCache):
             besides: What the prompt is made of besides token ids, by name: pixel values, sounds, embeddings, the name
                 of an adapter, as for `PrefixStore.put`.  Of these, too, the file keeps a hash.
             metadata: Texts of your own to keep in the file, for instance the tokenizer's name.
+            keep_token_ids: Keep ``token_ids`` themselves in the file too, among the metadata, so that its page can show
+                the prompt (`nexusquant_cache.files.write_page`).  Whoever has the file can then read the prompt.
             threads: Threads to compress with; by default as many as there are processors, up to eight.
             progress: Called after each tensor with the bytes done and the bytes in all.
 
@@ -631,7 +635,8 @@ class NexusQuantCache(DynamicCache):
 
         Raises:
             OptionError: If the level or the number of threads is out of its range, the token ids are not those of all
-                tokens seen, ``[batch, tokens]``, or the metadata are too long or anything but texts.
+                tokens seen, ``[batch, tokens]``, or missing with ``keep_token_ids``, or the metadata are too long or
+                anything but texts.
             UnsupportedError: If something in the cache cannot be saved: codecs of classes that are not registered
                 (`nexusquant_cache.register_codec`), rotations and layers of other classes, layers that
                 have seen different numbers of tokens, or anything else that `load` would refuse.
@@ -641,6 +646,8 @@ class NexusQuantCache(DynamicCache):
         """
         check_level(level)
         check_threads(threads)
+        if keep_token_ids:
+            metadata = with_token_ids(metadata, token_ids)
         meta, tensors = export_cache(self._whole(), token_ids=token_ids, besides=besides, metadata=metadata)
         if token_ids is not None and besides is None and first_placeholder(token_ids, self.placeholder_ids) is not None:
             warnings.warn(

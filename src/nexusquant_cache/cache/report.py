@@ -1,18 +1,25 @@
 """What a cache holds, in bytes of storage, and what a plain cache would."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.files.writer import AtRest
 from nexusquant_cache.layer.host import HOST
+from nexusquant_cache.layer.kinds import kind_of
 from nexusquant_cache.layer.parts import Part
 from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import LayerState
+from nexusquant_cache.layer.state import TENSORS, Kind, LayerState, find
+from nexusquant_cache.layer.tokens import Buffer
+from nexusquant_cache.pages.page import lacks_pictures
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
@@ -78,6 +85,10 @@ class LayerReport:
         is_compressed: Whether the layer holds codes, and it is decided of which tokens.
         waits_for: What has to come before the prompt, or a later turn, is compressed; ``""`` if nothing waits.
         is_unseen: Whether all tokens were kept because the prompt's attention was not seen.
+        bytes_by_kind: The same bytes in finer parts: ``"codes"``, ``"scales"``, ``"axes and means"`` of the transforms,
+            ``"positions"`` of kept tokens, ``"sinks"``, ``"tail"``, ``"waiting queries"`` with what attention has
+            shown, ``"to undo"`` (what an error in this forward would bring back) and ``"not compressed"``.
+        kept_by_head: Tokens kept, for each row of the batch and each KV head; nothing for layers that hold no keys.
     """
 
     layer_idx: int
@@ -94,6 +105,8 @@ class LayerReport:
     is_compressed: bool = False
     waits_for: str = ""
     is_unseen: bool = False
+    bytes_by_kind: Mapping[str, int] = field(default_factory=dict, hash=False)
+    kept_by_head: tuple[tuple[int, ...], ...] = ()
 
     @property
     def state(self) -> str:
@@ -189,6 +202,34 @@ class MemoryReport:
         held = f"{_size(self.held_bytes)} ({self.compression_factor:.1f}x)"
         return f"preset {self.preset}, {tokens}, {held}, {self.state}"
 
+    def plot(self, path: str | os.PathLike[str] | None = None) -> Any:  # noqa: ANN401 - matplotlib is optional
+        """Draw the bytes of each layer by kind, and the tokens that each of its heads keeps; needs matplotlib.
+
+        Args:
+            path: A file to write the picture to as well; its ending decides how: ``.png``, ``.svg``, ``.pdf``.
+
+        Returns:
+            A ``matplotlib.figure.Figure``, which a notebook shows.  Of a batch, the heads' tokens are means over its
+            rows.
+
+        Raises:
+            UnsupportedError: If matplotlib is missing.
+            ValueError: By matplotlib, if it knows no such ending.
+            OSError: If the file cannot be written.
+        """
+        missing = lacks_pictures("plot()")
+        if missing:
+            raise UnsupportedError(missing)
+        from nexusquant_cache.pages.held import held_figure  # noqa: PLC0415 - matplotlib is optional
+        from nexusquant_cache.pages.pictures import save_picture  # noqa: PLC0415 - as above
+
+        kept = [[sum(head) / len(head) for head in zip(*layer.kept_by_head, strict=True)] for layer in self.layers]
+        figure = held_figure([layer.bytes_by_kind for layer in self.layers], kept, self.shared_bytes, self.line)
+        figure.set_facecolor("white")
+        if path is not None:
+            save_picture(figure, Path(path))
+        return figure
+
     def _main(self) -> tuple[LayerReport, ...]:
         ours = tuple(layer for layer in self.layers if layer.kind == "compressed")
         return ours or self.layers
@@ -276,6 +317,8 @@ def layer_report(part: Part, shared: Shared) -> LayerReport:
         dense_bytes=dense or held,
         host_bytes=host,
         exact_dtype=_dtype_of(keys, values),
+        bytes_by_kind={"not compressed": held} if held else {},
+        kept_by_head=() if keys is None or keys.ndim != 4 else ((kept,) * keys.shape[1],) * len(keys),  # noqa: PLR2004
     )
 
 
@@ -312,8 +355,13 @@ def _compressed_report(state: LayerState, shared: Shared, held_to_undo: list[obj
         return LayerReport(state.layer_idx, "compressed", 0, 0, 0, 0, 0, 0)
     keys, values = state.tail
     channels = keys.shape[0] * keys.shape[1] * (keys.shape[3] + values.shape[3])
-    exact, codes = [*state.holders("exact"), *held_to_undo], [buffer.on_the_way for buffer in state.buffers]
-    other = list(state.holders("positions", "transform"))
+    exact, codes = _by_kind(state, "exact"), _by_kind(state, "codes", "scales")
+    other = _by_kind(state, "positions")
+    if held_to_undo:
+        exact["to undo"] = held_to_undo
+    if state.body is not None:
+        other["axes and means"] = [state.body.keys.transform, state.body.values.transform]
+    exact_bytes, code_bytes, other_bytes = (_sizes(things) for things in (exact, codes, other))
     host = 0
     if state.device != HOST:
         # Without what is always there: plans, the places of sinks, and how many tokens each head has.
@@ -325,9 +373,9 @@ def _compressed_report(state: LayerState, shared: Shared, held_to_undo: list[obj
         kind="compressed",
         seen_tokens=state.seen,
         kept_tokens=state.kept,
-        exact_bytes=storage_bytes(exact),
-        code_bytes=storage_bytes(codes),
-        other_bytes=storage_bytes(other),
+        exact_bytes=sum(exact_bytes.values()),
+        code_bytes=sum(code_bytes.values()),
+        other_bytes=sum(other_bytes.values()),
         dense_bytes=state.seen * channels * DENSE_BYTES_PER_CHANNEL,
         code_error=state.code_error,
         host_bytes=host,
@@ -336,7 +384,42 @@ def _compressed_report(state: LayerState, shared: Shared, held_to_undo: list[obj
         waits_for=_waits_for(state, shared),
         # Eviction goes by the attention to all tokens since the first one.
         is_unseen=shared.evicts and state.body is not None and state.is_whole and not state.is_shown_whole,
+        bytes_by_kind={kind: size for kind, size in {**exact_bytes, **code_bytes, **other_bytes}.items() if size},
+        kept_by_head=_kept_by_head(state),
     )
+
+
+def _by_kind(state: LayerState, *kinds: Kind) -> dict[str, list[object]]:
+    """Return what holds the tensors of these kinds, none of which are transforms, in finer parts."""
+    found: dict[str, list[object]] = {}
+    for declared in TENSORS:
+        holder = find(state, declared.path) if declared.kind in kinds else None
+        if holder is not None:
+            known = found.setdefault(kind_of(declared.name, declared.kind), [])
+            known.append(holder.on_the_way if isinstance(holder, Buffer) else holder)
+    return found
+
+
+def _sizes(things: Mapping[str, list[object]]) -> dict[str, int]:
+    """Return the bytes of each part; what several parts share counts for the first of them."""
+    sizes: dict[str, int] = {}
+    seen: list[object] = []
+    for name, part in things.items():
+        seen += part
+        sizes[name] = storage_bytes(seen) - sum(sizes.values())
+    return sizes
+
+
+def _kept_by_head(state: LayerState) -> tuple[tuple[int, ...], ...]:
+    batch, heads = state.exact[0].shape[:2]
+    exact = state.sink_tokens + state.tail_tokens
+    if state.body is None:
+        return ((exact,) * heads,) * batch
+    positions = state.body.positions
+    exact += positions.dense
+    if positions.counts is None:
+        return ((exact + positions.kept,) * heads,) * batch
+    return tuple(tuple(exact + count for count in row) for row in positions.counts.tolist())
 
 
 def _ranges(indices: list[int]) -> str:

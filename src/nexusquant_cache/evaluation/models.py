@@ -75,6 +75,19 @@ def load_config(name: str | None = None) -> PretrainedConfig:
     return config
 
 
+def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
+    """Load a model's tokenizer alone; what it is loaded from, and the error, are those of `load_model`."""
+    source, options = _source(name)
+    try:
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        msg = f"cannot load the tokenizer of {name or DEFAULT_MODEL}: {reason}"
+        raise EvaluationError(msg) from error
+    return tokenizer
+
+
 def _source(name: str | None) -> tuple[str, dict[str, str]]:
     """Return where to load from, and the name of a GGUF file in it."""
     if name is None:

@@ -1,12 +1,9 @@
 """Pictures of results; needs matplotlib."""
 
-import io
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -18,16 +15,9 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 from nexusquant_cache.evaluation.caches import PLAIN
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.summary import CacheSummary, Recall, recall_by_place
+from nexusquant_cache.pages.pictures import INK, STYLE
 from nexusquant_cache.presets import PRESETS
 
-_INK = "#1f2328"  # becomes the colour of the surrounding text in a page
-_STYLE: Any = {  # matplotlib spells out every key it allows
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK),
-    **dict.fromkeys(("figure.facecolor", "axes.facecolor"), "none"),
-    "svg.fonttype": "none",
-    "svg.hashsalt": "nexusquant_cache",
-    "font.size": 9,
-}
 # Colours that people who confuse red and green can tell apart (Okabe and Ito 2008, "Color universal design").
 _COLORS = ("#009e73", "#d55e00", "#0072b2", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
 _MARKERS = "osD^vPX"
@@ -63,7 +53,7 @@ def pictures(content: Mapping[str, Any], rows: Sequence[CacheSummary], heading: 
 
 def quality_figure(rows: Sequence[CacheSummary], caption: str) -> Figure:
     """Draw perplexity, divergence and, if needles were asked for, recall against bytes held, with 95 % intervals."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         has_recall = any(row.recall for row in rows)
         figure = Figure(figsize=(12.5 if has_recall else 8.4, 4.2), layout="constrained")
         perplexity, divergence, *rest = figure.subplots(1, 3 if has_recall else 2)
@@ -84,7 +74,7 @@ def quality_figure(rows: Sequence[CacheSummary], caption: str) -> Figure:
 
 def recall_figure(rows: Sequence[CacheSummary], kinds: Sequence[str]) -> Figure:
     """Draw recall against the bytes held, a panel for each kind of needle."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         columns = min(3, len(kinds))
         lines = math.ceil(len(kinds) / columns)
         figure = Figure(figsize=(12.5 / 3 * columns, 3.6 * lines), layout="constrained")
@@ -99,7 +89,7 @@ def recall_figure(rows: Sequence[CacheSummary], kinds: Sequence[str]) -> Figure:
 
 def place_figure(content: Mapping[str, Any], rows: Sequence[CacheSummary], kinds: Sequence[str]) -> Figure:
     """Draw where needles are found: a line for each cache, a column for each kind, length against depth."""
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         lengths, depths = (sorted(content["settings"][axis]) for axis in ("lengths", "depths"))
         width = max(1.3, 0.45 * len(lengths))
         height = max(1.0, 0.28 * len(depths))
@@ -115,24 +105,6 @@ def place_figure(content: Mapping[str, Any], rows: Sequence[CacheSummary], kinds
         for panel in panels[-1]:
             panel.set_xlabel("tokens", fontsize=8)
         return figure
-
-
-def save_png(figure: Figure, path: Path) -> None:
-    """Write a picture on white ground."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with mpl.rc_context(_STYLE):
-        figure.savefig(path, dpi=130, facecolor="white", metadata={"Software": None})
-
-
-def svg_of(figure: Figure, name: str) -> str:
-    """Return a picture as SVG to stand in a page: transparent, with the page's own colour of text."""
-    with mpl.rc_context(_STYLE):
-        target = io.StringIO()
-        figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None})
-    text = target.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
-    # Several pictures share a page: names inside a picture become its own.
-    return re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{name}-", text)
 
 
 def family(name: str) -> str:
@@ -157,7 +129,7 @@ def _recall_panel(
 
     _panel(panel, rows, rate, label, held=held)
     for plain in [found.rate for row in rows if row.name == PLAIN and (found := recall(row)) is not None]:
-        panel.axhline(plain.mean, color=_INK, linewidth=0.8, linestyle=":")
+        panel.axhline(plain.mean, color=INK, linewidth=0.8, linestyle=":")
         place: dict[str, Any] = {
             "xycoords": ("axes fraction", "data"),
             "textcoords": "offset points",

@@ -1,11 +1,9 @@
 """The report: one HTML page that needs nothing else, and its pictures as PNG files."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.summary import LOST, CacheSummary, FactSummary, Recall, fact_summaries, summaries
+from nexusquant_cache.pages.page import details, figure, lacks_pictures, page, table
 
 _MEBIBYTE = 2**20
 _PAGE = "report.html"
@@ -60,9 +59,9 @@ def check_plots() -> None:
     Raises:
         EvaluationError: If matplotlib is missing.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        msg = 'the report needs matplotlib: pip install "nexusquant-cache[cli]"'
-        raise EvaluationError(msg)
+    missing = lacks_pictures("the report")
+    if missing:
+        raise EvaluationError(missing)
 
 
 def write_report(content: Mapping[str, Any], folder: Path) -> Path:
@@ -83,17 +82,17 @@ def write_report(content: Mapping[str, Any], folder: Path) -> Path:
     if not rows:
         msg = "there are no results to report yet"
         raise EvaluationError(msg)
-    from nexusquant_cache.evaluation.plots import pictures, save_png, svg_of  # noqa: PLC0415 - matplotlib is optional
+    from nexusquant_cache.evaluation.plots import pictures  # noqa: PLC0415 - matplotlib is optional
+    from nexusquant_cache.pages.pictures import save_png, svg_of  # noqa: PLC0415 - as above
 
     folder.mkdir(parents=True, exist_ok=True)
     figures = []
     for picture in pictures(content, rows, measured_on(content, rows)):
         save_png(picture.figure, folder / f"{picture.name}.png")
-        caption = f"<figcaption>{escape(picture.caption)}</figcaption>"
-        figures.append(f"<figure>{svg_of(picture.figure, picture.name)}{caption}</figure>")
-    page = folder / _PAGE
-    page.write_text(_page(content, rows, figures), encoding="utf-8")
-    return page
+        figures.append(figure(svg_of(picture.figure, picture.name), picture.caption))
+    path = folder / _PAGE
+    path.write_text(_page(content, rows, figures), encoding="utf-8")
+    return path
 
 
 def measured_on(content: Mapping[str, Any], rows: Sequence[CacheSummary]) -> str:
@@ -105,7 +104,6 @@ def measured_on(content: Mapping[str, Any], rows: Sequence[CacheSummary]) -> str
 
 
 def _page(content: Mapping[str, Any], rows: Sequence[CacheSummary], figures: Iterable[str]) -> str:
-    style = resources.files(__package__).joinpath("report.css").read_text(encoding="utf-8")
     title = f"KV caches of {content['settings']['model']}"
     kinds = list(rows[0].recall)
     parts = [
@@ -121,18 +119,16 @@ def _page(content: Mapping[str, Any], rows: Sequence[CacheSummary], figures: Ite
         *_lost_part(content),
         "<h2>Settings</h2>",
         _words_table(content["settings"]),
-        *(_details(f"cache {name}", _words_table(given)) for name, given in content["caches"].items()),
+        *(details(f"cache {name}", _words_table(given)) for name, given in content["caches"].items()),
         "<h2>Environment</h2>",
         _words_table(content["environment"]),
     ]
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
-    top = f'<!doctype html>\n<html lang="en">\n<head>{head}\n<style>\n{style}</style></head>'
-    return "\n".join((top, "<body>", *parts, "</body>\n</html>\n"))
+    return page(title, parts)
 
 
 def _quality_table(rows: Sequence[CacheSummary]) -> str:
     head = ("cache", "kept", "MiB held", "factor", "dPPL, %", "KL, nats", "top-1, %", "seconds")
-    return _table(head, (_quality_cells(row) for row in rows))
+    return table(head, (_quality_cells(row) for row in rows))
 
 
 def _quality_cells(row: CacheSummary) -> list[str]:
@@ -159,7 +155,7 @@ def _recall_table(rows: Sequence[CacheSummary], kinds: Sequence[str]) -> str:
         ]
         for row in rows
     )
-    return _table(("needles found", *kinds, "all"), lines)
+    return table(("needles found", *kinds, "all"), lines)
 
 
 def _with_interval(value: Interval, spec: str) -> str:
@@ -184,7 +180,7 @@ def _fact_tables(content: Mapping[str, Any]) -> list[str]:
         [f"<strong>{escape(name)}</strong>", *(_fact_cell(groups.get(key)) for key in keys)]
         for name, groups in facts.items()
     )
-    return [_table(head, lines)]
+    return [table(head, lines)]
 
 
 def _fact_cell(fact: FactSummary | None) -> str:
@@ -208,26 +204,14 @@ def _lost_part(content: Mapping[str, Any]) -> list[str]:
         [escape(text) for text in (row["cache"], row["task"], ", ".join(row["expected"]), row["answer"])]
         for row in lost
     )
-    table = _table(("cache", "needle", "expected", "answer"), lines, words=True)
-    return ["<h2>Needles lost</h2>", _details(f"{len(lost)} answers", table)]
+    answers = table(("cache", "needle", "expected", "answer"), lines, words=True)
+    return ["<h2>Needles lost</h2>", details(f"{len(lost)} answers", answers)]
 
 
 def _words_table(given: Mapping[str, Any]) -> str:
     lines = ([escape(str(key)), f"<code>{escape(_shown(value))}</code>"] for key, value in given.items())
-    return _table(("", ""), lines, words=True) if given else '<p class="soft">No settings given.</p>'
+    return table(("", ""), lines, words=True) if given else '<p class="soft">No settings given.</p>'
 
 
 def _shown(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value)
-
-
-def _table(head: Sequence[str], lines: Iterable[Sequence[str]], *, words: bool = False) -> str:
-    """Return a table; its cells are HTML already."""
-    top = f"<thead><tr>{''.join(f'<th>{escape(name)}</th>' for name in head)}</tr></thead>" if any(head) else ""
-    body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>" for line in lines)
-    kind = ' class="words"' if words else ""
-    return f'<div class="scroll"><table{kind}>{top}<tbody>{body}</tbody></table></div>'
-
-
-def _details(title: str, inside: str) -> str:
-    return f"<details><summary>{escape(title)}</summary>{inside}</details>"

@@ -18,6 +18,7 @@ from nexusquant_cache.layer.state import (
     SIDES,
     Declared,
     Facts,
+    Kind,
     are_places,
     expected,
     finite,
@@ -97,6 +98,19 @@ def check_tensors(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
                 _finite(f"{name}.{known.name}", tensors)
 
 
+def check_positions(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
+    """Check the values of the tensors that tell which tokens are kept; no others are needed.
+
+    Raises:
+        FormatError: If one cannot have come from a cache.
+    """
+    codecs = [make_codec(codec) for codec in meta.codecs]
+    for index, layer in enumerate(meta.layers):
+        if isinstance(layer, LayerMeta) and layer.shape is not None:
+            facts = layer_facts(layer, codecs)
+            _check_places(layer, f"layers.{index}", facts, tensors, "positions")
+
+
 def _check_padding(meta: CacheMeta, tensors: Mapping[str, Tensor]) -> None:
     # Before the first tokens are packed, a mask may state more pads than have been seen.
     is_packed = any(isinstance(layer, LayerMeta) and layer.body is not None for layer in meta.layers)
@@ -113,15 +127,8 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
     if layer.shape is None:
         return
     facts = layer_facts(layer, codecs)
-    _check_declared(name, (declared for declared, _ in expected(facts)), facts, tensors)
-    if layer.sink_place:
-        _in_range(f"{name}.sink_place", tensors[f"{name}.sink_place"], 0, layer.seen)
-        wrong = are_places(sink_positions(tensors[f"{name}.sink_place"], layer.sinks or 0), facts)
-        if wrong is not None:
-            _wrong(f"{name}.sink_place", wrong)
+    _check_places(layer, name, facts, tensors)
     if layer.body is not None:
-        _check_sinks(layer, layer.body, name, tensors)
-        _check_kept(name, tensors)
         for side, meta in zip(SIDES, (layer.body.keys, layer.body.values), strict=True):
             _check_magnitude(f"{name}.{side}", meta, tensors)
     if layer.given is not None:
@@ -130,6 +137,22 @@ def _check_layer(layer: LayerMeta, name: str, codecs: list[VectorCodec], tensors
             declared = (each for each in transform_tensors(side, "", "given.") if each.shape(given) is not None)
             _check_declared(name, declared, given, tensors)
             _check_magnitude(f"{name}.given.{side}", meta, tensors)
+
+
+def _check_places(
+    layer: LayerMeta, name: str, facts: Facts, tensors: Mapping[str, Tensor], only: Kind | None = None
+) -> None:
+    """Check the tensors of a layer, or those of one kind, and that they agree on where tokens are."""
+    declared = (each for each, _ in expected(facts) if only in {None, each.kind})
+    _check_declared(name, declared, facts, tensors)
+    if layer.sink_place:
+        _in_range(f"{name}.sink_place", tensors[f"{name}.sink_place"], 0, layer.seen)
+        wrong = are_places(sink_positions(tensors[f"{name}.sink_place"], layer.sinks or 0), facts)
+        if wrong is not None:
+            _wrong(f"{name}.sink_place", wrong)
+    if layer.body is not None:
+        _check_sinks(layer, layer.body, name, tensors)
+        _check_kept(name, tensors)
 
 
 def _check_sinks(layer: LayerMeta, body: BodyMeta, name: str, tensors: Mapping[str, Tensor]) -> None:

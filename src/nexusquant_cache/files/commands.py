@@ -45,7 +45,7 @@ def inspect_file(path: str | Path) -> FileSummary:
         FormatError: If the file is no saved cache, is of a later version, or contradicts itself.
         OSError: If it cannot be read.
     """
-    return _summary(read_promise(Path(path)))
+    return summary_of(read_promise(Path(path)))
 
 
 def verify_file(path: str | Path, *, progress: Progress | None = None) -> FileSummary:
@@ -55,7 +55,7 @@ def verify_file(path: str | Path, *, progress: Progress | None = None) -> FileSu
         FormatError: If anything is wrong with the file.
         OSError: If it cannot be read.
     """
-    return _summary(read_file(Path(path), progress=progress)[0])
+    return summary_of(read_file(Path(path), progress=progress)[0])
 
 
 def convert_file(
@@ -79,7 +79,8 @@ def convert_file(
     return write_file(Path(output), promise.meta, tensors, level=level, progress=progress)
 
 
-def _summary(promise: Promise) -> FileSummary:
+def summary_of(promise: Promise) -> FileSummary:
+    """Return what the header of a file says, with its tensors by kind."""
     stored = AtRest(
         tuple(Stored(spec, packing, entry.nbytes) for spec, entry, packing in promise.tensors), promise.header_bytes
     )

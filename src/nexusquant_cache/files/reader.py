@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
-from nexusquant_cache.files.checks import check_numbers, check_tensors
+from nexusquant_cache.files.checks import check_numbers, check_positions, check_tensors
 from nexusquant_cache.files.container import FORMAT, VERSION, Entry, read_header, versions_of
 from nexusquant_cache.files.contents import DTYPES, FileTensor, tensors_of
 from nexusquant_cache.files.fingerprint import content_hash
@@ -103,6 +103,24 @@ def read_file(
         msg = "the content of the file does not have the hash that it was written with: it is damaged"
         raise FormatError(msg)
     check_tensors(promise.meta, tensors)
+    return promise, tensors
+
+
+def read_positions(path: Path) -> tuple[Promise, dict[str, Tensor]]:
+    """Return what the header of a file says, and the tensors that tell which tokens are kept, after their own checks.
+
+    No other tensor is read, so the hash of the content is not checked.
+
+    Raises:
+        FormatError: If the file is no saved cache, is of a later version, or contradicts itself.
+        OSError: If there is no such file, or it cannot be read.
+    """
+    with _opened(path) as file:
+        promise = _read_promise(file)
+        shared = _Shared(file, lambda: True)
+        wanted = [tensor for tensor in promise.tensors if tensor[0].kind == "positions"]
+        tensors = {spec.name: tensor for spec, tensor, _ in shared.read_tensors(wanted)}
+    check_positions(promise.meta, tensors)
     return promise, tensors
 
 

@@ -1,27 +1,19 @@
 """A conversation in the file of its cache: messages and token ids stand in the file's metadata."""
 
-import base64
-import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-import zstandard
-from jaxtyping import Int
-from torch import Tensor
-
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.files import inspect_file
+from nexusquant_cache.files.ids import TOKEN_IDS, unpacked_ids
 from nexusquant_cache.serving.chat_model import ChatModel, Message
 from nexusquant_cache.serving.conversation import Conversation
 from nexusquant_cache.serving.errors import ServingError
 
-_TALK, _IDS = "conversation", "conversation.ids"
-_ID_BYTES = 4
+_TALK = "conversation"
 
 
 @dataclass(frozen=True)
@@ -50,9 +42,9 @@ def save_conversation(path: Path, conversation: Conversation, talk: Talk) -> int
     if path.exists() and not _is_saved(path):
         msg = f"{path} is there already and holds no conversation: choose another name"
         raise ServingError(msg)
-    ids = zstandard.compress(conversation.ids.to(torch.int32).numpy().astype("<i4").tobytes())
-    texts = {_TALK: json.dumps(asdict(talk)), _IDS: base64.b64encode(ids).decode()}
-    return conversation.cache.save(path, token_ids=conversation.ids, metadata=texts).total_bytes
+    texts = {_TALK: json.dumps(asdict(talk))}
+    saved = conversation.cache.save(path, token_ids=conversation.ids, keep_token_ids=True, metadata=texts)
+    return saved.total_bytes
 
 
 def _is_saved(path: Path) -> bool:
@@ -72,11 +64,11 @@ def load_conversation(path: Path, model: ChatModel) -> tuple[Conversation, Talk]
     meta = inspect_file(path).meta
     try:
         talk = _talk(json.loads(meta.user[_TALK]))
-        ids = _ids(meta.user[_IDS], meta.tokens_seen)
+        ids = unpacked_ids(meta.user[TOKEN_IDS], meta.tokens_seen)[0]
     except KeyError as error:
         msg = f"{path} holds a cache, and no conversation: it was not saved by a chat"
         raise FormatError(msg) from error
-    except (ValueError, TypeError, RecursionError, binascii.Error, zstandard.ZstdError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         msg = f"the conversation in {path} cannot be read: {error}"
         raise FormatError(msg) from error
     cache = NexusQuantCache.load(
@@ -105,13 +97,3 @@ def _is_message(given: object) -> bool:
         and set(given) == {"role", "content"}
         and all(isinstance(x, str) for x in given.values())
     )
-
-
-def _ids(text: str, tokens: int) -> Int[Tensor, " n"]:
-    """Return so many ids; no more memory is taken than these need, whatever the file says."""
-    packed = base64.b64decode(text, validate=True)
-    if zstandard.frame_content_size(packed) != _ID_BYTES * tokens:
-        msg = f"its ids are not those of {tokens} tokens"
-        raise ValueError(msg)
-    data = zstandard.ZstdDecompressor().decompress(packed)
-    return torch.from_numpy(np.frombuffer(data, "<i4").astype(np.int64))
