@@ -9,6 +9,8 @@ import torch
 from feeding import feed
 from files import CONFIGS, GOLDEN, MAKERS, file_bytes, forged
 from integration.tiny import SMALL, kept_mask, random_states, tiny_config
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 from unit.evaluation_tiny import build_tokenizer
 
@@ -144,7 +146,8 @@ class TestKept:
         whole = {0, 1, *range(2, 32, 2), *range(32, 40)}
         assert page.shares == {place: (100, 100) if place in whole else (0, 0) for place in range(40)}
         numbers = page.tables[1]
-        assert [row[-1] for row in numbers[1:3]] == ["25 25", "25 25"]
+        assert numbers[0][-3:] == ["bytes", "kept by head 0", "kept by head 1"]
+        assert [row[-2:] for row in numbers[1:3]] == [["25", "25"], ["25", "25"]]
 
     def test_a_sliding_window_holds_the_newest(self, saved):
         path, _ = saved("mixed")
@@ -213,15 +216,14 @@ class TestPage:
     @pytest.mark.parametrize("name", list(MAKERS))
     def test_the_bytes_are_those_of_the_file(self, name, saved):
         path, _ = saved(name)
-        page = page_of(path)
-        head, *rows = page.tables[1]
-        number = [[int(cell.replace(",", "") or 0) for cell in row[1:-1]] for row in rows]
-        assert head[0] == "layer"
-        assert head[-2:] == ["bytes", "kept tokens, head by head"]
-        assert number[-1][-1] == sum(kind.packed_bytes for kind in inspect_file(path).kinds)
-        assert number[-1] == [sum(column) for column in zip(*number[:-1], strict=True)]
-        for row in number[:-1]:
-            assert row[-1] in {sum(row[:-1]), row[-1] if not any(row[:-1]) else None}
+        head, *rows = page_of(path).tables[1]
+        end = head.index("bytes")
+        names = [row[0] for row in rows]
+        numbers = [[int(cell.replace(",", "") or 0) for cell in row[1 : end + 1]] for row in rows]
+        assert numbers[-1][-1] == sum(kind.packed_bytes for kind in inspect_file(path).kinds)
+        assert numbers[-1] == [sum(column) for column in zip(*numbers[:-1], strict=True)]
+        assert names == ["0", "1", *(["shared"] if "shared" in names else []), "all"]
+        assert all(sum(row[:-1]) == row[-1] for row in numbers[:2])
 
     def test_shares_are_those_of_the_loaded_cache(self, saved):
         path, cache = saved("padded")
@@ -306,6 +308,14 @@ class TestPrompt:
         page = Page(text_html(ids, TOKENIZER, kept))
         assert "".join(text for _, _, text in page.spans) == TOKENIZER.decode(ids)
         assert len(page.shares) == len(ids)
+
+    def test_a_tokenizer_that_drops_the_first_space(self):
+        """As those of Llama 2 do; only the first word of the text loses its space."""
+        core = Tokenizer(models.WordLevel({"\u2581a": 0, "\u2581b": 1, "c": 2}, unk_token="c"))  # noqa: S106 - no password
+        core.decoder = decoders.Metaspace()
+        kept = KeptTokens((), torch.tensor([1, 0, 1, 0]), 1)
+        page = Page(text_html([0, 1, 2, 1], PreTrainedTokenizerFast(tokenizer_object=core), kept))
+        assert [text for _, _, text in page.spans] == ["a", " b", "c", " b"]
 
     def test_a_row_of_a_batch(self, tmp_path):
         texts = ("x" * 60 + "first", "y" * 59 + "second")

@@ -160,20 +160,21 @@ def _picture(layers: list[dict[str, int]], shared: int, kept: KeptTokens, of_row
 def _numbers(layers: list[dict[str, int]], shared: int, kept: KeptTokens) -> str:
     """Return a table with a line per layer."""
     kinds = list(dict.fromkeys(kind for layer in layers for kind in layer))
+    heads = range(max(map(len, kept.by_head), default=0))
     lines = [
         [
             str(index),
             *(f"{layer.get(kind, 0):,}" for kind in kinds),
             f"{sum(layer.values()):,}",
-            " ".join(f"{tokens:,}" for tokens in heads),
+            *(f"{tokens[head]:,}" if head < len(tokens) else "" for head in heads),
         ]
-        for index, (layer, heads) in enumerate(zip(layers, kept.by_head, strict=True))
+        for index, (layer, tokens) in enumerate(zip(layers, kept.by_head, strict=True))
     ]
-    sums = [sum(layer.get(kind, 0) for layer in layers) for kind in kinds]
+    sums, empty = [sum(layer.get(kind, 0) for layer in layers) for kind in kinds], [""] * len(heads)
     if shared:
-        lines.append(["shared", *("" for _ in kinds), f"{shared:,}", ""])
-    lines.append(["all", *(f"{size:,}" for size in sums), f"{sum(sums) + shared:,}", ""])
-    return table(("layer", *kinds, "bytes", "kept tokens, head by head"), lines)
+        lines.append(["shared", *("" for _ in kinds), f"{shared:,}", *empty])
+    lines.append(["all", *(f"{size:,}" for size in sums), f"{sum(sums) + shared:,}", *empty])
+    return table(("layer", *kinds, "bytes", *(f"kept by head {head}" for head in heads)), lines)
 
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> str:
