@@ -216,7 +216,7 @@ def presets_table(content: dict[str, Any]) -> str:
         if AGAIN + name in facts:
             asked = [_lost_facts(facts[AGAIN + name], place) for place in _PLACES]
             rows.append((f"{_both_names(name)}, read twice", *factors, "", "", *asked, f"{times[name]:.2f}x"))
-    lengths = (f"times smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
+    lengths = (f"smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
     places = (f"facts lost, asked {where}" for where in _PLACES.values())
     return markdown(("preset", *lengths, "perplexity", "KL, nats", *places, "time per token"), rows)
 

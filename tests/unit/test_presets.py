@@ -43,7 +43,7 @@ def test_an_unknown_preset_gets_the_nearest_name(given: str, hint: str) -> None:
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("given", ["", None, 3, {"key_bits": 2}, ["max"]])
 def test_anything_else_gets_all_names(given: object) -> None:
-    with pytest.raises(OptionError, match=r"Allowed: .*keep-some \(balanced\), keep-few \(max\)\. A CacheConfig is also"):
+    with pytest.raises(OptionError, match=r"Allowed: keep-all \(quant\), .*keep-few \(max\)\. A CacheConfig is also"):
         resolve_preset(given)
 
 
