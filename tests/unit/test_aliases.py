@@ -116,7 +116,7 @@ def test_rows_of_results_have_the_name():
 
 def test_in_a_chat():
     session = ChatSession(ChatModel(ascii_tiny(), "keep-all"), Wish(4))
-    assert session.report().preset == "quant"
+    assert (session.report().preset, session.model.preset) == ("quant", "quant")
     session.use_preset("keep-few")
     assert (session.report().preset, session.model.preset) == ("max", "max")
     with pytest.raises(OptionError, match=r"Allowed: keep-all \(quant\)"):

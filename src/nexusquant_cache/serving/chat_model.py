@@ -95,9 +95,8 @@ class ChatModel:
         if not loaded.tokenizer.chat_template:
             msg = f"{loaded.name} has no chat template: take a model that was trained to follow instructions"
             raise ServingError(msg)
-        preset_name(preset)
         self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
-        self.preset = preset
+        self.preset = preset if isinstance(preset, CacheConfig) else preset_name(preset)
 
     @property
     def most_tokens(self) -> int | None:
