@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from nexusquant_cache.evaluation import fact_summaries, summaries
 from nexusquant_cache.evaluation.presets import AGAIN
 from nexusquant_cache.evaluation.summary import fact_kinds
+from nexusquant_cache.presets import with_alias
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -211,13 +212,18 @@ def presets_table(content: dict[str, Any]) -> str:
         factors = [f"{held[name, tokens]:.1f}x" for tokens in _SHOWN_LENGTHS]
         quality = f"{lost[name].dppl_percent.mean:+.1f} %", f"{lost[name].kl.mean:.3f}"
         asked = [_lost_facts(facts.get(name, {}), place) for place in _PLACES]
-        rows.append((f"`{name}`", *factors, *quality, *asked, f"{times[name]:.2f}x"))
+        rows.append((_both_names(name), *factors, *quality, *asked, f"{times[name]:.2f}x"))
         if AGAIN + name in facts:
             asked = [_lost_facts(facts[AGAIN + name], place) for place in _PLACES]
-            rows.append((f"`{name}`, read twice", *factors, "", "", *asked, f"{times[name]:.2f}x"))
+            rows.append((f"{_both_names(name)}, read twice", *factors, "", "", *asked, f"{times[name]:.2f}x"))
     lengths = (f"smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
     places = (f"facts lost, asked {where}" for where in _PLACES.values())
     return markdown(("preset", *lengths, "perplexity", "KL, nats", *places, "time per token"), rows)
+
+
+def _both_names(preset: str) -> str:
+    """Return alias and name as the documents for newcomers show them."""
+    return re.sub(r"[\w-]+", r"`\g<0>`", with_alias(preset))
 
 
 _WIDE = 128
@@ -242,7 +248,7 @@ def fit_table(content: dict[str, Any]) -> str:
     rows = (
         (model, f"{tokens:,}", *(_fit_cell(cells[model, tokens, name]) for name in names)) for model, tokens in cases
     )
-    return markdown(("model", "tokens", *("plain" if name == "plain" else f"`{name}`" for name in names)), rows)
+    return markdown(("model", "tokens", *("plain" if name == "plain" else _both_names(name) for name in names)), rows)
 
 
 def _fit_cell(row: dict[str, Any]) -> str:

@@ -35,6 +35,7 @@ from nexusquant_cache.evaluation.quality import Continuation, PlainRun, measure_
 from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import token_windows
+from nexusquant_cache.presets import preset_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -173,7 +174,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--continuation", type=int, default=128, help="tokens predicted after them")
     parser.add_argument("--bits", type=float, nargs="+", default=[1.0, 1.5, 2.0, 2.5, 3.0], help="bits per channel")
     parser.add_argument(
-        "--presets", nargs="*", choices=PRESETS, default=["balanced", "quant"], help="presets that reuse"
+        "--presets",
+        nargs="*",
+        type=preset_name,
+        choices=PRESETS,
+        default=["balanced", "quant"],
+        help="presets that reuse",
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "transforms.json", help="result file")
     return parser.parse_args()

@@ -26,6 +26,7 @@ from lm_eval.tasks import TaskManager
 from nexusquant_cache import PRESETS
 from nexusquant_cache.evaluation import load_model, python_topics
 from nexusquant_cache.evaluation.lm_eval import NexusQuantLM
+from nexusquant_cache.presets import preset_name
 
 HEAD = """\
 task: {name}
@@ -70,7 +71,9 @@ def main() -> None:
     """Print what was chosen and said rightly, and what the caches held."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a folder, a GGUF file or a name on the model hub")
-    parser.add_argument("--preset", nargs="+", default=["balanced"], choices=PRESETS, help="presets (balanced)")
+    parser.add_argument(
+        "--preset", nargs="+", type=preset_name, default=["balanced"], choices=PRESETS, help="presets (balanced)"
+    )
     parser.add_argument("--count", type=int, default=4, help="texts (%(default)s)")
     parser.add_argument("--characters", type=int, default=4000, help="of each text (%(default)s)")
     given = parser.parse_args()

@@ -51,6 +51,10 @@ def no_gradients(what: str) -> UnsupportedError:
 def suggest(given: str, allowed: Iterable[str]) -> str:
     """Return the tail of a message: the nearest allowed name, if any, and all allowed names."""
     names = sorted(allowed)
-    near = difflib.get_close_matches(given, names, n=1, cutoff=0.5)
-    hint = f"Did you mean {near[0]!r}? " if near else ""
-    return f"{hint}Allowed: {', '.join(names)}."
+    return f"{nearest(given, names)}Allowed: {', '.join(names)}."
+
+
+def nearest(given: str, allowed: Iterable[str]) -> str:
+    """Return a question for the nearest allowed name, with a space after it; nothing if no name is near."""
+    near = difflib.get_close_matches(given, sorted(allowed), n=1, cutoff=0.5)
+    return f"Did you mean {near[0]!r}? " if near else ""

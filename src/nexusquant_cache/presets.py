@@ -9,7 +9,7 @@ from nexusquant_cache.codec.e8 import TransformRule
 from nexusquant_cache.codec.impl import Impl
 from nexusquant_cache.codec.layout import MAX_BITS, Bits
 from nexusquant_cache.codec.registry import check_codec_name
-from nexusquant_cache.errors import OptionError, suggest
+from nexusquant_cache.errors import OptionError, nearest, suggest
 
 _LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "min_kept": 0}
 _CHOICES = {"transform": TransformRule, "impl": Impl}
@@ -200,20 +200,64 @@ PRESETS: dict[str, CacheConfig] = {
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 
+ALIASES: dict[str, str] = {
+    "keep-all": "quant",
+    "keep-most": "high",
+    "keep-half": "asym",
+    "keep-some": "balanced",
+    "keep-few": "max",
+}
+"""The descriptive aliases, and whose they are.  An alias is accepted wherever a preset's name is; reports, files and
+results have the name.  It says how many of the tokens that were read are kept at least: short texts keep more.
+"""
+_CUSTOM = "custom"
 
-def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
-    """Return the settings of a preset name, or the settings given.
+
+def preset_name(preset: str | CacheConfig) -> str:
+    """Return the one name of a preset that is given by name or alias; ``"custom"`` for settings.
 
     Raises:
         OptionError: If there is no such preset; the message names the nearest that exists.
     """
     if isinstance(preset, CacheConfig):
-        return preset
+        return _CUSTOM
     named: object = preset  # whatever the annotation says
     if hasattr(named, "to_dict") or hasattr(named, "config"):
         msg = f"preset is the first argument, got {type(named).__name__}: write NexusQuantCache(config=model.config)"
         raise OptionError(msg)
+    if isinstance(named, str) and named not in PRESETS:  # one of your own may have the name of an alias
+        named = ALIASES.get(named, named)
     if not isinstance(named, str) or named not in PRESETS:
-        msg = f"unknown preset {named!r}. {suggest(str(named), PRESETS)} A CacheConfig is also accepted."
+        hint = nearest(str(named), [*PRESETS, *ALIASES])
+        msg = f"unknown preset {named!r}. {hint}Allowed: {all_presets()}. A CacheConfig is also accepted."
         raise OptionError(msg)
-    return PRESETS[preset]
+    return named
+
+
+def preset_names(presets: Iterable[str]) -> tuple[str, ...]:
+    """Return the names of presets that are given by name or alias, each once.
+
+    Raises:
+        OptionError: As for `preset_name`.
+    """
+    return tuple(dict.fromkeys(preset_name(preset) for preset in presets))
+
+
+def with_alias(name: str) -> str:
+    """Return how texts call a preset: alias and name, as in ``"keep-all (quant)"``."""
+    alias = next((alias for alias, other in ALIASES.items() if other == name), None)
+    return name if alias is None else f"{alias} ({name})"
+
+
+def all_presets() -> str:
+    """Return every preset as texts call it, in one line."""
+    return ", ".join(with_alias(name) for name in PRESETS)
+
+
+def resolve_preset(preset: str | CacheConfig) -> "CacheConfig":
+    """Return the settings of a preset that is given by name or alias, or the settings given.
+
+    Raises:
+        OptionError: As for `preset_name`.
+    """
+    return preset if isinstance(preset, CacheConfig) else PRESETS[preset_name(preset)]

@@ -82,6 +82,10 @@ def test_generation_goes_through_the_codes():
     assert model.get_model_info()["nexusquant"]["kept_tokens"] < len(CONTEXT)
 
 
+def test_an_alias_of_a_preset_is_written_as_its_name():
+    assert loaded(preset="keep-all").get_model_info()["nexusquant"]["preset"] == "quant"
+
+
 def test_what_cannot_be_measured():
     with pytest.raises(OptionError, match="Did you mean 'balanced'"):
         loaded(preset="balnced")

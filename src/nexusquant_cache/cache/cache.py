@@ -42,7 +42,7 @@ from nexusquant_cache.layer.parts import Part, compressed, part_of
 from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
-from nexusquant_cache.presets import CacheConfig, resolve_preset
+from nexusquant_cache.presets import CacheConfig, preset_name, resolve_preset
 from nexusquant_cache.releases import compile_inside_wrappers
 from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
 
@@ -75,7 +75,7 @@ class NexusQuantCache(DynamicCache):
     Subclass it and override `make_policy` or `make_codec` for policies and codecs of your own.
 
     Args:
-        preset: Name of a preset (`PRESETS`) or a `CacheConfig`.
+        preset: Name or alias of a preset (`PRESETS`, `ALIASES`) or a `CacheConfig`.
         config: The model's config.
         policy: Which tokens to keep; `DEFAULT_POLICY` by default.
         attention_mask: Not needed: the cache sees the model's own mask.  Given the mask of the prompt, ``[batch,
@@ -112,7 +112,7 @@ class NexusQuantCache(DynamicCache):
         """Make an empty cache."""
         pass_over_wrappers()
         settings = resolve_preset(preset).override(overrides)
-        self.preset = preset if isinstance(preset, str) and not overrides else "custom"
+        self.preset = "custom" if overrides else preset_name(preset)
         if when not in get_args(When):
             msg = f"unknown schedule when={when!r}. {suggest(str(when), get_args(When))}"
             raise OptionError(msg)

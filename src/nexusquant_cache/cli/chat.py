@@ -18,7 +18,7 @@ from nexusquant_cache.errors import NexusQuantError, OptionError, suggest
 from nexusquant_cache.evaluation.steps import Report, Step
 from nexusquant_cache.evaluation.texts import read_text
 from nexusquant_cache.pages.page import printable
-from nexusquant_cache.presets import PRESETS
+from nexusquant_cache.presets import all_presets
 from nexusquant_cache.serving.chat_model import Listener
 from nexusquant_cache.serving.session import ChatSession
 
@@ -30,7 +30,7 @@ HELP = f"""\
 /save FILE    write the chat and its cache to a file
 /load FILE    take up the chat in a file
 /report       show what the cache holds, layer by layer
-/preset NAME  compress with another preset: {", ".join(PRESETS)}
+/preset NAME  compress with another preset: {all_presets()}
 /reset        begin a new chat
 /help         show this
 /quit         leave; so does the end of the input
@@ -143,7 +143,7 @@ class ChatLoop:
 
     def _preset(self, name: str) -> None:
         self._session.use_preset(name)
-        _note(f"preset {name}; the next question has the chat read again")
+        _note(f"preset {self._session.report().preset}; the next question has the chat read again")
 
     def _reset(self) -> None:
         self._session.reset()

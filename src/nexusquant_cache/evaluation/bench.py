@@ -18,7 +18,7 @@ from nexusquant_cache.evaluation.results import environment
 from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
-from nexusquant_cache.presets import resolve_preset
+from nexusquant_cache.presets import preset_names
 
 _BACKENDS = {"quanto": "optimum.quanto", "hqq": "hqq"}
 _QUANTIZED_BITS = 4
@@ -52,8 +52,7 @@ class BenchOptions:
             if getattr(self, what) < 1:
                 msg = f"{what} must be at least 1, got {getattr(self, what)}"
                 raise EvaluationError(msg)
-        for name in self.presets:
-            resolve_preset(name)
+        object.__setattr__(self, "presets", preset_names(self.presets))
 
 
 @dataclass(frozen=True)

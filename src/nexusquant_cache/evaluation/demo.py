@@ -24,7 +24,7 @@ from nexusquant_cache.evaluation.quality import (
 from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
-from nexusquant_cache.presets import resolve_preset
+from nexusquant_cache.presets import preset_names
 
 _SHORTEST = 256  # tokens; below this nothing would be compressed worth looking at
 
@@ -57,8 +57,7 @@ class DemoOptions:
 
     def __post_init__(self) -> None:
         """Check before a model is loaded."""
-        for name in self.presets:
-            resolve_preset(name)
+        object.__setattr__(self, "presets", preset_names(self.presets))
         for what, least in (("tokens", _SHORTEST), ("predictions", 1), ("new_tokens", 0), ("rounds", 0)):
             if getattr(self, what) < least:
                 msg = f"{what} must be at least {least}, got {getattr(self, what)}"

@@ -13,7 +13,7 @@ from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.steps import Report, Step, no_report
 from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.policy import RecentAttentionPolicy
-from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.presets import PRESETS, preset_names
 
 _HALF_BYTES = 2
 _WINDOW = 64  # queries that the policy looks at
@@ -108,9 +108,7 @@ def fit(
         most = _MOST_CHANNELS // shape.head_dim
         msg = f"tokens may be {most:,} at most for heads of {shape.head_dim} channels, got {tokens:,}"
         raise EvaluationError(msg)
-    names = tuple(presets) or tuple(PRESETS)
-    for name in names:
-        resolve_preset(name)
+    names = preset_names(presets) or tuple(PRESETS)
     windows, dense = shape.window_bytes(tokens), shape.compressed * shape.layer_bytes(tokens)
     found = [Fit(PLAIN, batch * (windows + dense), batch * (windows + dense))]
     for done, name in enumerate(names):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.presets import CacheConfig, resolve_preset
+from nexusquant_cache.presets import CacheConfig, preset_name
 from nexusquant_cache.releases import CACHE
 
 Scored = tuple[tuple[str, str], list[int], list[int]]
@@ -45,18 +45,17 @@ class NexusQuantLM(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def __init__(self, pretrained: Any, preset: str | CacheConfig = "balanced", **options: Any) -> None:
         """Load the model."""
-        resolve_preset(preset)
+        name = preset_name(preset)
         super().__init__(pretrained, **options)
-        self._preset = preset
+        self._preset, self._preset_name = preset, name
         self._seen = self._kept = self._held = self._dense = 0  # of all contexts together
 
     def get_model_info(self) -> dict[str, Any]:
         """Return what lm-eval writes of a model, with what the caches held of all contexts together."""
         info: dict[str, Any] = super().get_model_info()
         factor = self._dense / self._held if self._held else 1.0
-        name = self._preset if isinstance(self._preset, str) else "custom"
         held = {"seen_tokens": self._seen, "kept_tokens": self._kept, "compression_factor": factor}
-        return {**info, "nexusquant": {"preset": name, **held}}
+        return {**info, "nexusquant": {"preset": self._preset_name, **held}}
 
     def _new_cache(self) -> NexusQuantCache:
         return NexusQuantCache(self._preset, config=self.model.config)

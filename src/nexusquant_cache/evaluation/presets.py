@@ -12,7 +12,7 @@ from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.evaluation.caches import PLAIN, Candidate
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.policy import EvictionPolicy
-from nexusquant_cache.presets import PRESETS, CacheConfig, resolve_preset
+from nexusquant_cache.presets import PRESETS, CacheConfig, preset_names, resolve_preset
 
 PLAIN_CANDIDATE = Candidate(PLAIN, DynamicCache)
 
@@ -70,7 +70,7 @@ def preset_candidates(
     Raises:
         OptionError: If there is no such preset.
     """
-    config, names = loaded.model.config, tuple(names) or tuple(PRESETS)
+    config, names = loaded.model.config, preset_names(names) or tuple(PRESETS)
     once = [nexusquant_candidate(name, name, config) for name in names]
     evicting = [name for name in names if read_again and resolve_preset(name).keep_ratio < 1]
     again = [nexusquant_candidate(AGAIN + name, name, config, reads_again=True) for name in evicting]

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.evaluation.models import LoadedModel
-from nexusquant_cache.presets import CacheConfig, resolve_preset
+from nexusquant_cache.presets import CacheConfig, preset_name
 from nexusquant_cache.releases import CACHE
 from nexusquant_cache.serving.answer_text import AnswerText
 from nexusquant_cache.serving.conversation import Conversation, Place
@@ -95,9 +95,8 @@ class ChatModel:
         if not loaded.tokenizer.chat_template:
             msg = f"{loaded.name} has no chat template: take a model that was trained to follow instructions"
             raise ServingError(msg)
-        resolve_preset(preset)
         self.name, self.model, self.tokenizer = loaded.name, loaded.model, loaded.tokenizer
-        self.preset = preset
+        self.preset = preset if isinstance(preset, CacheConfig) else preset_name(preset)
 
     @property
     def most_tokens(self) -> int | None:

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nexusquant_cache.cache.report import MemoryReport
-from nexusquant_cache.presets import PRESETS, resolve_preset
+from nexusquant_cache.presets import PRESETS, preset_name
 from nexusquant_cache.serving.chat_model import Answer, ChatModel, Listener, Message, Wish
 from nexusquant_cache.serving.errors import LengthError, ServingError
 from nexusquant_cache.serving.saved import Talk, load_conversation, save_conversation
@@ -89,8 +89,7 @@ class ChatSession:
         Raises:
             OptionError: If there is no such preset.
         """
-        resolve_preset(name)
-        self.model.preset = name
+        self.model.preset = preset_name(name)
         self.conversation = self.model.new_conversation()
 
     def report(self) -> MemoryReport:
