@@ -36,6 +36,7 @@ def test_demo_end_to_end(tmp_path):
 def test_evaluate_end_to_end(tmp_path):
     sizes = ["--windows", "1", "--prefix", "512", "--continuation", "32", "--lengths", "512", "--depths", "0.5"]
     arguments = ["evaluate", "--presets", "quant", "--kinds", "single,later", "--output", str(tmp_path), *sizes]
+    arguments += ["--facts", "1"]
     outcome = CliRunner().invoke(app, arguments)
     assert outcome.exit_code == 0, outcome.output
     content = json.loads((tmp_path / "results.json").read_text())
@@ -46,4 +47,5 @@ def test_evaluate_end_to_end(tmp_path):
     assert (plain["cache"], plain["kl"]) == ("plain", 0)
     assert 0 < quant["kl"] < 0.1
     assert quant["footprint"]["held_bytes"] < quant["footprint"]["dense_bytes"] / 2.5
+    assert {row["cache"] for row in content["facts"]} == {"plain", "absent", "quant"}
     assert (tmp_path / "report.html").is_file()
