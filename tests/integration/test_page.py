@@ -1,8 +1,12 @@
 """The page as a process, driven by Gradio's own client: no browser is needed."""
 
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import httpx
 import pytest
@@ -139,3 +143,12 @@ def test_nothing_is_loaded_from_elsewhere(page):
     assert loaded
     assert [place for place in loaded if "//" in place] == []
     assert '"analytics_enabled":false' in got.text.replace(" ", "")
+
+
+def test_whoever_closes_the_page_holds_no_cache():
+    program = Path(__file__).with_name("page_left.py")
+    paths = os.pathsep.join([str(program.parents[1]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(  # noqa: S603 - our own
+        [sys.executable, program], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
