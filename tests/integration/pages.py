@@ -1,5 +1,6 @@
 """The page of a tiny model in a process of its own, for tests that drive it."""
 
+import os
 import re
 import signal
 import subprocess
@@ -19,16 +20,18 @@ class RunningPage:
     Args:
         place: A folder for the model and the log.
         options: More options of the command.
+        browser: A program that is called with the address of the page, with the option ``--browser``.
     """
 
-    def __init__(self, place, *options):
-        self.log, folder = place / "log", place / "tiny"
+    def __init__(self, place, *options, browser=""):
+        self.log, self.uploads, folder = place / "log", place / "uploads", place / "tiny"
         ascii_tiny().model.save_pretrained(folder)
         ascii_tiny().tokenizer.save_pretrained(folder)
         command = [sys.executable, "-c", "from nexusquant_cache.cli import main; main()", "app", str(folder)]
+        options = ("--port=0", "--preset=quant", "--answer-tokens=24", *options)
+        environment = os.environ | {"BROWSER": str(browser), "GRADIO_TEMP_DIR": str(self.uploads)}
         with self.log.open("w") as log:
-            options = ("--port=0", "--preset=quant", "--answer-tokens=24", *options)
-            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log)  # noqa: S603 - our own
+            self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)  # noqa: S603
         deadline = time.monotonic() + PATIENCE
         while not (found := re.search(r"running on (http://\S+)", self.log.read_text())):
             assert self.process.poll() is None, self.log.read_text()

@@ -21,7 +21,7 @@ from nexusquant_cache.serving.chat_model import ChatModel, Wish
 from nexusquant_cache.serving.errors import BusyError, LengthError, ServingError
 from nexusquant_cache.serving.meter import Meter, meter_html
 from nexusquant_cache.serving.model_thread import ModelThread
-from nexusquant_cache.serving.page_command import PageOptions, run_page
+from nexusquant_cache.serving.page_command import PageOptions, page_address, run_page
 from nexusquant_cache.serving.plain import PlainChatModel
 from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.serving.side_by_side import COMPRESSED, PLAIN, SideBySide, Users
@@ -472,6 +472,13 @@ class TestCommand:
         options = ["--preset", "max", "--host", "::1", "--port", "0", "--tokens", "100", "--answer-tokens", "9"]
         assert CliRunner().invoke(app, ["app", "a model", *options, "--browser"]).exit_code == 0
         assert given == [("a model", PageOptions("max", "::1", 0, 100, 9, browser=True))]
+
+    @pytest.mark.parametrize(
+        ("host", "place"),
+        [("127.0.0.1", "127.0.0.1"), ("0.0.0.0", "localhost"), ("::1", "[::1]"), ("::", "localhost"), ("box", "box")],  # noqa: S104
+    )
+    def test_the_address_for_a_browser_here(self, host, place):
+        assert page_address(host, 7860) == f"http://{place}:7860"
 
     def test_more_tokens_than_the_model_was_made_for(self):
         pytest.importorskip("gradio")

@@ -4,6 +4,7 @@ import importlib.util
 import logging
 import os
 import socket
+import threading
 import webbrowser
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -83,8 +84,9 @@ def run_page(loaded: LoadedModel, options: PageOptions) -> None:
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
             if self.started and options.browser:
-                port = self.servers[0].sockets[0].getsockname()[1]
-                webbrowser.open(f"http://{options.host}:{port}")
+                place = page_address(options.host, self.servers[0].sockets[0].getsockname()[1])
+                # In a thread: a browser in a terminal would not come back before it is left.
+                threading.Thread(target=webbrowser.open, args=(place,), daemon=True).start()
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
             thread.stop()
@@ -95,6 +97,13 @@ def run_page(loaded: LoadedModel, options: PageOptions) -> None:
         Server(config).run()
     finally:
         thread.close()
+
+
+def page_address(host: str, port: int) -> str:
+    """Return the address of a page for a browser on this machine."""
+    if host in {"0.0.0.0", "::"}:  # noqa: S104 - what was asked for
+        host = "localhost"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _note(loaded: LoadedModel) -> str:

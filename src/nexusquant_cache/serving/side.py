@@ -30,7 +30,8 @@ class Side:
     def __init__(self, name: str, model: ChatModel, wish: Wish, most_tokens: int | None) -> None:
         """Begin a chat."""
         self.name = name
-        self._session = ChatSession(model, wish, most_tokens=most_tokens)
+        self._new: Callable[[], ChatSession] = lambda: ChatSession(model, wish, most_tokens=most_tokens)
+        self._session = self._new()
         self._done: tuple[Message, ...] = ()
         self.shown: tuple[Message, ...] = ()
         self.meter: Meter | None = None
@@ -71,8 +72,7 @@ class Side:
         """
         start = time.perf_counter()
         watch.tell("reading")
-        session = self._session.fork()
-        session.reset()
+        session = self._new()
         if not session.read(text, watch):
             return False
         self._session, self._done, self.shown = session, (), ()
