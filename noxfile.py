@@ -103,6 +103,14 @@ def tests(session: nox.Session) -> None:
 
 
 @nox.session
+def app(session: nox.Session) -> None:
+    """Drive the page of `nexusquant-cache app` in a browser without a screen; a chromium has to be installed."""
+    install_torch(session)
+    install(session, "-e", ".[all]", group="browser")
+    session.run("pytest", "tests/integration/test_page_browser.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Run the quick suite and show what it leaves out, line by line; tracing takes as long again as the tests."""
     install_for_tests(session)

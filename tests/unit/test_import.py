@@ -137,8 +137,9 @@ def test_every_annotation_can_be_checked(name):
     for folder, needed in (("triton", "triton"), ("cpu", "numba")):
         if name.startswith(f"nexusquant_cache.codec.{folder}."):
             pytest.importorskip(needed)
-    if name == "nexusquant_cache.evaluation.lm_eval":
-        pytest.importorskip("lm_eval")
+    for module, needed in (("evaluation.lm_eval", "lm_eval"), ("serving.page", "gradio")):
+        if name == f"nexusquant_cache.{module}":
+            pytest.importorskip(needed)
     module = importlib.import_module(name)
     own = [value for value in vars(module).values() if getattr(value, "__module__", None) == name]
     classes = [value for value in own if inspect.isclass(value)]

@@ -38,6 +38,7 @@ from nexusquant_cache.pages.page import printable
 from nexusquant_cache.presets import PRESETS, all_presets, preset_name, preset_names, with_alias
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
 from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
+from nexusquant_cache.serving.page_command import PageOptions, check_page, run_page
 from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.store.store import PrefixStore
 
@@ -343,6 +344,37 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
             report(Step(f"loading {model or DEFAULT_MODEL}"))
             loaded = load_model(model)
         run_server(loaded, options)
+
+
+@app.command(name="app")
+def app_command(  # noqa: PLR0913, PLR0917 - one parameter per option
+    model: _ChatModel = None,
+    preset: _Preset = "balanced",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    tokens: Annotated[
+        int | None, typer.Option(min=2, help="Most tokens of a chat with its answer; what the model was made for.")
+    ] = None,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
+) -> None:
+    """Show a page with a chat through the compressed cache and the same chat through the plain one, side by side.
+
+    A memory meter tells what both hold, and a document can be given to ask about. The page is for this machine only,
+    unless --host says otherwise, and asks nothing of any other.
+    """
+    with _one_line_errors():
+        preset_name(preset)
+        check_page()
+        options = PageOptions(
+            preset=preset, host=host, port=port, tokens=tokens, answer_tokens=answer_tokens, browser=browser
+        )
+        with progress_bars(Console(file=sys.stderr)) as report:
+            report(Step(f"loading {model or DEFAULT_MODEL}"))
+            loaded = load_model(model)
+        run_page(loaded, options)
 
 
 _File = Annotated[Path, typer.Argument(metavar="FILE", help="A file that NexusQuantCache.save has written.")]

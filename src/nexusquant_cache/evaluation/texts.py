@@ -25,26 +25,31 @@ def python_topics() -> str:
     return "\n\n".join(topics[name].strip() for name in sorted(topics))
 
 
-def read_text(path: str | Path) -> str:
+def read_text(path: str | Path, name: str | None = None) -> str:
     """Return the text of a UTF-8 file.
+
+    Args:
+        path: The file.
+        name: What to call it in an error; by default by its path.
 
     Raises:
         EvaluationError: If there is no such file, it cannot be read, is not UTF-8, or is empty.
     """
     path = Path(path)
+    name = name or str(path)
     try:
         text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError as error:
-        msg = f"no such text file: {path}"
+        msg = f"no such text file: {name}"
         raise EvaluationError(msg) from error
     except UnicodeDecodeError as error:
-        msg = f"{path} is not UTF-8 text (byte {error.start}); convert it first"
+        msg = f"{name} is not UTF-8 text (byte {error.start}); convert it first"
         raise EvaluationError(msg) from error
     except OSError as error:
-        msg = f"cannot read {path}: {error.strerror or error}"
+        msg = f"cannot read {name}: {error.strerror or error}"
         raise EvaluationError(msg) from error
     if not text.strip():
-        msg = f"{path} is empty"
+        msg = f"{name} is empty"
         raise EvaluationError(msg)
     return text
 

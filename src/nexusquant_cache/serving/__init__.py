@@ -1,1 +1,1 @@
-"""Talking to a model through compressed caches: a chat in the terminal, and a server (docs/chat_and_serve.md)."""
+"""Talking to a model through compressed caches: in a terminal, on a page, and by a server (docs/chat_and_serve.md)."""

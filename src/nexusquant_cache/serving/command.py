@@ -75,28 +75,37 @@ def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
 
     model = ChatModel(loaded, options.preset)
     name = options.name or Path(loaded.name).absolute().name.removesuffix(".gguf")
-    limits = Limits(_tokens(model, options), options.answer_tokens)
+    limits = Limits(most_tokens(model, options.tokens), options.answer_tokens)
     store = None
     if options.store is not None:
         store = PrefixStore(options.store, options.store_bytes, namespace=loaded.name)
     worker = Worker(model, ConversationPool(options.idle_bytes), options.waiting, store)
     server = ChatServer(name, model, worker, limits, api_key=options.api_key, shares=store is not None)
     config = uvicorn.Config(create_app(server), host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
-    if options.api_key is None and not _is_local(options.host):
+    if options.api_key is None and not is_local(options.host):
         _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
     uvicorn.Server(config).run()
 
 
-def _tokens(model: ChatModel, options: ServerOptions) -> int:
-    """Return how many tokens a prompt and its answer may have."""
-    most = model.most_tokens or options.tokens or _DEFAULT_TOKENS
-    if options.tokens is not None and options.tokens > most:
-        msg = f"--tokens is {options.tokens:,}, and {model.name} was made for {most:,}"
+def most_tokens(model: ChatModel, wanted: int | None) -> int:
+    """Return how many tokens a prompt and its answer may have.
+
+    Args:
+        model: The model.
+        wanted: What ``--tokens`` says.
+
+    Raises:
+        ServingError: If the model was not made for so many.
+    """
+    most = model.most_tokens or wanted or _DEFAULT_TOKENS
+    if wanted is not None and wanted > most:
+        msg = f"--tokens is {wanted:,}, and {model.name} was made for {most:,}"
         raise ServingError(msg)
-    return options.tokens or most
+    return wanted or most
 
 
-def _is_local(host: str) -> bool:
+def is_local(host: str) -> bool:
+    """Tell whether an address is of this machine alone."""
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name

@@ -1,5 +1,6 @@
 """One user's chat: messages, and a conversation that has read them."""
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,11 +24,12 @@ class ChatSession:
         model: Who answers.
         wish: How answers shall be.
         system: What the model is told before the first turn; nothing if empty.
+        most_tokens: Most tokens of a chat with its answer; None: what the model was made for.
     """
 
-    def __init__(self, model: ChatModel, wish: Wish, system: str = "") -> None:
+    def __init__(self, model: ChatModel, wish: Wish, system: str = "", most_tokens: int | None = None) -> None:
         """Begin a chat."""
-        self.model, self.wish = model, wish
+        self.model, self.wish, self.most_tokens = model, wish, most_tokens
         self._beginning: list[Message] = [{"role": "system", "content": system}] if system else []
         self.reset()
 
@@ -36,13 +38,19 @@ class ChatSession:
         self.messages = list(self._beginning)
         self.conversation = self.model.new_conversation()
 
+    def fork(self) -> "ChatSession":
+        """Return a copy that goes its own way: what it is asked is not known to this one."""
+        forked = copy.copy(self)
+        forked.messages, forked.conversation = list(self.messages), copy.deepcopy(self.conversation)
+        return forked
+
     def ask(self, text: str, listener: Listener) -> Answer:
         """Ask something; the answer becomes part of the messages, as far as it was said.
 
         If it was stopped before its first token, or fails, the messages are as before.
 
         Raises:
-            LengthError: If the model was not made for so many tokens.
+            LengthError: If the model was not made for so many tokens, or the chat may not have them.
             TemplateError: If the model's chat template refuses these messages.
         """
         said = _Said(listener)
@@ -72,14 +80,14 @@ class ChatSession:
 
     def _room(self, prompt: Int[Tensor, " n"]) -> int:
         """Return how many tokens an answer may have."""
-        most = self.model.most_tokens
-        if most is None:
+        made_for = self.model.most_tokens
+        limits = [most for most in (self.most_tokens, made_for) if most is not None]
+        if not limits:
             return self.wish.tokens
+        most = min(limits)
         if len(prompt) >= most:
-            msg = (
-                f"the chat would have {len(prompt):,} tokens, and {self.model.name} was made for {most:,}: "
-                "begin a new one"
-            )
+            why = f"{self.model.name} was made for {most:,}" if most == made_for else f"it may have {most:,}"
+            msg = f"the chat would have {len(prompt):,} tokens, and {why}: begin a new one, or take a shorter text"
             raise LengthError(msg)
         return most - len(prompt)
 
