@@ -280,7 +280,6 @@ class OracleLayer(CacheLayerMixin):
         self.seen_attention = (0, 0)  # to which tokens attention was seen
         self.queries: Tensor | None = None  # [batch, query_heads, seen, head_dim], of unknown ones anything
         self.known = self.known_before = (0, 0)  # of which tokens the queries are known, and were before the update
-        self.room_at = -1  # tokens seen when another layer's update compressed it
         self.far: dict[tuple[int, int, int], float] = {}  # by row, head and position: the greatest attention from afar
         self.far_before = self.far
 
@@ -405,9 +404,7 @@ class OracleLayer(CacheLayerMixin):
         if self.is_due(tokens) and self.pending_from is not None:
             waiting = [each for each in self.owner.used if each.pending_from is not None and each.is_due(tokens)]
             self.owner.compress_together(waiting)
-            for each in waiting:
-                each.room_at = each.seen
-        elif self.is_due(tokens) and self.room_at != self.seen:
+        elif self.is_due(tokens):
             self.encode_waiting()
         elif not self.is_due(tokens) and self.seen:
             self.encode_early()

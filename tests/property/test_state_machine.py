@@ -641,6 +641,7 @@ SLIDING = {"model": SIMPLE["model"] | {"layers": 2, "sliding": (0,)}}
 DURING = {"when": "during_prefill"}
 BY_QUERIES = {"policy": None, "prompt": 40, "rows": 2}
 BY_FAR = {"policy": FarAttentionPolicy(pool=3), "prompt": 40, "rows": 2}
+LITTLE = {"lengths": dict(zip(SIMPLE["lengths"], (0.5, 0, 1, 1, 1, 0), strict=True))}
 NO_SINKS = {"lengths": SIMPLE["lengths"] | {"sink_tokens": 0}}
 
 
@@ -706,6 +707,9 @@ RECORD = ("activate_past_recording",)
         (TWO_LAYERS | {"prompt": 20}, [("update", 5, unseen(0)), ("fail_at", 1), ("crop", 5)]),
         # Nothing is said where nothing would have been evicted.
         ({"prompt": 5, "forward": unseen(0)}, [ONE]),
+        # A file says all that decides when tokens are encoded.
+        (LITTLE | {"prompt": 20}, [ONE, ("file_round_trip", None), ("crop", 3), ONE, ONE, ONE]),
+        (LITTLE | TWO_LAYERS | {"prompt": 20}, [ONE, ("crop", 3), ONE, ONE, ("file_round_trip", 3), ONE]),
         # The last layer waits for its compression when recording begins.
         ({"prompt": 30, **TWO_LAYERS, **DURING}, [RECORD, ONE]),
         # What was taken back does not count for the tokens that come in its place.

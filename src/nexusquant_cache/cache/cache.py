@@ -438,8 +438,6 @@ class NexusQuantCache(DynamicCache):
         """Compress all layers that wait and are due before an update of so many tokens."""
         waiting = [part for part in compressed(self.parts()) if part.is_pending and part.is_due(tokens)]
         compress_together([part.layer for part in waiting])
-        for part in waiting:
-            part.layer.room_at = part.seen
 
     def crop(self, tokens_to_remove: int | Tensor) -> None:
         """Remove the ``abs(tokens_to_remove)`` newest tokens from all layers.

@@ -50,7 +50,6 @@ class NexusQuantLayer(CacheLayerMixin):
         state: What it holds and counts.
         shared: What all layers of the cache share.
         residency: Where its tensors are.
-        room_at: Tokens seen when it was last compressed because another layer was given new ones.
         undo: What an error in this forward brings back, if the tokens that it has brought are encoded already.
     """
 
@@ -67,7 +66,6 @@ class NexusQuantLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything, including what was fitted."""
         self.is_initialized = False
-        self.room_at = -1
         self.undo: dict[str, Any] | None = None
         self.state = LayerState(self.layer_idx)
         self.residency = Residency(self.state, self.shared)
@@ -153,7 +151,7 @@ class NexusQuantLayer(CacheLayerMixin):
         if is_due(state, query_length):
             if state.turn.is_pending:
                 self.shared.compress_waiting(query_length)  # this layer among them
-            elif self.room_at != state.seen:
+            else:
                 self.encode()
         elif is_due_early(state, self.shared):
             self.encode()
