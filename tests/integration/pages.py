@@ -28,7 +28,7 @@ class RunningPage:
         ascii_tiny().model.save_pretrained(folder)
         ascii_tiny().tokenizer.save_pretrained(folder)
         command = [sys.executable, "-c", "from nexusquant_cache.cli import main; main()", "app", str(folder)]
-        options = ("--port=0", "--preset=quant", "--answer-tokens=24", *options)
+        options = ("--port=0", "--preset=keep-all", "--answer-tokens=24", *options)
         environment = os.environ | {"BROWSER": str(browser), "GRADIO_TEMP_DIR": str(self.uploads)}
         with self.log.open("w") as log:
             self.process = subprocess.Popen([*command, *options], stdout=log, stderr=log, env=environment)  # noqa: S603

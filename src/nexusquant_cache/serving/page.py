@@ -13,7 +13,7 @@ from starlette.types import Message as Event
 
 from nexusquant_cache.errors import NexusQuantError
 from nexusquant_cache.evaluation.texts import read_text
-from nexusquant_cache.presets import PRESETS
+from nexusquant_cache.presets import PRESETS, preset_name, with_alias
 from nexusquant_cache.serving.chat_model import Message
 from nexusquant_cache.serving.meter import meter_html
 from nexusquant_cache.serving.side_by_side import Users, View
@@ -58,7 +58,9 @@ class Page:
         with gr.Blocks(title="nexusquant_cache", analytics_enabled=False, delete_cache=(_HOUR, _HOUR)) as self.blocks:
             gr.Markdown(f"## {name}\nThe same chat through the compressed cache, and through the plain one.")
             with gr.Row():
-                self._preset = gr.Dropdown(list(PRESETS), value=preset, label="Preset of the compressed cache")
+                choices = [(with_alias(each), each) for each in PRESETS]
+                label = "Preset of the compressed cache"
+                self._preset = gr.Dropdown(choices, value=preset_name(preset), label=label)
                 self._with_plain = gr.Checkbox(
                     value=True, label="Ask the plain cache too", info="It answers second, which takes as long again."
                 )
