@@ -11,6 +11,7 @@ from feeding import feed
 
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl
+from nexusquant_cache.codec import transform as transform_module
 from nexusquant_cache.codec.cpu import support as cpu
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
@@ -189,3 +190,11 @@ def test_codecs_of_either_implementation_are_equal() -> None:
     """Transforms of a cache can be used by another one whatever computes them."""
     layout = CodeLayout.uniform(16, 2)
     assert E8Codec(layout, impl="triton") == E8Codec(layout, impl="torch")
+
+
+def test_rotations_are_found_where_they_were_at_first():
+    from nexusquant_cache.codec.transform import HadamardRotation as Found  # noqa: PLC0415 - what is tested
+
+    assert Found is HadamardRotation
+    with pytest.raises(AttributeError, match="no attribute 'Hadamard'"):
+        _ = transform_module.Hadamard
