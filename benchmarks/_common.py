@@ -15,6 +15,7 @@ from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nexusquant_cache.cli.progress import progress_bars
+from nexusquant_cache.errors import OptionError
 from nexusquant_cache.evaluation import (
     KINDS,
     EvaluationError,
@@ -24,6 +25,7 @@ from nexusquant_cache.evaluation import (
     python_topics,
     read_text,
 )
+from nexusquant_cache.presets import preset_name
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -115,6 +117,14 @@ def _messages(path: Path) -> list[str]:
 def shown_steps() -> AbstractContextManager[Report]:
     """Show how far an evaluation is."""
     return progress_bars(Console(stderr=True))
+
+
+def preset_argument(given: str) -> str:
+    """Return the name of a preset that is given by name or alias, for a script's options."""
+    try:
+        return preset_name(given)
+    except OptionError as error:
+        raise argparse.ArgumentTypeError(error) from error
 
 
 _NUMBERS = {

@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import zstandard
-from _common import RESULTS, ROOT, read_texts, shown_steps
+from _common import RESULTS, ROOT, preset_argument, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
@@ -48,7 +48,6 @@ from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.files.contents import FileTensor, tensors_of
 from nexusquant_cache.files.packing import PACKINGS, arrange, pieces
 from nexusquant_cache.files.saving import export_cache
-from nexusquant_cache.presets import preset_name
 
 sys.path.insert(0, str(ROOT / "tests"))
 from lattice import nearest_point
@@ -348,7 +347,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 text; the first one is used")
     parser.add_argument("--tokens", type=int, default=2560, help="tokens in the cache")
     parser.add_argument(
-        "--presets", nargs="+", type=preset_name, choices=PRESETS, default=["quant", "balanced"], help="presets"
+        "--presets", nargs="+", type=preset_argument, choices=PRESETS, default=["quant", "balanced"], help="presets"
     )
     parser.add_argument("--levels", type=int, nargs="+", default=[3, 19], help="levels of zstd")
     parser.add_argument("--output", type=Path, default=RESULTS / "at_rest.json", help="result file")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _common import RESULTS, read_texts, shown_steps
+from _common import RESULTS, preset_argument, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, NexusQuantCache
 from nexusquant_cache.evaluation import load_model
@@ -24,7 +24,6 @@ from nexusquant_cache.evaluation.quality import Continuation, predict, run_plain
 from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import token_windows
-from nexusquant_cache.presets import preset_name
 from nexusquant_cache.releases import CACHE
 
 if TYPE_CHECKING:
@@ -57,7 +56,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4, help="windows, in all")
     parser.add_argument("--prefix", type=int, default=2048, help="tokens of a prompt")
     parser.add_argument(
-        "--presets", nargs="+", type=preset_name, default=["quant", "balanced", "max"], choices=list(PRESETS)
+        "--presets", nargs="+", type=preset_argument, default=["quant", "balanced", "max"], choices=list(PRESETS)
     )
     parser.add_argument("--output", type=Path, default=RESULTS / "chunks.json", help="result file")
     given = parser.parse_args()

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import torch
-from _common import RESULTS, ROOT, read_texts, shown_steps
+from _common import RESULTS, ROOT, preset_argument, read_texts, shown_steps
 from torch.overrides import TorchFunctionMode
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -41,7 +41,6 @@ from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.layer.host import HOST
 from nexusquant_cache.layer.residency import Residency
-from nexusquant_cache.presets import preset_name
 
 sys.path.insert(0, str(ROOT / "tests"))
 from integration.simulated import Placed, SimulatedDevices
@@ -217,7 +216,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="UTF-8 text; Python's help topics by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt (%(default)s)")
     parser.add_argument("--steps", type=int, default=64, help="tokens generated after it (%(default)s)")
-    parser.add_argument("--presets", nargs="+", type=preset_name, choices=PRESETS, default=list(PRESETS))
+    parser.add_argument("--presets", nargs="+", type=preset_argument, choices=PRESETS, default=list(PRESETS))
     parser.add_argument("--output", type=Path, default=RESULTS / "offload.json")
     given = parser.parse_args()
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from _codes import UNCHECKED
-from _common import RESULTS, python_sources, read_texts, shown_steps
+from _common import RESULTS, preset_argument, python_sources, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phases
@@ -35,7 +35,6 @@ from nexusquant_cache.evaluation.quality import Continuation, PlainRun, measure_
 from nexusquant_cache.evaluation.results import environment, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import token_windows
-from nexusquant_cache.presets import preset_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -176,7 +175,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--presets",
         nargs="*",
-        type=preset_name,
+        type=preset_argument,
         choices=PRESETS,
         default=["balanced", "quant"],
         help="presets that reuse",

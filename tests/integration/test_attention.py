@@ -565,6 +565,7 @@ class TestReconstruct:
         refused(self.read(sdpa, ids), ShapeError, r"got shape \(2, 60\)", prompt(60, batch=2))
         refused(self.read(sdpa, ids), OptionError, r"tensor of integers, \[batch, tokens\], got list", ids.tolist())
         refused(self.read(sdpa, ids), OptionError, r"got torch\.float32", ids.float())
+        refused(self.read(sdpa, ids), OptionError, r"got torch\.bool", ids.bool())
         compressed = balanced(sdpa, policy=Latest())
         logits(sdpa, ids, compressed)
         compressed.compress()

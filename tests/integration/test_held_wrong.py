@@ -909,6 +909,9 @@ def test_attention_to_what_is_left_of_a_layer_is_refused(sdpa: LlamaForCausalLM,
         lambda: F.scaled_dot_product_attention(queries, keys, values),
         lambda: torch.matmul(queries, keys.transpose(2, 3)),
         lambda: queries @ keys.float().contiguous().mT,
+        lambda: queries.bfloat16() @ keys.bfloat16().mT,
+        lambda: torch.bmm(queries[0], keys[0].reshape(2 * repeats, -1, 16).transpose(1, 2)),
+        lambda: torch.einsum("bhqd,bhnd->bhqn", queries, keys),
     ):
         with pytest.raises(UnsupportedError, match=r"have been evicted.*preset 'quant'.*take a clone\(\)"):
             attend()

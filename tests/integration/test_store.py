@@ -527,7 +527,7 @@ class TestErrors:
             kept.get(token_ids(40), leave=-1)
 
     def test_ids_that_are_not_those_of_the_cache(self, kept):
-        with pytest.raises(OptionError, match="has seen 40 tokens, token_ids are 41"):
+        with pytest.raises(OptionError, match="token_ids are 41, the cache has seen 40"):
             kept.put(build(40), token_ids(41))
         with pytest.raises(OptionError, match="has seen 0 tokens"):
             kept.put(NexusQuantCache("balanced"), token_ids(1))

@@ -18,7 +18,7 @@ from nexusquant_cache import EvictionPolicy, FormatError, NexusQuantCache, Optio
 from nexusquant_cache.cli import app as app_module
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.files import inspect_file, write_page
-from nexusquant_cache.files.ids import TOKEN_IDS, packed_ids, unpacked_ids
+from nexusquant_cache.files.ids import TOKEN_IDS, packed_ids, unpacked_ids, with_token_ids
 from nexusquant_cache.files.kept import KeptTokens, kept_tokens
 from nexusquant_cache.files.prompt import LEVELS, level_of, text_html
 from nexusquant_cache.files.reader import read_positions
@@ -387,6 +387,25 @@ class TestKeptIds:
         with pytest.raises(OptionError, match=message):
             NexusQuantCache("quant").save(tmp_path / "cache", keep_token_ids=True, **options)
         assert not (tmp_path / "cache").exists()
+
+    def test_their_name_is_kept_free(self, tmp_path):
+        with pytest.raises(OptionError, match="choose another name"):
+            NexusQuantCache("quant").save(tmp_path / "cache", metadata={TOKEN_IDS: "mine"})
+
+    def test_there_is_an_end(self):
+        ids = torch.randint(1 << 30, (300_000,), generator=torch.Generator().manual_seed(0))
+        with pytest.raises(OptionError, match=r"would take 1,\d{3},\d{3} bytes.*write_page"):
+            with_token_ids(None, ids)
+
+    def test_ids_of_a_prompt_that_is_more_than_ids(self, tmp_path):
+        cache, ids, image = NexusQuantCache("quant"), torch.arange(97, 101)[None], {"pixel_values": torch.ones(3)}
+        cache.update(torch.ones(1, 1, 4, 8), torch.ones(1, 1, 4, 8), 0)
+        cache.save(tmp_path / "cache", token_ids=ids, besides=image)
+        given = {"tokenizer": TOKENIZER, "token_ids": ids}
+        page = page_of(tmp_path / "cache", besides=image, **given)
+        assert "".join(text for _, _, text in page.spans) == TOKENIZER.decode(ids[0])
+        with pytest.raises(FormatError, match="besides= as for save"):
+            page_of(tmp_path / "cache", **given)
 
     @pytest.mark.parametrize(
         ("text", "message"),

@@ -15,6 +15,7 @@ from nexusquant_cache.attention.enable import attention_modules
 from nexusquant_cache.attention.function import Observer
 from nexusquant_cache.attention.recording import observing
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.checks import are_integers
 from nexusquant_cache.layer.observations import greatest_attention
 from nexusquant_cache.layer.parts import CompressedPart, compressed
 from nexusquant_cache.layer.shared import Shared
@@ -109,7 +110,7 @@ def _check(cache: Any, parts: list[CompressedPart], input_ids: Tensor, chunk: in
         msg = f"chunk must be at least 1 token, got {chunk}"
         raise OptionError(msg)
     given: object = input_ids  # whatever the annotation says
-    if not isinstance(given, Tensor) or given.is_floating_point():
+    if not isinstance(given, Tensor) or not are_integers(given):
         what = given.dtype if isinstance(given, Tensor) else type(given).__name__
         msg = f"input_ids must be a tensor of integers, [batch, tokens], got {what}"
         raise OptionError(msg)

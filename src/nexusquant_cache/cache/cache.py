@@ -29,7 +29,7 @@ from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError, suggest
 from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.fingerprint import Besides, TokenIds, first_placeholder
-from nexusquant_cache.files.ids import with_token_ids
+from nexusquant_cache.files.ids import check_name, with_token_ids
 from nexusquant_cache.files.packing import check_level
 from nexusquant_cache.files.reader import check_dtype, read_file
 from nexusquant_cache.files.saving import WholeCache, check_config, check_prompt, export_cache, import_cache
@@ -624,7 +624,8 @@ class NexusQuantCache(DynamicCache):
                 of an adapter, as for `PrefixStore.put`.  Of these, too, the file keeps a hash.
             metadata: Texts of your own to keep in the file, for instance the tokenizer's name.
             keep_token_ids: Keep ``token_ids`` themselves in the file too, among the metadata, so that its page can show
-                the prompt (`nexusquant_cache.files.write_page`).  Whoever has the file can then read the prompt.
+                the prompt (`nexusquant_cache.files.write_page`).  Whoever has the file can then read the prompt.  There
+                is room for some 290,000 tokens.
             threads: Threads to compress with; by default as many as there are processors, up to eight.
             progress: Called after each tensor with the bytes done and the bytes in all.
 
@@ -644,6 +645,7 @@ class NexusQuantCache(DynamicCache):
         """
         check_level(level)
         check_threads(threads)
+        check_name(metadata)
         if keep_token_ids:
             metadata = with_token_ids(metadata, token_ids)
         meta, tensors = export_cache(self._whole(), token_ids=token_ids, besides=besides, metadata=metadata)
@@ -781,7 +783,12 @@ def _shape_of(attention_mask: object) -> tuple[int, int] | None:
 
 
 def placeholder_ids(config: PretrainedConfig | None) -> frozenset[int]:
-    """Return the token ids that stand for images, sounds and the like, as far as a config names them."""
+    """Return the token ids that stand for images, sounds and the like, as far as a config names them.
+
+    Raises:
+        OptionError: If it is no config.
+    """
+    text_config(config)
     found: set[int] = set()
     waiting: list[Mapping[str, Any]] = [] if config is None else [config.to_dict()]
     while waiting:

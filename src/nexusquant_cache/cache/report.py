@@ -19,7 +19,7 @@ from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import TENSORS, Kind, LayerState, find
 from nexusquant_cache.layer.tokens import Buffer
-from nexusquant_cache.pages.page import lacks_pictures
+from nexusquant_cache.pages.page import why_no_pictures
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""
@@ -217,7 +217,7 @@ class MemoryReport:
             ValueError: By matplotlib, if it knows no such ending.
             OSError: If the file cannot be written.
         """
-        missing = lacks_pictures("plot()")
+        missing = why_no_pictures("plot()")
         if missing:
             raise UnsupportedError(missing)
         from nexusquant_cache.pages.held import held_figure  # noqa: PLC0415 - matplotlib is optional

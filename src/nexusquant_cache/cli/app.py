@@ -409,7 +409,7 @@ def inspect_command(
     all.
     """
     with _one_line_errors():
-        _check_page(path, html, tokenizer, row)
+        _check_html(path, html, tokenizer, row)
         if path.is_dir():
             shown = list(store_renderables(path, PrefixStore(path, create=False).entries()))
         else:
@@ -420,7 +420,7 @@ def inspect_command(
     _show(shown)
 
 
-def _check_page(path: Path, html: Path | None, tokenizer: str | None, row: int) -> None:
+def _check_html(path: Path, html: Path | None, tokenizer: str | None, row: int) -> None:
     """Check what is asked of a page before anything is loaded."""
     if html is None and (tokenizer is not None or row):
         msg = "--tokenizer and --row are for a page: give --html PAGE, too"

@@ -190,17 +190,23 @@ def _check_together(meta: CacheMeta) -> None:
             if layer.seen != meta.tokens_seen:
                 msg = f"layers.{index} has seen {layer.seen} tokens, and the file says {meta.tokens_seen}"
                 raise FormatError(msg)
+    if not batches and meta.tokens_seen:
+        msg = f"no layer has seen anything, and the file says {meta.tokens_seen} tokens"
+        raise FormatError(msg)
     if len(batches) > 1:
         msg = f"the layers are of batches of {', '.join(map(str, sorted(batches)))} rows"
         raise FormatError(msg)
-    padding = meta.padding
-    if padding is None:
-        return
+    if meta.padding is not None:
+        _check_padding(meta.padding, batches, meta.tokens_seen)
+
+
+def _check_padding(padding: PaddingMeta, batches: set[int], seen: int) -> None:
+    """Check what a file of version 1 says of padding."""
     for rows in (padding.pads, None if padding.beginning is None else padding.beginning.rows):
         if rows is not None and batches - {rows}:
             msg = "padding is that of another batch"
             raise FormatError(msg)
-    if padding.settled_at is not None and padding.settled_at > meta.tokens_seen:
+    if padding.settled_at is not None and padding.settled_at > seen:
         msg = "padding was settled by tokens that have not been seen"
         raise FormatError(msg)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files.schema import ModelMeta
+from nexusquant_cache.layer.checks import are_integers
 
 TokenIds: TypeAlias = Int[Tensor, "*shape"] | Sequence[int]
 
@@ -144,7 +145,7 @@ def hash_tokens(token_ids: TokenIds) -> str:
     ids = torch.as_tensor(token_ids)
     if ids.ndim == 1:
         ids = ids[None]
-    if ids.ndim != 2 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:  # noqa: PLR2004
+    if ids.ndim != 2 or not are_integers(ids):  # noqa: PLR2004
         msg = f"token_ids must be integers [batch, tokens], got {ids.dtype} of shape {tuple(ids.shape)}"
         raise OptionError(msg)
     ids = ids.detach().to("cpu", torch.int64).contiguous()

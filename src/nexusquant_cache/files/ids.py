@@ -12,25 +12,37 @@ from torch import Tensor
 from nexusquant_cache.errors import FormatError, OptionError
 from nexusquant_cache.files.fingerprint import TokenIds
 
-TOKEN_IDS = "token_ids"  # noqa: S105 - no password
+TOKEN_IDS = "nexusquant_cache.token_ids"  # noqa: S105 - no password
 """Name of the text."""
 
 _BYTES = 4
+_MOST_TEXT = 1_000_000  # what is left of the 1 MiB that a file has for texts, for other texts and marks
+
+
+def check_name(metadata: Mapping[str, str] | None) -> None:
+    """Raise OptionError if a text has the name under which token ids are kept."""
+    if metadata is not None and TOKEN_IDS in metadata:
+        msg = f"metadata[{TOKEN_IDS!r}] is where keep_token_ids=True keeps the ids: choose another name"
+        raise OptionError(msg)
 
 
 def with_token_ids(metadata: Mapping[str, str] | None, token_ids: TokenIds | None) -> dict[str, str]:
     """Return metadata that hold the token ids, too.
 
     Raises:
-        OptionError: If there are no token ids, or there is a text of this name.
+        OptionError: If there are no token ids, or more than a file can hold.
     """
     if token_ids is None:
         msg = "keep_token_ids=True keeps the token_ids that save is given: give them, too"
         raise OptionError(msg)
-    if metadata is not None and TOKEN_IDS in metadata:
-        msg = f"metadata[{TOKEN_IDS!r}] is where keep_token_ids=True keeps the ids: choose another name"
+    text = packed_ids(torch.as_tensor(token_ids))
+    if len(text) > _MOST_TEXT:
+        msg = (
+            f"the token ids would take {len(text):,} bytes, and a file holds {_MOST_TEXT:,} of them at most: leave "
+            "keep_token_ids out, and give them to write_page"
+        )
         raise OptionError(msg)
-    return {**(metadata or {}), TOKEN_IDS: packed_ids(torch.as_tensor(token_ids))}
+    return {**(metadata or {}), TOKEN_IDS: text}
 
 
 def packed_ids(ids: Tensor) -> str:

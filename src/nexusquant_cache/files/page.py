@@ -8,19 +8,18 @@ from pathlib import Path
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from nexusquant_cache.errors import FormatError, OptionError, UnsupportedError
 from nexusquant_cache.files.commands import FileSummary, summary_of
-from nexusquant_cache.files.fingerprint import TokenIds, hash_tokens
+from nexusquant_cache.files.fingerprint import Besides, TokenIds, hash_prompt
 from nexusquant_cache.files.ids import TOKEN_IDS, unpacked_ids
 from nexusquant_cache.files.kept import KeptTokens, kept_tokens, rows_of
-from nexusquant_cache.files.prompt import legend, strip_html, text_html
+from nexusquant_cache.files.prompt import Tokenizer, legend, strip_html, text_html
 from nexusquant_cache.files.reader import Promise, read_positions
 from nexusquant_cache.files.rows import LAYER_COLUMNS, PART_COLUMNS, TEXT_COLUMNS, fact_rows, layer_rows, part_rows
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta
 from nexusquant_cache.layer.kinds import kind_of
-from nexusquant_cache.pages.page import details, figure, lacks_pictures, page, printable, table
+from nexusquant_cache.pages.page import details, figure, page, printable, table, why_no_pictures
 
 _CAPTION = (
     "Above, the bytes of each layer by kind, as the cache holds them in memory, without room to grow. Below, the "
@@ -32,12 +31,13 @@ _HOW_TO_READ = (
 )
 
 
-def write_page(
+def write_page(  # noqa: PLR0913 - all but two have defaults
     path: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: Tokenizer | None = None,
     token_ids: TokenIds | None = None,
+    besides: Besides | None = None,
     row: int = 0,
 ) -> Path:
     """Write a page about a saved cache: what it is, its bytes by layer and kind, and what it keeps of the prompt.
@@ -52,6 +52,7 @@ def write_page(
         tokenizer: The tokenizer of the model.
         token_ids: The tokens that the cache has seen, if the file does not hold them (``save(...,
             keep_token_ids=True)``).
+        besides: What the prompt is made of besides ``token_ids``, as given to `NexusQuantCache.save`.
         row: Of a batch, the row whose prompt is shown, from 0.
 
     Returns:
@@ -64,7 +65,7 @@ def write_page(
             know them.
         OSError: If a file cannot be read or written.
     """
-    missing = lacks_pictures("the page of a saved cache")
+    missing = why_no_pictures("the page of a saved cache")
     if missing:
         raise UnsupportedError(missing)
     source, target = Path(path), Path(output)
@@ -75,7 +76,7 @@ def write_page(
     kept = kept_tokens(promise.meta, tensors, row)
     ids = None
     if tokenizer is not None:
-        ids = _token_ids(promise.meta, token_ids)[row]
+        ids = _token_ids(promise.meta, token_ids, besides)[row]
     elif token_ids is not None:
         msg = "token_ids are shown as a text, for which a tokenizer is needed: give tokenizer= that of the model"
         raise OptionError(msg)
@@ -85,7 +86,7 @@ def write_page(
     return target
 
 
-def _token_ids(meta: CacheMeta, given: TokenIds | None) -> Int[Tensor, "rows tokens"]:
+def _token_ids(meta: CacheMeta, given: TokenIds | None, besides: Besides | None) -> Int[Tensor, "rows tokens"]:
     rows, tokens = rows_of(meta), meta.tokens_seen
     if given is None:
         if TOKEN_IDS in meta.user:
@@ -95,13 +96,13 @@ def _token_ids(meta: CacheMeta, given: TokenIds | None) -> Int[Tensor, "rows tok
             "token_ids= and keep_token_ids=True, or call nexusquant_cache.files.write_page with token_ids="
         )
         raise OptionError(msg)
-    found = hash_tokens(given)
+    found = hash_prompt(given, besides)
     ids = torch.as_tensor(given).to("cpu")
     ids = ids[None] if ids.ndim == 1 else ids
     if tuple(ids.shape) != (rows, tokens) or meta.tokens_hash not in {None, found}:
         msg = (
             f"the file is of another prompt than these token_ids of shape {list(ids.shape)}: give those of all "
-            f"{tokens:,} tokens that the cache has seen, in {rows} row{'s' * (rows > 1)}"
+            f"{tokens:,} tokens that the cache has seen, in {rows} row{'s' * (rows > 1)}, and besides= as for save"
         )
         raise FormatError(msg)
     return ids

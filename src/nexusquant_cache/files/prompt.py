@@ -3,8 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-
-from transformers import PreTrainedTokenizerBase
+from typing import Protocol, runtime_checkable
 
 from nexusquant_cache.errors import OptionError
 from nexusquant_cache.files.kept import KeptTokens
@@ -18,6 +17,18 @@ _LONGEST = 8  # tokens of one character, at most
 _MARK_TEXT = 500  # tokens between two numbers in a text
 _LINE = 100  # positions of a line without text
 _DOT = "·"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What is used of a tokenizer of transformers, which importing this package does not load."""
+
+    def decode(
+        self, token_ids: list[int], *, skip_special_tokens: bool, clean_up_tokenization_spaces: bool
+    ) -> str | list[str]:
+        """Return the text of token ids."""
+
+    def __len__(self) -> int: ...
 
 
 @dataclass
@@ -53,7 +64,7 @@ def legend() -> str:
     return f'<p class="legend">kept by {" ".join(cells)} of all heads in all layers</p>'
 
 
-def text_html(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, kept: KeptTokens) -> str:
+def text_html(ids: Sequence[int], tokenizer: Tokenizer, kept: KeptTokens) -> str:
     """Return a prompt as text.
 
     Args:
@@ -123,7 +134,7 @@ def _title(run: Run, heads: int) -> str:
     return f"{place}: {least} %" if least == most else f"{place}: {least}-{most} %"
 
 
-def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[tuple[int, int, str]]:
+def _pieces(ids: Sequence[int], tokenizer: Tokenizer) -> Iterator[tuple[int, int, str]]:
     """Yield the text of each token, or of several that make a character together.
 
     Tokens are decoded behind those before them, since some tokenizers drop the space before a text's first word.
@@ -140,5 +151,5 @@ def _pieces(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> Iterator[
         known = _decoded(tokenizer, ids[before:stop])
 
 
-def _decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+def _decoded(tokenizer: Tokenizer, ids: Sequence[int]) -> str:
     return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

@@ -70,6 +70,11 @@ def _has_tangent(x: Tensor) -> bool:
     return forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None  # noqa: SLF001
 
 
+def are_integers(x: Tensor) -> bool:
+    """Tell whether numbers are whole, as token ids are."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+
+
 class _WithoutGradient(torch.autograd.Function):
     """Shows tokens that a layer holds without the gradients that came with them; to ask for these is an error."""
 

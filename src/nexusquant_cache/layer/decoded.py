@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.states.metadata import writes
@@ -14,8 +14,9 @@ from nexusquant_cache.states.metadata import writes
 class Decoded(torch.Tensor):
     """Keys or values that were decoded from codes.  To write to them, or to a view of them, is an error.
 
-    So is attention to them where tokens have been evicted: it would take the others for all there are, and the zeros of
-    heads that keep fewer for tokens.  Cross-attention of transformers takes keys from a layer in this way.
+    So is attention to them by torch's own functions where tokens have been evicted: it would take the others for all
+    there are, and the zeros of heads that keep fewer for tokens.  Cross-attention of transformers takes keys from a
+    layer in this way.
 
     Everything else that is computed from them is a tensor of torch's.
 
@@ -50,7 +51,7 @@ class Decoded(torch.Tensor):
                 "a clone(), or override make_codec or make_policy to change what the cache holds."
             )
             raise UnsupportedError(msg)
-        given = [x for x in (*args, *kwargs.values()) if isinstance(x, cls)]
+        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, cls)]
         is_whole = all(x.is_whole for x in given)
         if name in _ATTENDS and not is_whole:
             msg = (
@@ -72,8 +73,9 @@ class Decoded(torch.Tensor):
         return type(result)(map(shown, result)) if type(result) in {tuple, list} else shown(result)
 
 
-_ATTENDS = {"scaled_dot_product_attention", "matmul", "__matmul__", "__rmatmul__"}
-_COPIES = {"contiguous", "expand", "repeat", "repeat_interleave", "reshape", "to", "type", "float"}
+_ATTENDS = {"scaled_dot_product_attention", "matmul", "__matmul__", "__rmatmul__", "bmm", "baddbmm", "einsum"}
+_CASTS = {"to", "type", "type_as", "float", "half", "bfloat16", "double"}
+_COPIES = _CASTS | {"contiguous", "expand", "repeat", "repeat_interleave", "reshape"}
 """What models do to keys and values on their way to attention that may be no view."""
 
 

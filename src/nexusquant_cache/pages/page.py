@@ -6,7 +6,7 @@ from html import escape
 from importlib import resources
 
 
-def lacks_pictures(what: str) -> str:
+def why_no_pictures(what: str) -> str:
     """Return why no picture can be drawn, for an error; an empty text if matplotlib is there.
 
     Args:

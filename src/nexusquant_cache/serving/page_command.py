@@ -63,7 +63,7 @@ def run_page(loaded: LoadedModel, options: PageOptions) -> None:
         UnsupportedError: If the preset does not suit the model.
     """
     # Before it is imported.  The history would be kept in the browser.
-    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False", HF_HUB_DISABLE_TELEMETRY="1")
+    os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     import uvicorn  # noqa: PLC0415 - an optional package, like that of the next one
 
     from nexusquant_cache.serving.page import Page, create_page  # noqa: PLC0415

@@ -31,6 +31,7 @@ from nexusquant_cache.files.container import VERSION
 from nexusquant_cache.files.fingerprint import Besides, TokenIds, describe_model, first_placeholder, hash_besides
 from nexusquant_cache.files.state import describe_settings, policy_name
 from nexusquant_cache.files.writer import Progress
+from nexusquant_cache.layer.checks import are_integers
 from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, resolve_preset
 from nexusquant_cache.store.index import ID_BYTES, StoreEntry, StoreIndex, describe_ids, id_bytes
@@ -463,7 +464,10 @@ def _check_cache(cache: NexusQuantCache, tokens: int) -> None:
         raise OptionError(msg)
     seen = cache.get_seq_length() if cache.layers else 0
     if seen != tokens:
-        msg = f"the cache has seen {seen} tokens, token_ids are {tokens}: give the ids of all that it has seen"
+        msg = (
+            f"token_ids are {tokens}, the cache has seen {seen}: give the ids of all that it has seen. The last token "
+            "that generate returns is not among them"
+        )
         raise OptionError(msg)
 
 
@@ -474,8 +478,7 @@ def _checked_ids(token_ids: TokenIds) -> Int[Tensor, " n"]:
         OptionError: If they are anything but one row of integers.
     """
     ids = torch.as_tensor(token_ids)
-    whole = not (ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool)
-    if not whole or ids.ndim not in {1, 2} or (ids.ndim == 2 and len(ids) != 1) or ids.numel() == 0:  # noqa: PLR2004
+    if not are_integers(ids) or ids.ndim not in {1, 2} or (ids.ndim == 2 and len(ids) != 1) or ids.numel() == 0:  # noqa: PLR2004
         msg = f"token_ids must be integers [tokens] or [1, tokens], got {ids.dtype} of shape {list(ids.shape)}"
         raise OptionError(msg)
     return ids.detach().to("cpu", torch.int64).flatten()
