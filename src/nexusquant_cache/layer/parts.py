@@ -79,10 +79,10 @@ class Part:
     def check_crop(self, count: int) -> None:
         """Raise UnsupportedError if the newest ``count`` tokens cannot be removed.
 
-        What was in a sliding window before them is there only as far as it was recorded; transformers' class would go
-        on with a window that lacks it.
+        What was in a sliding window before them is there only as far as it was recorded.  transformers' class refuses
+        where nothing was; where too little was, it would go on with a window that lacks tokens.
         """
-        if not (self.is_in_step and self.layer.is_initialized and count):
+        if not (self.is_in_step and self.layer.is_initialized and self.layer.record_past and count):
             return
         left = self.seen - count
         held, needed = max(self.layer.keys.shape[-2] - count, 0), min(left, self.layer.sliding_window - 1)
