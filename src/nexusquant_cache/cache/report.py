@@ -17,7 +17,7 @@ from nexusquant_cache.layer.kinds import kind_of
 from nexusquant_cache.layer.parts import Part
 from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.shared import Shared
-from nexusquant_cache.layer.state import TENSORS, Kind, LayerState, find
+from nexusquant_cache.layer.state import Kind, LayerState
 from nexusquant_cache.layer.tokens import Buffer
 from nexusquant_cache.pages.page import why_no_pictures
 
@@ -392,11 +392,9 @@ def _compressed_report(state: LayerState, shared: Shared, held_to_undo: list[obj
 def _by_kind(state: LayerState, *kinds: Kind) -> dict[str, list[object]]:
     """Return what holds the tensors of these kinds, none of which are transforms, in finer parts."""
     found: dict[str, list[object]] = {}
-    for declared in TENSORS:
-        holder = find(state, declared.path) if declared.kind in kinds else None
-        if holder is not None:
-            known = found.setdefault(kind_of(declared.name, declared.kind), [])
-            known.append(holder.on_the_way if isinstance(holder, Buffer) else holder)
+    for declared, holder in state.declared_holders(*kinds):
+        known = found.setdefault(kind_of(declared.name, declared.kind), [])
+        known.append(holder.on_the_way if isinstance(holder, Buffer) else holder)
     return found
 
 

@@ -495,12 +495,16 @@ class LayerState:
 
     def holders(self, *kinds: Kind) -> Iterator[object]:
         """Yield the tensors of these kinds, and what holds them where that holds more: buffers and transforms."""
+        yield from (found for _, found in self.declared_holders(*kinds))
+        if "transform" in kinds and self.body is not None:
+            yield from (self.body.keys.transform, self.body.values.transform)
+
+    def declared_holders(self, *kinds: Kind) -> Iterator[tuple[Declared, object]]:
+        """Yield the same but for transforms, each with its declaration."""
         for declared in _of(kinds, but="transform"):
             found = find(self, declared.path)
             if found is not None:
-                yield found
-        if "transform" in kinds and self.body is not None:
-            yield from (self.body.keys.transform, self.body.values.transform)
+                yield declared, found
 
     def tensors(self, *kinds: Kind) -> Iterator[tuple[Declared, Tensor]]:
         """Yield the tensors of these kinds that there are, all by default, where they are stored."""
