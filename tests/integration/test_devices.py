@@ -126,6 +126,8 @@ def test_the_defaults_of_torch_decide_nothing(
     model: LlamaForCausalLM, policy: EvictionPolicy, dtype: torch.dtype, transform: str, impl: str
 ) -> None:
     """Another default device or dtype than the model's changes no bit of what is stored and returned."""
+    if impl == "cpu":
+        pytest.importorskip("numba", reason="an extra")
     drawn = {shape: random_states((shape[0], 2, shape[1], 16), sum(shape), dtype) for shape in ROWS_AND_TOKENS}
     results, mask = [], pads() if dtype == torch.float16 else None
     for default_device, default_dtype in DEFAULTS:
