@@ -6,6 +6,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -64,28 +65,25 @@ def load_model(name: str | None = None) -> LoadedModel:
 
 def load_config(name: str | None = None) -> PretrainedConfig:
     """Load a model's config alone; what it is loaded from, and the error, are those of `load_model`."""
-    source, options = _source(name)
-    try:
-        with _quiet():
-            config: PretrainedConfig = AutoConfig.from_pretrained(source, **options)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
-        msg = f"cannot load the config of {name or DEFAULT_MODEL}: {reason}"
-        raise EvaluationError(msg) from error
-    return config
+    found: PretrainedConfig = _load_part(AutoConfig, "config", name)
+    return found
 
 
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
     """Load a model's tokenizer alone; what it is loaded from, and the error, are those of `load_model`."""
+    found: PreTrainedTokenizerBase = _load_part(AutoTokenizer, "tokenizer", name)
+    return found
+
+
+def _load_part(loader: Any, what: str, name: str | None) -> Any:
     source, options = _source(name)
     try:
         with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+            return loader.from_pretrained(source, **options)
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0]
-        msg = f"cannot load the tokenizer of {name or DEFAULT_MODEL}: {reason}"
+        msg = f"cannot load the {what} of {name or DEFAULT_MODEL}: {reason}"
         raise EvaluationError(msg) from error
-    return tokenizer
 
 
 def _source(name: str | None) -> tuple[str, dict[str, str]]:
