@@ -241,6 +241,18 @@ def test_eviction_in_a_hybrid_model() -> None:
     assert reachable_bytes(cache) == cache.memory_report().held_bytes
 
 
+@pytest.mark.parametrize("make", [mistral, gemma3])
+def test_the_prompt_is_not_held_behind_a_sliding_window(make: Any) -> None:
+    model = make().eval()
+    cache = NexusQuantCache("quant", config=model.config, **SMALL)
+    with torch.no_grad():
+        model(prompt(100), **{CACHE: cache})
+    for layer in (each for each in cache.layers if each.is_sliding):
+        assert layer.keys.shape[-2] == SLIDING_TINY["sliding_window"] - 1
+        for states in (layer.keys, layer.values):
+            assert states.untyped_storage().nbytes() == states.nbytes
+
+
 # Misuse
 
 

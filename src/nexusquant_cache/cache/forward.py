@@ -159,6 +159,7 @@ class Forward:
             part.fetch()
             self._bring_next(parts, index)
             held = store()
+            part.trim(key_states.shape[-2])
             self._send_away(part)
             if self.shared.when == "during_prefill" and key_states.shape[-2] > 1:
                 self.note_peak(parts, index)

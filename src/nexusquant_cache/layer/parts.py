@@ -95,6 +95,12 @@ class Part:
             )
             raise UnsupportedError(msg)
 
+    def trim(self, tokens: int) -> None:
+        """Free what came before a sliding window: transformers' layer keeps a view of all ``tokens`` of the update."""
+        layer = self.layer
+        if self.is_in_step and tokens > layer.keys.shape[-2]:
+            layer.keys, layer.values = own(layer.keys), own(layer.values)
+
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """See the queries of the tokens that came last."""
         del queries
