@@ -34,11 +34,11 @@ from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.files import convert_file, inspect_file, verify_file, write_page
 from nexusquant_cache.files.writer import Progress
-from nexusquant_cache.pages.page import printable
+from nexusquant_cache.pages.elements import printable
 from nexusquant_cache.presets import PRESETS, all_presets, preset_name, preset_names, with_alias
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
+from nexusquant_cache.serving.chat_page_command import PageOptions, check_page, run_page
 from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
-from nexusquant_cache.serving.page_command import PageOptions, check_page, run_page
 from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.store.store import PrefixStore
 

@@ -66,7 +66,7 @@ def run_page(loaded: LoadedModel, options: PageOptions) -> None:
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     import uvicorn  # noqa: PLC0415 - an optional package, like that of the next one
 
-    from nexusquant_cache.serving.page import Page, create_page  # noqa: PLC0415
+    from nexusquant_cache.serving.chat_page import Page, create_page  # noqa: PLC0415
 
     name = Path(loaded.name).absolute().name.removesuffix(".gguf")
     loaded = replace(loaded, name=name)  # messages on the page show no folders
