@@ -31,6 +31,8 @@ def checked(function: Any, *, typechecker: Any = None) -> Any:
         return function  # its wrappers have one code object, which torch.compile is told to pass over
     if not inspect.isclass(function) and not function.__annotations__:
         return function  # one that numba compiles, or triton
+    if not inspect.isclass(function) and any("constexpr" in repr(note) for note in function.__annotations__.values()):
+        return function  # one that triton compiles; releases of jaxtyping for Python 3.10 do not see its @no_type_check
     if inspect.isclass(function):
         if dataclasses.is_dataclass(function) and "__init__" in vars(function):
             function.__init__ = checked(function.__init__)

@@ -11,8 +11,8 @@ import uvicorn
 from unit.serving_tiny import ascii_tiny
 
 from nexusquant_cache.serving.chat_model import Wish
+from nexusquant_cache.serving.chat_page import Page, create_page
 from nexusquant_cache.serving.model_thread import ModelThread
-from nexusquant_cache.serving.page import Page, create_page
 from nexusquant_cache.serving.side_by_side import SideBySide, Users, View
 
 PATIENCE = 120  # seconds

@@ -137,7 +137,7 @@ def test_every_annotation_can_be_checked(name):
     for folder, needed in (("triton", "triton"), ("cpu", "numba")):
         if name.startswith(f"nexusquant_cache.codec.{folder}."):
             pytest.importorskip(needed)
-    for module, needed in (("evaluation.lm_eval", "lm_eval"), ("serving.page", "gradio")):
+    for module, needed in (("evaluation.lm_eval", "lm_eval"), ("serving.chat_page", "gradio")):
         if name == f"nexusquant_cache.{module}":
             pytest.importorskip(needed)
     module = importlib.import_module(name)

@@ -1,13 +1,16 @@
-"""The server's parts without HTTP: the pool of conversations, the worker, and what requests may say."""
+"""The server's parts: the pool of conversations, the worker, what requests may say, and who may say it."""
 
+import asyncio
 import gc
 import importlib.util
 import json
 import queue
 import weakref
 
+import httpx
 import pytest
 import torch
+import uvicorn
 from typer.testing import CliRunner
 from unit.serving_tiny import ascii_tiny, small_chat
 from unit.test_serving_chat import QUESTION, assistant, said, user
@@ -345,3 +348,30 @@ def test_the_command_says_what_to_install(monkeypatch):
 def test_more_tokens_than_the_model_was_made_for():
     with pytest.raises(ServingError, match="--tokens is 5,000, and tiny was made for 4,096"):
         run_server(ascii_tiny(), ServerOptions(preset="quant", tokens=5000))
+
+
+@pytest.mark.parametrize(
+    ("options", "refused"),
+    [
+        ({}, {"elsewhere.example", "127.0.0.1.elsewhere.example"}),
+        ({"host": "127.0.0.9"}, {"elsewhere.example", "127.0.0.1.elsewhere.example"}),
+        ({"api_key": "a key"}, set()),  # a web page elsewhere does not know it
+        ({"host": "0.0.0.0"}, set()),  # noqa: S104 - others reach it, by names that we do not know
+    ],
+)
+def test_a_server_of_this_machine_alone_goes_by_its_names(options, refused, monkeypatch):
+    """A web page elsewhere may have its name stand for this machine; its browser still says that name."""
+    apps = []
+    monkeypatch.setattr(uvicorn.Server, "run", lambda server: apps.append(server.config.app))
+    run_server(ascii_tiny(), ServerOptions(**{"preset": "quant"} | options))
+    own = {options.get("host", "127.0.0.1"), "localhost", "127.0.0.1", "[::1]"}
+    names = own | {"elsewhere.example", "127.0.0.1.elsewhere.example"}
+
+    async def statuses():
+        transport = httpx.ASGITransport(apps[0])
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1:8000") as client:
+            return {name: (await client.get("/health", headers={"host": f"{name}:8000"})).status_code for name in names}
+
+    found = asyncio.run(statuses())
+    assert {name for name, status in found.items() if status == 400} == refused
+    assert {status for name, status in found.items() if name not in refused} == {503}  # the worker has not been started

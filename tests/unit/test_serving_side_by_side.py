@@ -18,10 +18,10 @@ from nexusquant_cache.evaluation import LoadedModel
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.texts import read_text
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
+from nexusquant_cache.serving.chat_page_command import PageOptions, page_address, run_page
 from nexusquant_cache.serving.errors import BusyError, LengthError, ServingError
 from nexusquant_cache.serving.meter import Meter, meter_html
 from nexusquant_cache.serving.model_thread import ModelThread
-from nexusquant_cache.serving.page_command import PageOptions, page_address, run_page
 from nexusquant_cache.serving.plain import PlainChatModel
 from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.serving.side_by_side import COMPRESSED, PLAIN, SideBySide, Users

@@ -19,7 +19,7 @@ from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Kind, LayerState
 from nexusquant_cache.layer.tokens import Buffer
-from nexusquant_cache.pages.page import why_no_pictures
+from nexusquant_cache.pages.elements import why_no_pictures
 
 DENSE_BYTES_PER_CHANNEL = 2
 """Bytes per channel of the plain cache that everything is compared with: 16 bit, whatever the model's dtype."""

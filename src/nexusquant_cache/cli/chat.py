@@ -17,7 +17,7 @@ from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.errors import NexusQuantError, OptionError, suggest
 from nexusquant_cache.evaluation.steps import Report, Step
 from nexusquant_cache.evaluation.texts import read_text
-from nexusquant_cache.pages.page import printable
+from nexusquant_cache.pages.elements import printable
 from nexusquant_cache.presets import all_presets
 from nexusquant_cache.serving.chat_model import Listener
 from nexusquant_cache.serving.session import ChatSession

@@ -12,7 +12,7 @@ from rich.text import Text
 from nexusquant_cache.files import AtRest, FileSummary
 from nexusquant_cache.files.rows import LAYER_COLUMNS, PART_COLUMNS, TEXT_COLUMNS, fact_rows, layer_rows, part_rows
 from nexusquant_cache.files.state import describe_settings
-from nexusquant_cache.pages.page import printable
+from nexusquant_cache.pages.elements import printable
 from nexusquant_cache.presets import PRESETS
 from nexusquant_cache.store.index import StoreEntry
 

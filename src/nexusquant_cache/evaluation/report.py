@@ -12,7 +12,7 @@ from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.summary import LOST, CacheSummary, FactSummary, Recall, fact_summaries, summaries
-from nexusquant_cache.pages.page import details, figure, page, table, why_no_pictures
+from nexusquant_cache.pages.elements import details, figure, page, table, why_no_pictures
 
 _MEBIBYTE = 2**20
 _PAGE = "report.html"

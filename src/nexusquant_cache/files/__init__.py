@@ -6,7 +6,7 @@ This room knows layers, and no cache: `files.saving` is given what a cache holds
 
 from nexusquant_cache.files.commands import FileSummary, KindSummary, convert_file, inspect_file, verify_file
 from nexusquant_cache.files.fingerprint import hash_tokens
-from nexusquant_cache.files.page import write_page
+from nexusquant_cache.files.saved_page import write_page
 from nexusquant_cache.files.writer import AtRest
 
 __all__ = [

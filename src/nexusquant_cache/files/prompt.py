@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 
 from nexusquant_cache.errors import OptionError
 from nexusquant_cache.files.kept import KeptTokens
-from nexusquant_cache.pages.page import printable
+from nexusquant_cache.pages.elements import printable
 
 LEVELS = 10
 """Levels of colour for tokens that something has kept; level 0 is for those that nothing has."""

@@ -13,6 +13,7 @@ from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from jaxtyping import Int
 from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect
 from torch import Tensor
 
@@ -191,8 +192,13 @@ class ChatServer:
                 self.metrics.answers.labels("left").inc()
 
 
-def create_app(server: ChatServer) -> FastAPI:
-    """Return the application, which starts the server's worker, and stops it at its end."""
+def create_app(server: ChatServer, hosts: list[str] | None = None) -> FastAPI:
+    """Return the application, which starts the server's worker, and stops it at its end.
+
+    Args:
+        server: Who answers.
+        hosts: Names that requests may call this server by; None: every name.
+    """
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -201,6 +207,8 @@ def create_app(server: ChatServer) -> FastAPI:
         await asyncio.to_thread(server.worker.stop)
 
     app = FastAPI(title="nexusquant_cache", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     guarded = [Depends(server.check_key)]
     app.post("/v1/chat/completions", dependencies=guarded)(server.complete)
     app.get("/v1/models", dependencies=guarded)(server.models)

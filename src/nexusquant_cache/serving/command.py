@@ -81,7 +81,10 @@ def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
         store = PrefixStore(options.store, options.store_bytes, namespace=loaded.name)
     worker = Worker(model, ConversationPool(options.idle_bytes), options.waiting, store)
     server = ChatServer(name, model, worker, limits, api_key=options.api_key, shares=store is not None)
-    config = uvicorn.Config(create_app(server), host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
+    # Whoever knows the key is let in by whatever name, as a proxy in front may pass on.
+    hosts = own_names(options.host) if options.api_key is None else None
+    app = create_app(server, hosts)
+    config = uvicorn.Config(app, host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
     if options.api_key is None and not is_local(options.host):
         _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
     uvicorn.Server(config).run()
@@ -102,6 +105,22 @@ def most_tokens(model: ChatModel, wanted: int | None) -> int:
         msg = f"--tokens is {wanted:,}, and {model.name} was made for {most:,}"
         raise ServingError(msg)
     return wanted or most
+
+
+def own_names(host: str) -> list[str] | None:
+    """Return the names that a browser on this machine has for a place that only this machine reaches.
+
+    A web page from elsewhere may have its own name stand for this machine (DNS rebinding), and then talk to us as if we
+    had sent it.  Its browser still says that name.
+
+    Args:
+        host: The address to listen on.
+
+    Returns:
+        Names for Starlette's `TrustedHostMiddleware`; None if others reach the address, by names that we cannot know.
+    """
+    # Releases of Starlette differ in what they take for the name in "[::1]:80".  Neither begins a name of DNS.
+    return [host, "localhost", "127.0.0.1", "[::1]", "::1", "["] if is_local(host) else None
 
 
 def is_local(host: str) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 from fastapi import FastAPI
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Mount
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.types import Message as Event
@@ -194,10 +195,17 @@ class _OnlyHere:
         await self._app(scope, receive, send_with_policy)
 
 
-def create_page(page: Page) -> tuple[FastAPI, Callable[[], None]]:
-    """Return the application that shows a page, and what lets go of the browsers that look at it, before its end."""
+def create_page(page: Page, hosts: list[str] | None = None) -> tuple[FastAPI, Callable[[], None]]:
+    """Return the application that shows a page, and what lets go of the browsers that look at it, before its end.
+
+    Args:
+        page: The page.
+        hosts: Names that browsers may call its place by; None: every name.
+    """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(_OnlyHere)
+    if hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=hosts)
     gr.mount_gradio_app(
         app,
         page.blocks,

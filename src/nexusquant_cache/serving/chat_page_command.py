@@ -11,7 +11,7 @@ from pathlib import Path
 
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.serving.chat_model import ChatModel, Wish
-from nexusquant_cache.serving.command import is_local, most_tokens
+from nexusquant_cache.serving.command import is_local, most_tokens, own_names
 from nexusquant_cache.serving.errors import ServingError
 from nexusquant_cache.serving.model_thread import ModelThread
 from nexusquant_cache.serving.side_by_side import SideBySide, Users
@@ -66,14 +66,14 @@ def run_page(loaded: LoadedModel, options: PageOptions) -> None:
     os.environ.update(GRADIO_ANALYTICS_ENABLED="False", GRADIO_RUN_HISTORY="False")
     import uvicorn  # noqa: PLC0415 - an optional package, like that of the next one
 
-    from nexusquant_cache.serving.page import Page, create_page  # noqa: PLC0415
+    from nexusquant_cache.serving.chat_page import Page, create_page  # noqa: PLC0415
 
     name = Path(loaded.name).absolute().name.removesuffix(".gguf")
     loaded = replace(loaded, name=name)  # messages on the page show no folders
     most = most_tokens(ChatModel(loaded, options.preset), options.tokens)
     thread, wish = ModelThread(), Wish(options.answer_tokens)
     users = Users(lambda: SideBySide(loaded, thread, options.preset, wish=wish, most_tokens=most))
-    app, let_go = create_page(Page(users, name, options.preset, _note(loaded)))
+    app, let_go = create_page(Page(users, name, options.preset, _note(loaded)), own_names(options.host))
     if not is_local(options.host):
         _LOGGER.warning("everyone who reaches %s can use this page, without a password", options.host)
     config = uvicorn.Config(app, host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)

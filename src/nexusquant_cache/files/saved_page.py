@@ -19,7 +19,7 @@ from nexusquant_cache.files.reader import Promise, read_positions
 from nexusquant_cache.files.rows import LAYER_COLUMNS, PART_COLUMNS, TEXT_COLUMNS, fact_rows, layer_rows, part_rows
 from nexusquant_cache.files.schema import CacheMeta, LayerMeta
 from nexusquant_cache.layer.kinds import kind_of
-from nexusquant_cache.pages.page import details, figure, page, printable, table, why_no_pictures
+from nexusquant_cache.pages.elements import details, figure, page, printable, table, why_no_pictures
 
 _CAPTION = (
     "Above, the bytes of each layer by kind, as the cache holds them in memory, without room to grow. Below, the "
