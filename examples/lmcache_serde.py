@@ -1,11 +1,13 @@
 """A serde for LMCache that stores chunks of keys and values as our codes: it quantizes, and evicts nothing.
 
 LMCache keeps the KV cache of vLLM and SGLang on the CPU, on disks and on other machines.  What an L2 adapter stores may
-pass through a serde.  Import this module in LMCache's process, and name the serde in the adapter's JSON::
+pass through a serde.  With this file on ``PYTHONPATH``, name both in the JSON of ``--l2-adapter``::
 
-    {"type": "fs", "base_path": "/cache", "serde": {"type": "nexusquant", "head_dim": 128}}
+    {"type": "plugin", "module_path": "lmcache_serde", "class_name": "Files", "adapter_params": {"base_path": "/cache"},
+     "serde": {"type": "nexusquant", "head_dim": 128}}
 
-Other options are ``key_bits`` and ``value_bits`` per channel (those of the preset `keep-all` by default), and
+A plugin is how LMCache is told to import a module; with the module imported, any adapter can have the serde.  Other
+options of it are ``key_bits`` and ``value_bits`` per channel (by default those of the preset `keep-all`), and
 ``max_workers``.  Tried with LMCache 0.5.6 on a CPU, with chunks of random numbers; no engine was involved.
 """
 
@@ -16,6 +18,8 @@ from math import prod
 
 import torch
 from lmcache.v1.distributed.api import MemoryLayoutDesc, ObjectKey
+from lmcache.v1.distributed.internal_api import L1MemoryDesc
+from lmcache.v1.distributed.l2_adapters.fs_l2_adapter import FSL2Adapter, FSL2AdapterConfig
 from lmcache.v1.distributed.serde import AsyncSerdeProcessor, Deserializer, Serializer, register_serde_factory
 from lmcache.v1.memory_management import MemoryObj
 
@@ -106,6 +110,17 @@ class CodesDeserializer(Deserializer):
                 transform = VectorTransform(HadamardRotation(self.sides.head_dim, codec.seed), mean, reference)
                 vectors = codec.decode(PackedVectors(words, scales), transform)
                 states.copy_(vectors.transpose(1, 2).flatten(2))
+
+
+class Files(FSL2Adapter):
+    """LMCache's own files in a folder, as a plugin."""
+
+    config_class_name = FSL2AdapterConfig.__name__  # where LMCache looks
+
+    def __init__(self, config: FSL2AdapterConfig, l1_memory_desc: L1MemoryDesc | None = None) -> None:
+        """Take what plugins are given."""
+        del l1_memory_desc
+        super().__init__(config)
 
 
 def create(options: dict[str, object]) -> AsyncSerdeProcessor:

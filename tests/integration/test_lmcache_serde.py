@@ -23,14 +23,12 @@ HEAD_DIM, HEADS, LAYERS, TOKENS = 64, 2, 3, 256
 PATIENCE = 60  # seconds
 
 
-@pytest.fixture(scope="module")
-def serde() -> Iterator[Any]:
-    """Return the example, which registers itself when it is imported."""
+@pytest.fixture(scope="module", autouse=True)
+def _examples() -> Iterator[None]:
+    """Let LMCache find the example, which registers itself when it is imported."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "examples"))
-        import lmcache_serde  # noqa: PLC0415 - it needs LMCache
-
-        yield lmcache_serde
+        yield
 
 
 def chunk(dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -56,7 +54,8 @@ class Storage:
         from lmcache.v1.distributed.l2_adapters.serde_wrapper import SerdeL2AdapterWrapper  # noqa: PLC0415
         from lmcache.v1.distributed.serde import create_serde_processor  # noqa: PLC0415
 
-        spec = {"type": "fs", "base_path": str(folder), "serde": {"type": "nexusquant", **options}}
+        spec: dict[str, Any] = {"type": "plugin", "module_path": "lmcache_serde", "class_name": "Files"}
+        spec |= {"adapter_params": {"base_path": str(folder)}, "serde": {"type": "nexusquant", **options}}
         parser = adapters.add_l2_adapters_args(argparse.ArgumentParser())
         given = adapters.parse_args_to_l2_adapters_config(parser.parse_args(["--l2-adapter", json.dumps(spec)]))
         memory = config.L1MemoryManagerConfig(64 << 20, use_lazy=False, shm_name="")
@@ -94,8 +93,7 @@ class Storage:
 
 
 @pytest.fixture
-def storage(serde: Any, tmp_path: Path) -> Iterator[Callable[..., Storage]]:
-    del serde  # registered
+def storage(tmp_path: Path) -> Iterator[Callable[..., Storage]]:
     made: list[Storage] = []
 
     def make(**options: Any) -> Storage:
@@ -113,9 +111,11 @@ def error(found: Tensor, states: Tensor) -> list[float]:
     return ((found.float() - states.float()).square().mean((1, 2, 3)).sqrt() / spread).tolist()
 
 
-def test_a_chunk_goes_to_the_disk_as_codes_and_comes_back(storage: Any, serde: Any, tmp_path: Path) -> None:
+def test_a_chunk_goes_to_the_disk_as_codes_and_comes_back(storage: Any, tmp_path: Path) -> None:
     made, states = storage(), chunk()
     found = made.load(*made.store(b"a", states))
+    import lmcache_serde as serde  # noqa: PLC0415 - it needs LMCache
+
     (file,) = tmp_path.rglob("*.data")
     codes = sum(
         LAYERS * HEADS * TOKENS * (codec.layout.bytes_per_vector + 1) for codec in serde.Sides(HEAD_DIM).codecs()
@@ -144,7 +144,9 @@ def test_every_chunk_is_coded_alone(storage: Any) -> None:
     assert torch.equal(again.load(key, layout, room), expected)
 
 
-def test_another_layout_is_refused(serde: Any) -> None:
+def test_another_layout_is_refused() -> None:
+    import lmcache_serde as serde  # noqa: PLC0415 - it needs LMCache
+
     sides = serde.Sides(head_dim=96)
     with pytest.raises(ValueError, match=r"expected \[2, layers, tokens, kv_heads \* 96\].*check head_dim"):
         sides.size(chunk().shape)
