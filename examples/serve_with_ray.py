@@ -76,6 +76,7 @@ def main(arguments: list[str] | None = None) -> None:
     ray.init(include_dashboard=False)
     serve.start(http_options={"host": given.host, "port": given.port})
     serve.run(application(model, options, given.replicas, given.cpus), name=NAME)
+    print(f"{given.replicas} replicas answer at http://{given.host}:{given.port}/v1", flush=True)
     is_over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: is_over.set())
