@@ -14,6 +14,7 @@ the store if there is one, must then have the same path on every machine.
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import threading
 from pathlib import Path
@@ -62,7 +63,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--name", help="what clients call the model; the name of its folder or file")
     parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="port to listen on (%(default)s)")
-    parser.add_argument("--api-key", help="what clients have to know; otherwise all may ask")
+    key = os.environ.get("NEXUSQUANT_API_KEY")
+    parser.add_argument("--api-key", default=key, help="what clients have to know; otherwise all may ask")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="prefix store, one for all replicas")
     return parser.parse_args(arguments)
 
