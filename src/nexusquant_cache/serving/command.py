@@ -5,6 +5,7 @@ import ipaddress
 import logging
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.serving.chat_model import ChatModel
@@ -62,16 +63,14 @@ def check_server() -> None:
         raise ServingError(msg)
 
 
-def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
-    """Serve a model until the process is told to stop.
+def make_app(loaded: LoadedModel, options: ServerOptions) -> Any:  # noqa: ANN401 - FastAPI, an optional package
+    """Return the application that serves a model, for whatever runs ASGI applications; address and port are theirs.
 
     Raises:
         ServingError: If the model cannot chat, or was not made for so many tokens.
         NexusQuantError: If the store cannot be used, see `PrefixStore`.
     """
-    import uvicorn  # noqa: PLC0415 - an optional package, like that of the next one
-
-    from nexusquant_cache.serving.app import ChatServer, Limits, create_app  # noqa: PLC0415
+    from nexusquant_cache.serving.app import ChatServer, Limits, create_app  # noqa: PLC0415 - optional packages
 
     model = ChatModel(loaded, options.preset)
     name = options.name or Path(loaded.name).absolute().name.removesuffix(".gguf")
@@ -83,7 +82,14 @@ def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
     server = ChatServer(name, model, worker, limits, api_key=options.api_key, shares=store is not None)
     # Whoever knows the key is let in by whatever name, as a proxy in front may pass on.
     hosts = own_names(options.host) if options.api_key is None else None
-    app = create_app(server, hosts)
+    return create_app(server, hosts)
+
+
+def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
+    """Serve a model until the process is told to stop; errors are those of `make_app`."""
+    import uvicorn  # noqa: PLC0415 - an optional package
+
+    app = make_app(loaded, options)
     config = uvicorn.Config(app, host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
     if options.api_key is None and not is_local(options.host):
         _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
