@@ -74,7 +74,7 @@ def main(arguments: list[str] | None = None) -> None:
     given = parse(arguments)
     store = None if given.store is None else given.store.absolute()  # replicas have a working directory of their own
     model = given.model if given.model is None or not Path(given.model).exists() else str(Path(given.model).absolute())
-    options = ServerOptions(preset=given.preset, name=given.name, api_key=given.api_key, store=store)
+    options = ServerOptions(host=given.host, preset=given.preset, name=given.name, api_key=given.api_key, store=store)
     ray.init(include_dashboard=False)
     serve.start(http_options={"host": given.host, "port": given.port})
     serve.run(application(model, options, given.replicas, given.cpus), name=NAME)
