@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
-from nexusquant_cache import DEFAULT_POLICY, CacheConfig, NexusQuantCache
+from nexusquant_cache import DEFAULT_BESIDE_WINDOWS, DEFAULT_POLICY, CacheConfig, NexusQuantCache
 from nexusquant_cache.cache.rotary import rotary_phase
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.held import HeldTokens
@@ -754,7 +754,7 @@ class OracleCache(DynamicCache):
 
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         del layer_idx
-        return self.policy or DEFAULT_POLICY
+        return self.policy or (DEFAULT_BESIDE_WINDOWS if any(self.is_sliding) else DEFAULT_POLICY)
 
     def make_phase(self, layer_idx: int, seen: int) -> Any:
         if self.model_config is None or not self.cache_config.remove_rope:

@@ -23,9 +23,11 @@ from nexusquant_cache.errors import (
 )
 from nexusquant_cache.layer.tokens import LayerTransforms
 from nexusquant_cache.policy import (
+    DEFAULT_BESIDE_WINDOWS,
     DEFAULT_POLICY,
     Averaged,
     Combined,
+    EqualBudgets,
     EvictionPolicy,
     ExpectedAttentionPolicy,
     FarAttentionPolicy,
@@ -50,6 +52,7 @@ from nexusquant_cache.store.store import PrefixMatch, PrefixStore
 __version__ = "0.1.0"
 
 __all__ = [
+    "DEFAULT_BESIDE_WINDOWS",
     "DEFAULT_POLICY",
     "PRESETS",
     "Averaged",
@@ -57,6 +60,7 @@ __all__ = [
     "CacheStateError",
     "Combined",
     "DtypeError",
+    "EqualBudgets",
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
     "FarAttentionPolicy",

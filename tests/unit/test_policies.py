@@ -8,11 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from torch import Tensor
+from transformers import Gemma3TextConfig, LlamaConfig
 
 from nexusquant_cache import (
+    DEFAULT_BESIDE_WINDOWS,
     DEFAULT_POLICY,
     Averaged,
     Combined,
+    EqualBudgets,
     EvictionPolicy,
     ExpectedAttentionPolicy,
     FarAttentionPolicy,
@@ -53,6 +56,8 @@ POLICIES: dict[str, EvictionPolicy] = {
     "value_aware": ValueAware(KeyNormPolicy(), pool=3),
     "shared": SharedOverHeads(KeyKeyPolicy()),
     "default": DEFAULT_POLICY,
+    "beside_windows": DEFAULT_BESIDE_WINDOWS,
+    "equal": EqualBudgets(FarAttentionPolicy()),
     "if_read_again": IfReadAgain(ReconstructionPolicy(), otherwise=KeyNormPolicy()),
     "combined": Combined([KeyDiffPolicy(), ValueAware(WindowAttentionPolicy(pool=1))]),
 }
@@ -611,7 +616,7 @@ class TestIfReadAgain:
 def test_parts_of_attention_can_be_compared_and_nothing_else() -> None:
     window, far = WindowAttentionPolicy(), FarAttentionPolicy()
     parts = [window, far, RecentAttentionPolicy(), ReconstructionPolicy(), ValueAware(window), Averaged((window, far))]
-    others = [KeyNormPolicy(), LeveragePolicy(), ValueAware(KeyNormPolicy()), SharedOverHeads(window), Combined([far])]
+    others = [KeyNormPolicy(), LeveragePolicy(), ValueAware(KeyNormPolicy()), SharedOverHeads(window), Combined([far]), EqualBudgets(far)]
     assert all(policy.scores_are_comparable for policy in parts)
     assert not any(policy.scores_are_comparable for policy in [*others, Averaged((window, KeyNormPolicy()))])
 
@@ -628,6 +633,21 @@ class TestDefaultPolicy:
     def test_serves_every_layer_of_a_cache_that_is_given_none(self) -> None:
         assert NexusQuantCache().make_policy(0) is DEFAULT_POLICY
         assert NexusQuantCache().make_policy(7) is DEFAULT_POLICY
+
+    def test_tells_models_with_sliding_windows_from_others(self) -> None:
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        mixed = Gemma3TextConfig(num_hidden_layers=3, layer_types=kinds)
+        assert NexusQuantCache(config=mixed).make_policy(1) is DEFAULT_BESIDE_WINDOWS
+        assert NexusQuantCache(config=LlamaConfig(num_hidden_layers=3)).make_policy(1) is DEFAULT_POLICY
+        # All layers without a config are full ones.
+        assert not DEFAULT_BESIDE_WINDOWS.scores_are_comparable
+        assert DEFAULT_BESIDE_WINDOWS.wants_far_attention
+        assert not DEFAULT_BESIDE_WINDOWS.requires_reconstruction
+
+    def test_beside_windows_scores_tokens_one_by_one(self) -> None:
+        inputs = make_inputs(reconstruction=None)
+        end = RecentAttentionPolicy(observation_window=64, aggregate="max", pool=1).score(inputs)
+        assert torch.allclose(DEFAULT_BESIDE_WINDOWS.score(inputs), (end + 0.3 * inputs.far_attention) / 1.3)
 
     def test_not_one_that_is_given_another(self) -> None:
         policy = KeyNormPolicy()

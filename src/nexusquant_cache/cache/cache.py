@@ -41,7 +41,7 @@ from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import Part, compressed, part_of
 from nexusquant_cache.layer.shared import Shared, When
 from nexusquant_cache.layer.tokens import LayerTransforms
-from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
+from nexusquant_cache.policy import DEFAULT_BESIDE_WINDOWS, DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import CacheConfig, preset_name, resolve_preset
 from nexusquant_cache.releases import compile_inside_wrappers
 from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
@@ -77,7 +77,7 @@ class NexusQuantCache(DynamicCache):
     Args:
         preset: Name or alias of a preset (`PRESETS`, `ALIASES`) or a `CacheConfig`.
         config: The model's config.
-        policy: Which tokens to keep; `DEFAULT_POLICY` by default.
+        policy: Which tokens to keep; by default `DEFAULT_POLICY`, or `DEFAULT_BESIDE_WINDOWS` where other layers have a sliding window.
         attention_mask: Not needed: the cache sees the model's own mask.  Given the mask of the prompt, ``[batch,
             tokens]``, the prompt must have its shape.
         transforms: The `transforms` of an earlier cache of the same model, preset and config, used in place of fitting
@@ -218,7 +218,7 @@ class NexusQuantCache(DynamicCache):
     def make_policy(self, layer_idx: int) -> EvictionPolicy:
         """Return the policy of a layer."""
         del layer_idx
-        return self.policy or DEFAULT_POLICY
+        return self.policy or (DEFAULT_BESIDE_WINDOWS if any(self.is_sliding) else DEFAULT_POLICY)
 
     def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
         """Return the codec of the keys or the values of a layer.

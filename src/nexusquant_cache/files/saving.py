@@ -27,7 +27,7 @@ from nexusquant_cache.files.version_1 import restore_padding
 from nexusquant_cache.layer.parts import CompressedPart, Part
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState
-from nexusquant_cache.policy.default import DEFAULT_POLICY, FORMER_DEFAULTS
+from nexusquant_cache.policy.default import DEFAULTS, FORMER_DEFAULTS
 
 _MOST_TEXT = 1 << 20  # bytes of all texts given as metadata: a header that is longer than some MiB is not read
 
@@ -224,7 +224,7 @@ def _check_policy(state: LayerState, shared: Shared, meta: CacheMeta, described:
     if described.policy is None or state.policy is None or not shared.evicts:
         return
     name = meta.policies[described.policy]
-    is_former = state.policy == DEFAULT_POLICY and name in map(policy_name, FORMER_DEFAULTS)
+    is_former = state.policy in DEFAULTS and name in map(policy_name, FORMER_DEFAULTS)
     if policy_name(state.policy) != name and not is_former:
         msg = f"the cache was saved with the policy {name[:200]}: give policy= the same, or the one to go on with"
         raise OptionError(msg)

@@ -5,8 +5,15 @@ A policy is one class with one method, `EvictionPolicy.score`.  Checks are the s
 """
 
 from nexusquant_cache.policy.base import EvictionPolicy, PooledPolicy, ScoreInputs
-from nexusquant_cache.policy.combined import Averaged, Combined, IfReadAgain, SharedOverHeads, ValueAware
-from nexusquant_cache.policy.default import DEFAULT_POLICY
+from nexusquant_cache.policy.combined import (
+    Averaged,
+    Combined,
+    EqualBudgets,
+    IfReadAgain,
+    SharedOverHeads,
+    ValueAware,
+)
+from nexusquant_cache.policy.default import DEFAULT_BESIDE_WINDOWS, DEFAULT_POLICY
 from nexusquant_cache.policy.keys import KeyDiffPolicy, KeyKeyPolicy, KeyNormPolicy, LeveragePolicy, MeanKeyKeyPolicy
 from nexusquant_cache.policy.queries import (
     ExpectedAttentionPolicy,
@@ -17,9 +24,11 @@ from nexusquant_cache.policy.queries import (
 )
 
 __all__ = [
+    "DEFAULT_BESIDE_WINDOWS",
     "DEFAULT_POLICY",
     "Averaged",
     "Combined",
+    "EqualBudgets",
     "EvictionPolicy",
     "ExpectedAttentionPolicy",
     "FarAttentionPolicy",

@@ -117,6 +117,26 @@ class SharedOverHeads(PolicyOfPolicies):
 
 
 @dataclass(frozen=True)
+class EqualBudgets(PolicyOfPolicies):
+    """Lets all heads of all layers keep equally many tokens, whatever the scores of another policy are.
+
+    Args:
+        policy: Whose scores choose the tokens of a head.
+    """
+
+    policy: EvictionPolicy
+
+    @property
+    def parts(self) -> Sequence[EvictionPolicy]:
+        """The other policy."""
+        return (self.policy,)
+
+    def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+        """Return the scores of the other policy."""
+        return self.policy.checked_scores(inputs)
+
+
+@dataclass(frozen=True)
 class Combined(PolicyOfPolicies):
     """Uses several policies at once, whose scores are compared by their ranks in each head.
 
