@@ -264,11 +264,11 @@ def candidate_of(
     policy: EvictionPolicy | None = None,
 ) -> Candidate:
     """Return a cache of this kind as a candidate."""
-    return Candidate(
-        name,
-        lambda: kind(settings, config=config, policy=policy),
-        settings={**describe(settings, policy), "kind": kind.__name__},
-    )
+
+    def make() -> NexusQuantCache:
+        return kind(settings, config=config, policy=policy)
+
+    return Candidate(name, make, settings={**describe(settings, make().make_policy(0)), "kind": kind.__name__})
 
 
 def ratio_for(

@@ -616,7 +616,14 @@ class TestIfReadAgain:
 def test_parts_of_attention_can_be_compared_and_nothing_else() -> None:
     window, far = WindowAttentionPolicy(), FarAttentionPolicy()
     parts = [window, far, RecentAttentionPolicy(), ReconstructionPolicy(), ValueAware(window), Averaged((window, far))]
-    others = [KeyNormPolicy(), LeveragePolicy(), ValueAware(KeyNormPolicy()), SharedOverHeads(window), Combined([far]), EqualBudgets(far)]
+    others = [
+        KeyNormPolicy(),
+        LeveragePolicy(),
+        ValueAware(KeyNormPolicy()),
+        SharedOverHeads(window),
+        Combined([far]),
+        EqualBudgets(far),
+    ]
     assert all(policy.scores_are_comparable for policy in parts)
     assert not any(policy.scores_are_comparable for policy in [*others, Averaged((window, KeyNormPolicy()))])
 

@@ -77,7 +77,8 @@ class NexusQuantCache(DynamicCache):
     Args:
         preset: Name or alias of a preset (`PRESETS`, `ALIASES`) or a `CacheConfig`.
         config: The model's config.
-        policy: Which tokens to keep; by default `DEFAULT_POLICY`, or `DEFAULT_BESIDE_WINDOWS` where other layers have a sliding window.
+        policy: Which tokens to keep; by default `DEFAULT_POLICY`, or `DEFAULT_BESIDE_WINDOWS` where other layers have
+            a sliding window.
         attention_mask: Not needed: the cache sees the model's own mask.  Given the mask of the prompt, ``[batch,
             tokens]``, the prompt must have its shape.
         transforms: The `transforms` of an earlier cache of the same model, preset and config, used in place of fitting

@@ -11,7 +11,7 @@ from transformers import Cache, DynamicCache, PretrainedConfig
 from nexusquant_cache.cache.cache import NexusQuantCache
 from nexusquant_cache.evaluation.caches import PLAIN, Candidate
 from nexusquant_cache.evaluation.models import LoadedModel
-from nexusquant_cache.policy import EvictionPolicy
+from nexusquant_cache.policy import DEFAULT_POLICY, EvictionPolicy
 from nexusquant_cache.presets import PRESETS, CacheConfig, preset_names, resolve_preset
 
 PLAIN_CANDIDATE = Candidate(PLAIN, DynamicCache)
@@ -38,10 +38,14 @@ def nexusquant_candidate(
         OptionError: If there is no such preset.
     """
     resolved = resolve_preset(settings)
-    described = describe(resolved, policy)
+
+    def make() -> NexusQuantCache:
+        return NexusQuantCache(resolved, config=config, policy=policy)
+
+    described = describe(resolved, make().make_policy(0))
     return Candidate(
         name,
-        lambda: NexusQuantCache(resolved, config=config, policy=policy),
+        make,
         prepare=read_again if reads_again else None,
         settings={**described, "reads_again": True} if reads_again else described,
     )
@@ -77,9 +81,9 @@ def preset_candidates(
     return (*once, *again)
 
 
-def describe(settings: CacheConfig, policy: EvictionPolicy | None = None) -> dict[str, Any]:
+def describe(settings: CacheConfig, policy: EvictionPolicy = DEFAULT_POLICY) -> dict[str, Any]:
     """Return the settings of a cache as they stand in a result file."""
     plain: dict[str, Any] = json.loads(
-        json.dumps({**asdict(settings), "policy": repr(policy) if policy else "default"})
+        json.dumps({**asdict(settings), "policy": "default" if policy == DEFAULT_POLICY else repr(policy)})
     )  # tuples become lists, as in the file
     return plain
