@@ -238,6 +238,9 @@ def test_eviction_in_a_hybrid_model() -> None:
     sliding, ours, _ = cache.memory_report().layers
     assert (sliding.kept_tokens, ours.kind) == (7, "compressed")
     assert ours.kept_tokens < 0.7 * ours.seen_tokens
+    factor = ours.dense_bytes / ours.held_bytes
+    assert f"of these the layers that are compressed: {ours.held_bytes / 1024:.1f} KiB" in str(cache.memory_report())
+    assert f": {factor:.1f}x\n" in str(cache.memory_report())
     assert reachable_bytes(cache) == cache.memory_report().held_bytes
 
 

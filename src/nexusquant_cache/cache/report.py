@@ -250,10 +250,18 @@ class MemoryReport:
             f"held {_size(self.held_bytes)} (tables {_size(self.shared_bytes)}, peak {_size(self.peak_bytes)}) "
             f"in place of {_size(self.dense_bytes)} in 16 bit: {self.compression_factor:.1f}x"
         )
-        lines.extend(self._state_lines())
+        lines.extend([*self._compressed_line(), *self._state_lines()])
         if self.host_bytes:
             lines.append(f"in host memory {_size(self.host_bytes)}")
         return "\n".join([*lines, *self._at_rest_lines()])
+
+    def _compressed_line(self) -> Iterator[str]:
+        """Yield what the compressed layers hold, if there are others beside, which stay as they are."""
+        ours = [layer for layer in self.layers if layer.kind == "compressed" and layer.held_bytes]
+        if 0 < len(ours) < len(self.layers):
+            held, dense = sum(layer.held_bytes for layer in ours), sum(layer.dense_bytes for layer in ours)
+            sizes = f"{_size(held)} in place of {_size(dense)}"
+            yield f"of these the layers that are compressed: {sizes}: {dense / held:.1f}x"
 
     def _state_lines(self) -> Iterator[str]:
         """Yield where the layers stand, and in which dtype their exact tokens are."""
