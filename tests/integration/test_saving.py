@@ -43,6 +43,8 @@ from transformers import DynamicCache
 
 import nexusquant_cache
 from nexusquant_cache import (
+    DEFAULT_BESIDE_WINDOWS,
+    DEFAULT_POLICY,
     CacheConfig,
     CacheStateError,
     FormatError,
@@ -69,6 +71,7 @@ from nexusquant_cache.files.contents import FileTensor
 from nexusquant_cache.files.state import Lists
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
+from nexusquant_cache.policy.default import FORMER_DEFAULTS
 from nexusquant_cache.releases import CACHE
 from nexusquant_cache.store import store
 
@@ -466,6 +469,16 @@ class TestWhoseFile:
             saved(cache, tmp_path, config=sdpa.config)
         assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path, config=sdpa.config, policy=KeyNormPolicy()))
         saved(cache, tmp_path, config=sdpa.config, policy=WindowAttentionPolicy())  # what is asked for, is done
+
+    @pytest.mark.parametrize(("family", "number"), [("llama", 0), ("llama", 1), ("gemma3", 2)])
+    def test_former_default_policies(self, family, number, tmp_path):
+        """Such files go on with the present default; in a model with sliding windows, those of `DEFAULT_POLICY` too."""
+        model = build(family)
+        cache = balanced(model, policy=FORMER_DEFAULTS[number])
+        ask(model, inputs(model, PROMPT), cache)
+        loaded = saved(cache, tmp_path, config=model.config)
+        policies = [layer.state.policy for layer in loaded.layers if not layer.is_sliding]
+        assert policies == [DEFAULT_BESIDE_WINDOWS if family == "gemma3" else DEFAULT_POLICY] * len(policies) != []
 
     def test_a_policy_without_anything_to_decide(self, sdpa, tmp_path):
         cache = balanced(sdpa, policy=KeyNormPolicy(), keep_ratio=1.0)
