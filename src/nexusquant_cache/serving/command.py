@@ -64,7 +64,11 @@ def check_server() -> None:
 
 
 def make_app(loaded: LoadedModel, options: ServerOptions) -> Any:  # noqa: ANN401 - FastAPI, an optional package
-    """Return the application that serves a model, for whatever runs ASGI applications; address and port are theirs.
+    """Return the application that serves a model, for whatever runs ASGI applications.
+
+    It listens nowhere itself, so ``options.port`` has no meaning here.  ``options.host`` has: where it is an address of
+    this machine alone, which it is by default, and there is no key, only names of this machine are answered
+    (`own_names`).  Give the address that the application is reached by.
 
     Raises:
         ServingError: If the model cannot chat, or was not made for so many tokens.
