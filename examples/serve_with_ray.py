@@ -60,11 +60,11 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--replicas", type=int, default=2, help="how many (%(default)s)")
     parser.add_argument("--cpus", type=float, default=1, help="CPUs, and threads, of a replica (%(default)s)")
     parser.add_argument("--preset", default=default.preset, help="how far to compress (%(default)s)")
-    parser.add_argument("--name", help="what clients call the model; the name of its folder or file")
+    parser.add_argument("--name", help="what clients call the model; by default the name of its folder or file")
     parser.add_argument("--host", default=default.host, help="address to listen on (%(default)s)")
     parser.add_argument("--port", type=int, default=default.port, help="port to listen on (%(default)s)")
-    key = os.environ.get("NEXUSQUANT_API_KEY")
-    parser.add_argument("--api-key", default=key, help="what clients have to know; otherwise all may ask")
+    key = os.environ.get("NEXUSQUANT_API_KEY") or None
+    parser.add_argument("--api-key", default=key, help="a secret that clients must send; by default all may ask")
     parser.add_argument("--store", type=Path, metavar="FOLDER", help="prefix store, one for all replicas")
     return parser.parse_args(arguments)
 
