@@ -36,6 +36,7 @@ def nexusquant_candidate(
 
     Raises:
         OptionError: If there is no such preset.
+        UnsupportedError: If the model's cache cannot be made with it, as where a bias by distance allows no eviction.
     """
     resolved = resolve_preset(settings)
 
