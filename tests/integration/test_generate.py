@@ -19,6 +19,7 @@ from integration.tiny import (
     tiny_llama,
     visible_mask,
 )
+from torch import Tensor
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -28,9 +29,11 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
 )
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from nexusquant_cache import CacheStateError, NexusQuantCache, UnsupportedError
 from nexusquant_cache.layer.layer import NexusQuantLayer
+from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.releases import CACHE
 
 MODES: dict[str, dict[str, Any]] = {
@@ -254,6 +257,25 @@ def test_the_prompt_is_not_held_behind_a_sliding_window(make: Any) -> None:
         assert layer.keys.shape[-2] == SLIDING_TINY["sliding_window"] - 1
         for states in (layer.keys, layer.values):
             assert states.untyped_storage().nbytes() == states.nbytes
+
+
+class KeysAreValues(DynamicSlidingWindowLayer):
+    """A window with one tensor for both, as DeepSeek V4 has it."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        found = super().update(key_states, value_states, *args, **kwargs)
+        self.values = self.keys
+        return found
+
+
+def test_a_window_with_one_tensor_for_keys_and_values_still_has_one() -> None:
+    layer, states = KeysAreValues(sliding_window=8), torch.randn(1, 2, 30, 16)
+    part = part_of(layer, 0)
+    layer.update(states, states)
+    part.trim(30)
+    assert layer.values is layer.keys
+    assert layer.keys.untyped_storage().nbytes() == 7 * 2 * 16 * 4
+    assert torch.equal(layer.keys, states[:, :, -7:])
 
 
 # Misuse

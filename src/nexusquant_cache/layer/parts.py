@@ -99,7 +99,9 @@ class Part:
         """Free what came before a sliding window: transformers' layer keeps a view of all ``tokens`` of the update."""
         layer = self.layer
         if self.is_in_step and tokens > layer.keys.shape[-2]:
-            layer.keys, layer.values = own(layer.keys), own(layer.values)
+            is_one = layer.values is layer.keys  # as in DeepSeek V4
+            layer.keys = own(layer.keys)
+            layer.values = layer.keys if is_one else own(layer.values)
 
     def observe(self, queries: Float[Tensor, "b q w d"]) -> None:
         """See the queries of the tokens that came last."""
