@@ -35,7 +35,6 @@ from nexusquant_cache.policy import EvictionPolicy, ScoreInputs
 from nexusquant_cache.presets import resolve_preset
 
 MakeCodec = Callable[[str, int, int], VectorCodec]
-QUERIES = 64  # the most that a policy is shown
 
 
 class Counter:
@@ -443,7 +442,7 @@ class OracleLayer(CacheLayerMixin):
             old = queries.new_zeros(*queries.shape[:2], 0, queries.shape[3]) if self.queries is None else self.queries
             self.queries = torch.cat([F.pad(old[:, :, :before], (0, 0, 0, max(before - old.shape[2], 0))), queries], 2)
             start = self.known[0] if self.known[1] == before else before
-            self.known = (max(start, self.seen - QUERIES), self.seen)
+            self.known = (max(start, self.seen - self.policy.most_queries), self.seen)
 
     def farthest(self, queries: Tensor) -> dict[tuple[int, int, int], float]:
         """Return the greatest attention so far to each token of the prompt, with that of new queries.

@@ -31,7 +31,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
-from nexusquant_cache import CacheStateError, NexusQuantCache, UnsupportedError
+from nexusquant_cache import CacheStateError, NexusQuantCache, ScoreInputs, UnsupportedError, WindowAttentionPolicy
 from nexusquant_cache.layer.layer import NexusQuantLayer
 from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.releases import CACHE
@@ -276,6 +276,22 @@ def test_a_window_with_one_tensor_for_keys_and_values_still_has_one() -> None:
     assert layer.values is layer.keys
     assert layer.keys.untyped_storage().nbytes() == 7 * 2 * 16 * 4
     assert torch.equal(layer.keys, states[:, :, -7:])
+
+
+def test_a_policy_is_shown_as_many_queries_as_it_looks_at(sdpa: LlamaForCausalLM) -> None:
+    shown = []
+
+    class Wide(WindowAttentionPolicy):
+        def score(self, inputs: ScoreInputs) -> torch.Tensor:
+            assert inputs.queries is not None
+            shown.append(inputs.queries.shape[2])
+            return super().score(inputs)
+
+    for window in (100, 5):
+        cache = NexusQuantCache("max", config=sdpa.config, policy=Wide(observation_window=window), **SMALL)
+        generate(sdpa, prompt(150), cache, 3)
+    layers = sdpa.config.num_hidden_layers
+    assert shown == [100] * layers + [64] * layers
 
 
 # Misuse

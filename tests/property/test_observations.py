@@ -22,13 +22,13 @@ from torch import Tensor
 
 from nexusquant_cache import EvictionPolicy, ScoreInputs
 from nexusquant_cache.errors import ShapeError
-from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.parts import part_of
 
 # Where some of the attention is not seen, all tokens stay.
 pytestmark = pytest.mark.filterwarnings("ignore:the attention of layer . was not seen")
 
 HEADS, GROUP, HEAD_DIM = 2, 2, 8
+QUERIES = 64  # the most that a policy is shown, if it does not ask for more
 SETTINGS: dict[str, Any] = {
     "sink_tokens": 1,
     "residual_length": 2,
@@ -123,8 +123,8 @@ class ObservationMachine(RuleBasedStateMachine):
         if not self.waiting:
             self.known = 0
             return
-        joined = before and window >= min(tokens, QUERY_WINDOW) == tokens
-        self.known = min((self.known if joined else 0) + min(window, tokens), QUERY_WINDOW)
+        joined = before and window >= min(tokens, QUERIES) == tokens
+        self.known = min((self.known if joined else 0) + min(window, tokens), QUERIES)
         self.check()
 
     def real_tokens(self, tokens: int, padding: tuple[int, int]) -> Tensor:
@@ -151,7 +151,7 @@ class ObservationMachine(RuleBasedStateMachine):
 
     def check(self) -> None:
         for layer in self.layers:
-            found = layer.state.observed.last_queries(QUERY_WINDOW, self.seen)
+            found = layer.state.observed.last_queries(QUERIES, self.seen)
             assert (0 if found is None else found.shape[2]) == self.known
 
     @rule(
@@ -198,7 +198,7 @@ class ObservationMachine(RuleBasedStateMachine):
         self.real = self.real[:, : self.seen - tokens]
         self.numbers = self.numbers[:, : self.seen - tokens]
         # At least what is left of them; all that were there before the last update, if just that goes.
-        left = self.layers[0].state.observed.last_queries(QUERY_WINDOW, self.seen)
+        left = self.layers[0].state.observed.last_queries(QUERIES, self.seen)
         least = max(self.known - tokens, 0) if self.waiting else 0
         self.known = least if left is None else left.shape[2]
         assert self.known >= least
@@ -293,4 +293,4 @@ def test_the_policy_is_shown_queries() -> None:
     machine.prompt(30, "all")
     machine.crop(10)
     machine.compress()
-    assert WITNESS.shown == [QUERY_WINDOW] * 4 + [28] * 4  # two groups of rows in two layers
+    assert WITNESS.shown == [QUERIES] * 4 + [28] * 4  # two groups of rows in two layers

@@ -8,7 +8,7 @@ import torch
 from transformers import DynamicCache, MistralConfig
 from unit.evaluation_tiny import PROSE, Forgetful, KeepAll, build_model, tiny
 
-from nexusquant_cache import CacheStateError, NexusQuantCache, OptionError, UnsupportedError
+from nexusquant_cache import DEFAULT_POLICY, CacheStateError, NexusQuantCache, OptionError, UnsupportedError
 from nexusquant_cache.evaluation import Candidate, EvaluationError, load_model, python_topics, read_text
 from nexusquant_cache.evaluation import models as models_module
 from nexusquant_cache.evaluation.caches import (
@@ -32,7 +32,6 @@ from nexusquant_cache.evaluation.quality import (
 )
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.evaluation.timing import encode_throughput, time_steps
-from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.releases import CACHE
 
 SPEED = {
@@ -173,7 +172,7 @@ class TestCaches:
     def test_caches_see_the_queries_of_the_prompt(self, loaded, plain):
         cache = fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)
         for layer, expected in zip(cache.layers, plain.queries, strict=True):
-            assert torch.equal(layer.state.observed.queries, expected[:, :, -QUERY_WINDOW:])
+            assert torch.equal(layer.state.observed.queries, expected[:, :, -DEFAULT_POLICY.most_queries :])
             assert layer.state.may_evict
 
     def test_a_candidate_is_prepared_before_it_is_compressed(self, loaded, window, plain):

@@ -25,9 +25,8 @@ from integration.tiny import (
 from oracle_cache import CountingCache, OracleCache, spread
 from torch import Tensor
 
-from nexusquant_cache import CacheConfig, KeyNormPolicy, NexusQuantCache
+from nexusquant_cache import DEFAULT_POLICY, CacheConfig, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.policy import ScoreInputs
 
@@ -582,7 +581,7 @@ def test_eviction_and_coding_free_the_memory(with_rope: bool) -> None:
         tails.append(pair.cache.layers[0].state.tail_tokens)
         assert reachable_bytes(pair.cache) == held[-1]
     dense = 2 * 2 * HEADS * HEAD_DIM * LAYERS
-    queries = QUERY_WINDOW * 2 * GROUP * HEADS * HEAD_DIM * LAYERS
+    queries = DEFAULT_POLICY.most_queries * 2 * GROUP * HEADS * HEAD_DIM * LAYERS
     far = 4 * HEADS * LAYERS  # of each token that waits
     tables = pair.cache.memory_report().shared_bytes
     # The last of two layers waits exact, and codes of the other.

@@ -636,6 +636,14 @@ def test_far_attention_is_what_it_is_given() -> None:
     assert torch.equal(FarAttentionPolicy().score(without), window.score(without))
 
 
+def test_a_wider_window_is_shown_more_queries() -> None:
+    wide, narrow = WindowAttentionPolicy(observation_window=100), WindowAttentionPolicy(observation_window=3)
+    assert (wide.most_queries, narrow.most_queries, KeyNormPolicy().most_queries) == (100, 64, 64)
+    of_others = [Averaged((narrow, wide)), ValueAware(wide), EqualBudgets(wide), IfReadAgain(narrow, otherwise=wide)]
+    assert [policy.most_queries for policy in of_others] == [100] * 4
+    assert DEFAULT_BESIDE_WINDOWS.most_queries == 256
+
+
 class TestDefaultPolicy:
     def test_serves_every_layer_of_a_cache_that_is_given_none(self) -> None:
         assert NexusQuantCache().make_policy(0) is DEFAULT_POLICY
@@ -653,7 +661,7 @@ class TestDefaultPolicy:
 
     def test_beside_windows_scores_tokens_one_by_one(self) -> None:
         inputs = make_inputs(reconstruction=None)
-        end = RecentAttentionPolicy(observation_window=64, aggregate="max", pool=1).score(inputs)
+        end = RecentAttentionPolicy(observation_window=256, aggregate="max", pool=1).score(inputs)
         assert torch.allclose(DEFAULT_BESIDE_WINDOWS.score(inputs), (end + 0.3 * inputs.far_attention) / 1.3)
 
     def test_not_one_that_is_given_another(self) -> None:

@@ -367,8 +367,8 @@ class NexusQuantCache(DynamicCache):
     def observe_queries(self, queries: Float[Tensor, "b q w d"], layer_idx: int) -> None:
         """Show a layer the queries of the tokens that it was given last, or of the last of them.
 
-        Where attention is seen this happens by itself.  Up to 64 queries are kept until the prompt is compressed, if
-        the policy wants them; otherwise, and by layers of transformers' own classes, they are ignored.
+        Where attention is seen this happens by itself.  Some of the last queries are kept until the prompt is
+        compressed, if the policy wants them; otherwise, and by layers of transformers' own classes, they are ignored.
 
         Args:
             queries: With their rotary phase, scaled so that ``queries @ keys.mT / head_dim**0.5`` are the logits.

@@ -12,13 +12,15 @@ from nexusquant_cache.codec.positions import PositionMap
 from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.layer.checks import check_finite
-from nexusquant_cache.layer.observations import QUERY_WINDOW, Observations
+from nexusquant_cache.layer.observations import Observations
 from nexusquant_cache.layer.probe import attention_error, stand_in_queries
 from nexusquant_cache.layer.schedule import candidates
 from nexusquant_cache.layer.selection import Scope
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import Codecs, LayerState
 from nexusquant_cache.layer.tokens import LayerTransforms, PackedSide, PackedTokens, own
+
+_PROBED = 64  # queries that try what encoding does to attention
 
 
 def encode_oldest(state: LayerState, shared: Shared) -> None:
@@ -213,7 +215,7 @@ class _Encoding:
         if first.phase is not None:
             angles = angles_of(first.columns, first.origins, *first.keys.shape[:2])
             keys = [first.phase.rotate(x.float(), angles) for x in keys]
-        queries = self.state.observed.last_queries(QUERY_WINDOW, self.state.seen)
+        queries = self.state.observed.last_queries(_PROBED, self.state.seen)
         if queries is None:
             queries = stand_in_queries(self.state.exact[0], keys[0])
         hidden = None if first.left_out is None else first.left_out[:, None]

@@ -242,7 +242,9 @@ class NexusQuantLayer(CacheLayerMixin):
         if wants_queries(self.state, self.shared):
             self.residency.arrive()
             check_queries(self.state, queries)
-            self.state.observed.append(scaled(queries.detach(), scaling), self.state.seen)
+            policy = self.state.policy
+            assert policy is not None
+            self.state.observed.append(scaled(queries.detach(), scaling), self.state.seen, policy.most_queries)
 
     def compress(self) -> None:
         """Encode now what the tail need not hold, and of a prompt drop what the layer for itself does not keep."""

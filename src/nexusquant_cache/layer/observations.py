@@ -10,8 +10,6 @@ from torch import Tensor
 
 from nexusquant_cache.layer.tokens import own
 
-QUERY_WINDOW = 64
-"""The most queries that a policy can be shown."""
 FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
 _BLOCK = 1 << 19  # logits computed at once: 2 MiB in float32
@@ -23,7 +21,7 @@ class Observations:
     """What is known of a prompt that waits, besides its keys and values.
 
     Attributes:
-        queries: Those of the newest tokens, at most `QUERY_WINDOW`, as attention sees them.
+        queries: Those of the newest tokens, as many as the policy looks at, as attention sees them.
         end: Tokens seen when the newest of them came.
         far: The greatest attention that a query has paid to each token of the prompt, `FAR` or more before it.
         before: The same three as they were before the last update, so that it can be taken back.
@@ -41,8 +39,10 @@ class Observations:
         """Forget how it was before the last update, which can no longer be taken back."""
         self.before = None
 
-    def append(self, queries: Float[Tensor, "b q new d"], seen: int) -> None:
+    def append(self, queries: Float[Tensor, "b q new d"], seen: int, most: int) -> None:
         """Take the queries of the newest of ``seen`` tokens; those of earlier tokens stay if these join on.
+
+        The newest ``most`` are kept.
 
         Queries of tokens whose queries were taken already, since the last update, take their place.
         """
@@ -51,7 +51,7 @@ class Observations:
         earlier, end, _ = self.before
         if earlier is not None and end == seen - queries.shape[2]:
             queries = torch.cat([earlier.to(queries.device), queries], 2)
-        self.queries, self.end = own(queries[:, :, -QUERY_WINDOW:]), seen
+        self.queries, self.end = own(queries[:, :, -most:]), seen
 
     def append_far(
         self,

@@ -98,7 +98,7 @@ class Part:
     def trim(self, tokens: int) -> None:
         """Free what came before a sliding window: transformers' layer keeps a view of all ``tokens`` of the update."""
         layer = self.layer
-        if self.is_in_step and tokens > layer.keys.shape[-2]:
+        if self.state is None and self.is_in_step and tokens > layer.keys.shape[-2]:
             is_one = layer.values is layer.keys  # as in DeepSeek V4
             layer.keys = own(layer.keys)
             layer.values = layer.keys if is_one else own(layer.values)

@@ -8,7 +8,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nexusquant_cache.layer.observations import QUERY_WINDOW
 from nexusquant_cache.layer.reading import newest
 from nexusquant_cache.layer.shared import Shared
 from nexusquant_cache.layer.state import LayerState, Pair
@@ -125,7 +124,7 @@ class Scope:
         state, tokens = self.state, self.tokens
         is_all = len(members) == len(states[0]) and len(real) == tokens
         keys, values = states if is_all else (x[members][:, :, real] for x in states)
-        queries = state.observed.last_queries(min(QUERY_WINDOW, tokens), state.seen)
+        queries = state.observed.last_queries(tokens, state.seen)
         if queries is not None:
             before = tokens - queries.shape[2]
             queries = queries[members][:, :, real[real >= before] - before]

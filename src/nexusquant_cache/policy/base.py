@@ -31,8 +31,8 @@ class ScoreInputs:
         positions: Original positions, ascending.
         protected: Tokens that are kept whatever their score: sinks and recent tokens.
         layer_idx: Index of the layer in the model.
-        queries: The queries of the last ``w`` tokens, at most 64, as attention sees them, scaled so that
-            ``queries @ keys.mT / head_dim**0.5`` are the model's logits.  Query head ``i`` belongs to KV head
+        queries: The queries of the last ``w`` tokens, at most `EvictionPolicy.most_queries`, as attention sees them,
+            scaled so that ``queries @ keys.mT / head_dim**0.5`` are the model's logits.  Query head ``i`` belongs to KV head
             ``i // (query_heads // kv_heads)``.  None if the policy does not want them, or if those of the newest tokens
             are not known: the end of the prompt was cropped, or the row ends with as much padding.
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
@@ -96,6 +96,11 @@ class EvictionPolicy(ABC):
     def wants_queries(self) -> bool:
         """Whether the policy looks at queries.  The cache then keeps the last ones that it is shown."""
         return self.requires_queries
+
+    @property
+    def most_queries(self) -> int:
+        """How many of the newest queries are kept for the policy, at most: 64."""
+        return 64
 
     @property
     def requires_queries(self) -> bool:

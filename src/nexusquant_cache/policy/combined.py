@@ -33,6 +33,11 @@ class PolicyOfPolicies(EvictionPolicy):
         return any(part.wants_queries for part in self.parts)
 
     @property
+    def most_queries(self) -> int:
+        """The most that any of them looks at."""
+        return max(part.most_queries for part in self.parts)
+
+    @property
     def requires_queries(self) -> bool:
         """Whether any of them does."""
         return any(part.requires_queries for part in self.parts)

@@ -20,7 +20,7 @@ class WindowAttentionPolicy(PooledPolicy):
     logits of a model are left out.
 
     Args:
-        observation_window: How many of the last queries are asked, at most 64.
+        observation_window: How many of the last queries are asked.
         aggregate: ``"max"`` or ``"mean"`` over the window.
         pool: Width of the max-pooling, in tokens; odd.
 
@@ -37,6 +37,11 @@ class WindowAttentionPolicy(PooledPolicy):
         super().__post_init__()
         check_window(self.observation_window)
         check_aggregate(self.aggregate)
+
+    @property
+    def most_queries(self) -> int:
+        """The window, if it is wider than usual."""
+        return max(self.observation_window, super().most_queries)
 
     @property
     def requires_queries(self) -> bool:
