@@ -32,9 +32,9 @@ class ScoreInputs:
         protected: Tokens that are kept whatever their score: sinks and recent tokens.
         layer_idx: Index of the layer in the model.
         queries: The queries of the last ``w`` tokens, at most `EvictionPolicy.most_queries`, as attention sees them,
-            scaled so that ``queries @ keys.mT / head_dim**0.5`` are the model's logits.  Query head ``i`` belongs to KV head
-            ``i // (query_heads // kv_heads)``.  None if the policy does not want them, or if those of the newest tokens
-            are not known: the end of the prompt was cropped, or the row ends with as much padding.
+            scaled so that ``queries @ keys.mT / head_dim**0.5`` are the model's logits.  Query head ``i`` belongs to KV
+            head ``i // (query_heads // kv_heads)``.  None if the policy does not want them, or if those of the newest
+            tokens are not known: the end of the prompt was cropped, or the row ends with as much padding.
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
             time; None without `nexusquant_cache.attention.reconstruct`.
         far_attention: The greatest attention that any query of these tokens paid to a token at least 64 before it; None
