@@ -1,0 +1,224 @@
+"""What eviction alone costs: which queries are asked, how widely scores are pooled, budgets shared or equal.
+
+python benchmarks/eviction.py --text frankenstein.txt wikitext2_raw_test.txt
+python benchmarks/eviction.py --model gemma3 --text frankenstein.txt wikitext2_raw_test.txt
+
+The model reads a text with the plain cache, and nothing is coded.  Each rule scores the tokens as the default policies
+do, from exact queries and keys, and what it lets go is hidden by a mask from what follows: from the text's own
+continuation, whose predictions are compared with the plain cache's, and from questions about hidden facts that come in
+a later turn (see ``facts.py``).  Layers with a sliding window keep what they have.  Writes
+``benchmarks/results/eviction_MODEL.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from _common import MODELS, RESULTS, load_measured, read_texts, shown_steps
+from transformers import DynamicCache
+
+from nexusquant_cache import Averaged, FarAttentionPolicy, RecentAttentionPolicy, ScoreInputs
+from nexusquant_cache.evaluation.asking import LATER, answer_log_prob, fact_texts
+from nexusquant_cache.evaluation.caches import Prefilled, prefill
+from nexusquant_cache.evaluation.intervals import mean_interval
+from nexusquant_cache.evaluation.quality import Continuation, predict
+from nexusquant_cache.evaluation.results import environment, text_id, write_json
+from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.texts import token_windows
+from nexusquant_cache.layer.observations import FAR, greatest_attention
+from nexusquant_cache.layer.selection import Scores, shared_counts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from nexusquant_cache.evaluation import LoadedModel
+
+SINKS, RECENT = 4, 24  # always kept
+PREDICTIONS = 128
+LOST = -1.5  # nats
+Kept = dict[int, "Tensor"]
+"""Of each layer that evicts, the tokens that its heads keep, ``[kv_heads, tokens]``."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which tokens stay: the default policies with another end, another pooling, or another budget.
+
+    Attributes:
+        window: How many of the last queries are asked.
+        pool: Width of the max-pooling.
+        shares: Whether all heads of all layers share one budget.
+    """
+
+    window: int
+    pool: int
+    shares: bool
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return f"{self.window} queries, pooled over {self.pool}, {'one budget' if self.shares else 'equal budgets'}"
+
+    def keep(self, read: Prefilled, layers: list[int], ratio: float) -> Kept:
+        """Return what stays in these layers of a text that was read."""
+        end = RecentAttentionPolicy(observation_window=self.window, aggregate="max", pool=self.pool)
+        policy = Averaged((end, FarAttentionPolicy(pool=self.pool)), weights=(1.0, 0.3))
+        tokens = read.cache.get_seq_length()
+        place = torch.arange(tokens)
+        protected = (place < SINKS) | (place >= tokens - RECENT)
+        budget = math.ceil(ratio * int((~protected).sum()))
+        scored = []
+        for index in layers:
+            keys, values = read.cache.layers[index].keys, read.cache.layers[index].values
+            queries = read.queries[index]
+            real = torch.ones(1, tokens, dtype=torch.bool)
+            far = greatest_attention(queries, keys, real, least_distance=FAR)
+            last = queries[:, :, -policy.most_queries :]
+            inputs = ScoreInputs(keys, values, place, protected, index, queries=last, far_attention=far)
+            scores = policy.checked_scores(inputs).double().masked_fill(protected, -torch.inf)
+            scored.append(Scores(scores, (budget,), is_comparable=self.shares))
+        counts = shared_counts(scored) if self.shares else [each.equal() for each in scored]
+        kept = zip(layers, scored, counts, strict=True)
+        return {index: (each.best(count) | protected)[0] for index, each, count in kept}
+
+
+RULES = (
+    Rule(64, 21, shares=True),  # `DEFAULT_POLICY`
+    Rule(64, 21, shares=False),
+    Rule(64, 1, shares=True),
+    Rule(64, 1, shares=False),
+    Rule(256, 21, shares=True),
+    Rule(256, 1, shares=False),  # `DEFAULT_BESIDE_WINDOWS`
+)
+
+
+def evicting_layers(model: PreTrainedModel) -> list[int]:
+    """Return the layers without a sliding window."""
+    layers = DynamicCache(config=model.config).layers
+    return [index for index, layer in enumerate(layers) if not layer.is_sliding]
+
+
+@contextmanager
+def hidden(model: PreTrainedModel, cache: DynamicCache, kept: Kept) -> Iterator[None]:
+    """Hide the tokens that are not kept from all that is fed behind them."""
+
+    def hide(index: int) -> Any:
+        def hook(_: object, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            states = named["hidden_states"] if "hidden_states" in named else given[0]
+            seen, new = cache.get_seq_length(index), states.shape[1]
+            allowed = torch.ones(len(kept[index]), new, seen + new, dtype=torch.bool).tril(seen)
+            allowed[:, :, : kept[index].shape[1]] &= kept[index][:, None]
+            group = model.config.get_text_config().num_attention_heads // len(allowed)
+            mask = torch.zeros(allowed.shape, dtype=states.dtype).masked_fill(~allowed, torch.finfo(states.dtype).min)
+            return given, named | {"attention_mask": mask.repeat_interleave(group, 0)[None]}
+
+        return hook
+
+    decoder = model.get_decoder()
+    handles = [
+        decoder.layers[index].self_attn.register_forward_pre_hook(hide(index), with_kwargs=True) for index in kept
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def divergence(model: PreTrainedModel, text: Continuation, read: Prefilled, kept: Kept, plain: Tensor) -> float:
+    """Return how far the predictions move, in nats per token."""
+    cache = copy.deepcopy(read.cache)
+    with torch.no_grad(), hidden(model, cache, kept):
+        ours = predict(model, text.next_ids, cache)
+    return float((plain.exp() * (plain - ours)).sum(-1).mean())
+
+
+def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return a row for each rule and ratio."""
+    model, layers = loaded.model, evicting_layers(loaded.model)
+    cases = [(rule, ratio) for rule in RULES for ratio in given.ratios]
+    moved: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
+    answers: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
+    each = max(given.windows // len(texts), 1)
+    windows = [
+        (name, window)
+        for name, text in texts.items()
+        for window in token_windows(
+            loaded.tokenizer, text, length=given.tokens + PREDICTIONS + 1, count=each, name=name
+        )
+    ]
+    asked = fact_texts(loaded.tokenizer, texts, lengths=[given.tokens], count=given.facts)
+    total = len(windows) + len(asked)
+    with shown_steps() as report:
+        for number, (name, window) in enumerate(windows):
+            report(Step("predicting", number, total, name))
+            text = Continuation.split(name, window, PREDICTIONS)
+            read = prefill(model, text.prefix_ids)
+            with torch.no_grad():
+                plain = predict(model, text.next_ids, copy.deepcopy(read.cache))
+            for rule, ratio in cases:
+                kept = rule.keep(read, layers, ratio)
+                moved[rule, ratio].append(divergence(model, text, read, kept, plain))
+        for number, fact_text in enumerate(asked):
+            read = prefill(model, fact_text.context_ids)
+            choices = {case: case[0].keep(read, layers, case[1]) for case in cases}
+            for question in (each for each in fact_text.questions if each.place == LATER):
+                report(Step("asking", len(windows) + number, total, question.fact.answer))
+                with torch.no_grad():
+                    exact = answer_log_prob(loaded, question, copy.deepcopy(read.cache))
+                    for case, kept in choices.items():
+                        cache = copy.deepcopy(read.cache)
+                        with hidden(model, cache, kept):
+                            answers[case].append(answer_log_prob(loaded, question, cache) - exact)
+    return [
+        {
+            "rule": rule.name,
+            **asdict(rule),
+            "ratio": ratio,
+            "kl": asdict(mean_interval(moved[rule, ratio])),
+            "log_prob": asdict(mean_interval(answers[rule, ratio])),
+            "lost": sum(change < LOST for change in answers[rule, ratio]),
+            "asked": len(answers[rule, ratio]),
+        }
+        for rule, ratio in cases
+    ]
+
+
+def main() -> None:
+    """Measure, and write the result file."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="SmolLM2-135M-Instruct, or Gemma 3 270M")
+    parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts")
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of a text that is read")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.411, 0.203], help="parts of them that are kept")
+    parser.add_argument("--windows", type=int, default=4, help="windows to predict behind, in all")
+    parser.add_argument("--facts", type=int, default=12, help="facts to hide")
+    parser.add_argument("--output", type=Path, help="result file")
+    given = parser.parse_args()
+    loaded, texts = load_measured(given.model), read_texts(given.text)
+    rows = measure(loaded, texts, given)
+    settings = {name: getattr(given, name) for name in ("tokens", "windows", "facts")}
+    content = {
+        "environment": environment(),
+        "settings": {"model": loaded.name, **settings, "sinks": SINKS, "recent": RECENT, "lost": LOST},
+        "texts": [text_id(name, text) for name, text in texts.items()],
+        "rows": rows,
+    }
+    write_json(given.output or RESULTS / f"eviction_{given.model}.json", content)
+    for row in rows:
+        lost = f"{row['lost']} of {row['asked']} lost"
+        print(f"{row['rule']:>45} {row['ratio']:.3f}: KL {row['kl']['mean']:.4f}, {lost}")
+
+
+if __name__ == "__main__":
+    main()
