@@ -197,6 +197,7 @@ def bench(session: nox.Session) -> None:
             "facts",
             "peers",
             "ablations",
+            "eviction",
             "at_rest",
             "hard_cases",
             "chunks",

@@ -322,6 +322,23 @@ def instructions_table(content: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def eviction_table(content: dict[str, Any]) -> str:
+    """Return what each rule of eviction costs by itself."""
+    cells = {(row["rule"], row["ratio"]): row for row in content["rows"]}
+    ratios = sorted({ratio for _, ratio in cells}, reverse=True)
+    whats = ("KL, nats", "log probability of later answers", "lost")
+    head = ("rule", *(f"{what}, {100 * ratio:.0f} % kept" for ratio in ratios for what in whats))
+    rows = (
+        (rule, *(cell for ratio in ratios for cell in _eviction_cells(cells[rule, ratio])))
+        for rule in dict.fromkeys(row["rule"] for row in content["rows"])
+    )
+    return markdown(head, rows)
+
+
+def _eviction_cells(row: dict[str, Any]) -> tuple[str, str, str]:
+    return f"{row['kl']['mean']:.3f}", f"{row['log_prob']['mean']:+.2f}", f"{row['lost']} of {row['asked']}"
+
+
 def chunks_table(content: dict[str, Any]) -> str:
     """Return what it costs to read a prompt in pieces."""
     cells = {(row["preset"], row["schedule"]): row for row in content["rows"]}
@@ -797,6 +814,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "families": (families_table, "compatibility"),
     "refused": (refused_table, "compatibility"),
     "prefill": (prefill_table, "prefill"),
+    "eviction": (eviction_table, "eviction_smollm2"),
     "chunks": (chunks_table, "chunks"),
     "long_answer": (long_answer_table, "long_answer"),
     "at_rest": (at_rest_table, "at_rest"),

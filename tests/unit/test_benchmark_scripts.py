@@ -1,18 +1,21 @@
 """The parts of the benchmark scripts that would spoil their numbers without a sound (`benchmarks/`)."""
 
+import copy
 import importlib
 from pathlib import Path
 
 import pytest
 import torch
 from integration.tiny import SMALL, logits, prompt, tiny_llama
-from transformers import DynamicCache
+from torch import Tensor
+from transformers import DynamicCache, Gemma3ForCausalLM, Gemma3TextConfig
 from unit.evaluation_tiny import tiny
 
 from nexusquant_cache import CacheConfig, NexusQuantCache
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.evaluation import EvaluationError, nexusquant_candidate
+from nexusquant_cache.evaluation.caches import prefill
 from nexusquant_cache.evaluation.quality import Continuation, run_plain
 from nexusquant_cache.policy import ScoreInputs
 
@@ -29,6 +32,38 @@ def load(monkeypatch):
 def plain():
     ids = torch.randint(0, 256, (1, 317), generator=torch.Generator().manual_seed(1))
     return run_plain(tiny().model, Continuation.split("random", ids, 16))
+
+
+class TestEviction:
+    def test_what_is_hidden_does_not_matter_and_all_else_does(self, load):
+        eviction, model = load("eviction"), tiny_llama()
+        read = prefill(model, prompt(200))
+        layers = eviction.evicting_layers(model)
+        kept = eviction.Rule(64, 21, shares=True).keep(read, layers, 0.4)
+        counts = [int(heads.sum()) for heads in kept.values()]
+        free = 200 - eviction.SINKS - eviction.RECENT
+        heads = len(kept[0])
+        each = 200 - free + -(-free * 4 // 10)
+        assert sum(counts) == len(layers) * heads * each
+        assert all(bool(heads[:, :4].all() and heads[:, -24:].all()) for heads in kept.values())
+
+        def answer(changed: bool, hides: bool) -> Tensor:
+            cache = copy.deepcopy(read.cache)
+            for index in layers if changed else ():
+                cache.layers[index].values[0][~kept[index]] = 1e3
+            with eviction.hidden(model, cache, kept if hides else {}):
+                return torch.cat([logits(model, ids, cache) for ids in (prompt(1, seed=1), prompt(5, seed=2))], 1)
+
+        assert torch.allclose(answer(changed=False, hides=True), answer(changed=True, hides=True))
+        assert not torch.allclose(answer(changed=False, hides=True), answer(changed=False, hides=False), atol=1e-5)
+        all_kept = eviction.Rule(64, 1, shares=False).keep(read, layers, 1.0)
+        assert all(bool(heads.all()) for heads in all_kept.values())
+
+    def test_layers_with_a_window_are_left_alone(self, load):
+        kinds = ["sliding_attention", "full_attention"]
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "head_dim": 16}
+        model = Gemma3ForCausalLM(Gemma3TextConfig(num_hidden_layers=2, layer_types=kinds, **sizes))
+        assert load("eviction").evicting_layers(model) == [1]
 
 
 class TestBiasedKeys:
