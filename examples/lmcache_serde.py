@@ -81,6 +81,9 @@ class CodesSerializer(Serializer):
             for states, codec in zip(src.get_tensor(index), self.sides.codecs(), strict=True):
                 shape = self.sides.parts(codec, src.get_shapes()[index])[0][0]
                 vectors = states.unflatten(-1, (shape[1], -1)).transpose(1, 2).float()  # [layers, heads, tokens, d]
+                if not bool(vectors.isfinite().all()):
+                    msg = "a chunk has NaN or infinity among its keys or values: it is not stored"
+                    raise ValueError(msg)
                 transform = codec.fit(vectors)
                 packed = codec.encode(vectors, transform)
                 written += [packed.words, packed.scales, transform.mean, transform.reference]

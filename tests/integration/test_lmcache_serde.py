@@ -152,3 +152,14 @@ def test_another_layout_is_refused() -> None:
         sides.size(chunk().shape)
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         serde.create({"type_of_head": 64})
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_a_chunk_without_numbers_is_not_stored(storage: Any, number: float, tmp_path: Path, caplog: Any) -> None:
+    """LMCache logs why, and says that the store has failed."""
+    states = chunk()
+    states[1, 0, 3, 2] = number
+    with pytest.raises(AssertionError, match="is_successful"):
+        storage().store(b"a", states)
+    assert "a chunk has NaN or infinity among its keys or values" in caplog.text
+    assert not list(tmp_path.rglob("*.data"))

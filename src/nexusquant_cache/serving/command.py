@@ -84,6 +84,8 @@ def make_app(loaded: LoadedModel, options: ServerOptions) -> Any:  # noqa: ANN40
         store = PrefixStore(options.store, options.store_bytes, namespace=loaded.name)
     worker = Worker(model, ConversationPool(options.idle_bytes), options.waiting, store)
     server = ChatServer(name, model, worker, limits, api_key=options.api_key, shares=store is not None)
+    if options.api_key is None and not is_local(options.host):
+        _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
     # Whoever knows the key is let in by whatever name, as a proxy in front may pass on.
     hosts = own_names(options.host) if options.api_key is None else None
     return create_app(server, hosts)
@@ -95,8 +97,6 @@ def run_server(loaded: LoadedModel, options: ServerOptions) -> None:
 
     app = make_app(loaded, options)
     config = uvicorn.Config(app, host=options.host, port=options.port, timeout_graceful_shutdown=_GRACE)
-    if options.api_key is None and not is_local(options.host):
-        _LOGGER.warning("everyone who reaches %s may ask: --api-key lets only some", options.host)
     uvicorn.Server(config).run()
 
 
