@@ -99,7 +99,7 @@ class EvictionPolicy(ABC):
 
     @property
     def most_queries(self) -> int:
-        """How many of the newest queries are kept for the policy, at most: 64."""
+        """The number of newest queries that are kept for the policy; 64 by default."""
         return 64
 
     @property
