@@ -29,8 +29,9 @@ from nexusquant_cache.evaluation.asking import LATER, answer_log_prob, fact_text
 from nexusquant_cache.evaluation.caches import Prefilled, prefill
 from nexusquant_cache.evaluation.intervals import mean_interval
 from nexusquant_cache.evaluation.quality import Continuation, predict
-from nexusquant_cache.evaluation.results import environment, text_id, write_json
+from nexusquant_cache.evaluation.results import environment, model_id, text_id, write_json
 from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.summary import LOST
 from nexusquant_cache.evaluation.texts import token_windows
 from nexusquant_cache.layer.observations import FAR, greatest_attention
 from nexusquant_cache.layer.selection import Scores, shared_counts
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 SINKS, RECENT = 4, 24  # always kept
 PREDICTIONS = 128
-LOST = -1.5  # nats
 Kept = dict[int, "Tensor"]
 """Of each layer that evicts, the tokens that its heads keep, ``[kv_heads, tokens]``."""
 
@@ -69,27 +69,18 @@ class Rule:
         """What to call it."""
         return f"{self.window} queries, pooled over {self.pool}, {'one budget' if self.shares else 'equal budgets'}"
 
-    def keep(self, read: Prefilled, layers: list[int], ratio: float) -> Kept:
-        """Return what stays in these layers of a text that was read."""
+    def keep(self, layers: list[ScoreInputs], ratio: float) -> Kept:
+        """Return what stays of a text, in the layers that are given."""
         end = RecentAttentionPolicy(observation_window=self.window, aggregate="max", pool=self.pool)
         policy = Averaged((end, FarAttentionPolicy(pool=self.pool)), weights=(1.0, 0.3))
-        tokens = read.cache.get_seq_length()
-        place = torch.arange(tokens)
-        protected = (place < SINKS) | (place >= tokens - RECENT)
-        budget = math.ceil(ratio * int((~protected).sum()))
         scored = []
-        for index in layers:
-            keys, values = read.cache.layers[index].keys, read.cache.layers[index].values
-            queries = read.queries[index]
-            real = torch.ones(1, tokens, dtype=torch.bool)
-            far = greatest_attention(queries, keys, real, least_distance=FAR)
-            last = queries[:, :, -policy.most_queries :]
-            inputs = ScoreInputs(keys, values, place, protected, index, queries=last, far_attention=far)
-            scores = policy.checked_scores(inputs).double().masked_fill(protected, -torch.inf)
+        for inputs in layers:
+            scores = policy.checked_scores(inputs).double().masked_fill(inputs.protected, -torch.inf)
+            budget = math.ceil(ratio * len(inputs.free))
             scored.append(Scores(scores, (budget,), is_comparable=self.shares))
         counts = shared_counts(scored) if self.shares else [each.equal() for each in scored]
         kept = zip(layers, scored, counts, strict=True)
-        return {index: (each.best(count) | protected)[0] for index, each, count in kept}
+        return {inputs.layer_idx: (each.best(count) | inputs.protected)[0] for inputs, each, count in kept}
 
 
 RULES = (
@@ -106,6 +97,20 @@ def evicting_layers(model: PreTrainedModel) -> list[int]:
     """Return the layers without a sliding window."""
     layers = DynamicCache(config=model.config).layers
     return [index for index, layer in enumerate(layers) if not layer.is_sliding]
+
+
+def scored_layers(model: PreTrainedModel, read: Prefilled) -> list[ScoreInputs]:
+    """Return what policies are shown of a text that was read: exact keys and queries."""
+    tokens = read.cache.get_seq_length()
+    place, real = torch.arange(tokens), torch.ones(1, tokens, dtype=torch.bool)
+    protected = (place < SINKS) | (place >= tokens - RECENT)
+    found = []
+    for index in evicting_layers(model):
+        keys, values = read.cache.layers[index].keys, read.cache.layers[index].values
+        queries = read.queries[index]
+        far = greatest_attention(queries, keys, real, least_distance=FAR)
+        found.append(ScoreInputs(keys, values, place, protected, index, queries=queries, far_attention=far))
+    return found
 
 
 @contextmanager
@@ -145,7 +150,7 @@ def divergence(model: PreTrainedModel, text: Continuation, read: Prefilled, kept
 
 def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each rule and ratio."""
-    model, layers = loaded.model, evicting_layers(loaded.model)
+    model = loaded.model
     cases = [(rule, ratio) for rule in RULES for ratio in given.ratios]
     moved: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
     answers: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
@@ -166,12 +171,13 @@ def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespac
             read = prefill(model, text.prefix_ids)
             with torch.no_grad():
                 plain = predict(model, text.next_ids, copy.deepcopy(read.cache))
+            layers = scored_layers(model, read)
             for rule, ratio in cases:
-                kept = rule.keep(read, layers, ratio)
-                moved[rule, ratio].append(divergence(model, text, read, kept, plain))
+                moved[rule, ratio].append(divergence(model, text, read, rule.keep(layers, ratio), plain))
         for number, fact_text in enumerate(asked):
             read = prefill(model, fact_text.context_ids)
-            choices = {case: case[0].keep(read, layers, case[1]) for case in cases}
+            layers = scored_layers(model, read)
+            choices = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
             for question in (each for each in fact_text.questions if each.place == LATER):
                 report(Step("asking", len(windows) + number, total, question.fact.answer))
                 with torch.no_grad():
@@ -187,7 +193,7 @@ def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespac
             "ratio": ratio,
             "kl": asdict(mean_interval(moved[rule, ratio])),
             "log_prob": asdict(mean_interval(answers[rule, ratio])),
-            "lost": sum(change < LOST for change in answers[rule, ratio]),
+            "lost": sum(change < -LOST for change in answers[rule, ratio]),
             "asked": len(answers[rule, ratio]),
         }
         for rule, ratio in cases
@@ -210,7 +216,7 @@ def main() -> None:
     settings = {name: getattr(given, name) for name in ("tokens", "windows", "facts")}
     content = {
         "environment": environment(),
-        "settings": {"model": loaded.name, **settings, "sinks": SINKS, "recent": RECENT, "lost": LOST},
+        "settings": {"model": model_id(loaded)["name"], **settings, "sinks": SINKS, "recent": RECENT, "lost": LOST},
         "texts": [text_id(name, text) for name, text in texts.items()],
         "rows": rows,
     }

@@ -39,7 +39,8 @@ class TestEviction:
         eviction, model = load("eviction"), tiny_llama()
         read = prefill(model, prompt(200))
         layers = eviction.evicting_layers(model)
-        kept = eviction.Rule(64, 21, shares=True).keep(read, layers, 0.4)
+        inputs = eviction.scored_layers(model, read)
+        kept = eviction.Rule(64, 21, shares=True).keep(inputs, 0.4)
         counts = [int(heads.sum()) for heads in kept.values()]
         free = 200 - eviction.SINKS - eviction.RECENT
         heads = len(kept[0])
@@ -56,7 +57,7 @@ class TestEviction:
 
         assert torch.allclose(answer(changed=False, hides=True), answer(changed=True, hides=True))
         assert not torch.allclose(answer(changed=False, hides=True), answer(changed=False, hides=False), atol=1e-5)
-        all_kept = eviction.Rule(64, 1, shares=False).keep(read, layers, 1.0)
+        all_kept = eviction.Rule(64, 1, shares=False).keep(inputs, 1.0)
         assert all(bool(heads.all()) for heads in all_kept.values())
 
     def test_layers_with_a_window_are_left_alone(self, load):
