@@ -30,7 +30,7 @@ import torch
 from _codes import UNCHECKED, ExactCache, ScalarCache, candidate_of, dense_bytes, head_dim_of, held_bytes, ratio_for
 from _common import IMAGES, RESULTS, add_measuring, measuring, read_texts, shown_steps
 from _packages import NexusQuantKv, PeerReport, nexusquant_kv_candidate, quantized_candidate
-from quality import PREDECESSOR, PRINCIPAL
+from quality import PREDECESSOR, principal
 from quality import candidates as presets_and_predecessor
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
@@ -83,14 +83,10 @@ NEXUSQUANT_KV = {
 PACKAGES = {"nexusquant-kv": "nexusquant-kv", "quanto": "optimum-quanto", "hqq": "hqq", "fp8": "transformers"}
 
 
-def variants(prefix: str) -> Make:
-    """Return the variants of presets whose names begin so, see ``quality.py``."""
-
-    def make(loaded: LoadedModel, tokens: int) -> list[Candidate]:
-        both = presets_and_predecessor(loaded.model.config, tokens)
-        return [candidate for candidate in both if candidate.name.startswith(prefix)]
-
-    return make
+def predecessors(loaded: LoadedModel, tokens: int) -> list[Candidate]:
+    """Return our own implementation of the predecessor's recipe, at the bytes of each preset."""
+    both = presets_and_predecessor(loaded.model.config, tokens)
+    return [candidate for candidate in both if candidate.name.startswith(PREDECESSOR)]
 
 
 def nexusquant_kv(loaded: LoadedModel, tokens: int) -> list[Candidate]:
@@ -160,8 +156,8 @@ def evicting(name: str, policy: EvictionPolicy) -> Make:
 PEERS: dict[str, Make] = {
     "presets": lambda loaded, _tokens: preset_candidates(loaded),
     "again": lambda loaded, _tokens: preset_candidates(loaded, read_again=True)[len(PRESETS) :],
-    "principal": variants(PRINCIPAL),
-    "predecessor": variants(PREDECESSOR),
+    "principal": lambda loaded, _tokens: [principal(name, loaded.model.config) for name in EVICTING],
+    "predecessor": predecessors,
     "nexusquant-kv": nexusquant_kv,
     "quanto": quantized("quanto", {f"quanto@{bits}bit": {"nbits": bits} for bits in (2, 4)}),
     # Not along axis 1, as transformers advises: of most lengths of prompt, hqq then cannot read its own codes.

@@ -37,6 +37,11 @@ PREDECESSOR = "predecessor@"
 PRINCIPAL = "principal@"
 
 
+def principal(name: str, config: PretrainedConfig) -> Candidate:
+    """Return a preset with principal axes, however much these weigh."""
+    return nexusquant_candidate(PRINCIPAL + name, replace(PRESETS[name], transform="principal"), config)
+
+
 def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
     """Return the presets, each followed by its variants and the predecessor's recipe in as many bytes.
 
@@ -51,7 +56,7 @@ def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
     for name, settings in PRESETS.items():
         found.append(nexusquant_candidate(name, name, config))
         if settings.keep_ratio < 1:  # with all tokens kept, the axes pay at once
-            found.append(nexusquant_candidate(PRINCIPAL + name, replace(settings, transform="principal"), config))
+            found.append(principal(name, config))
         recipe = replace(
             settings,
             min_kept=0,
