@@ -20,7 +20,7 @@ reading looks for, which then counts most (`benchmarks/facts.py`)."""
 DEFAULT_BESIDE_WINDOWS: EvictionPolicy = EqualBudgets(_default(window=256, pool=1))
 """The same where other layers of the model see a sliding window only: token by token, with a wider end and equal
 budgets.  The layers that see everything then look for single tokens, seldom, and one of them would take the budget of
-the others.  Chosen on one such model, Gemma 3 270M (`benchmarks/facts.py`)."""
+the others.  Chosen on one such model, Gemma 3 270M (`benchmarks/eviction.py`)."""
 
 DEFAULTS = (DEFAULT_POLICY, DEFAULT_BESIDE_WINDOWS)
 FORMER_DEFAULTS: tuple[EvictionPolicy, ...] = (
