@@ -190,7 +190,8 @@ def bench(session: nox.Session) -> None:
     install_torch(session)
     install(session, ".[all]", group="bench")
     install_model(session)
-    scripts = set(ROOT.glob("benchmarks/[!_]*.py")) - {ROOT / "benchmarks" / "gpu.py"}  # for a machine with a GPU
+    elsewhere = {"gpu.py", "lm_eval_tasks.py"}  # for a machine with a GPU, and `nox -s lm_eval`
+    scripts = set(ROOT.glob("benchmarks/[!_]*.py")) - {ROOT / "benchmarks" / name for name in elsewhere}
     for script in sorted(scripts):
         reads_texts = script.stem in {
             "quality",
@@ -215,6 +216,17 @@ def peers(session: nox.Session) -> None:
     install(session, ".[cli]", group="peers")
     install_model(session)
     session.run("python", "benchmarks/peers.py", *session.posargs)
+
+
+@nox.session
+def lm_eval(session: nox.Session) -> None:
+    """Test with lm-eval, then score its tasks that need no network; arguments go to benchmarks/lm_eval_tasks.py."""
+    install_torch(session)
+    install(session, "-e", ".[cli,cpu]", group="lm_eval")
+    install_model(session)
+    files = ("tests/unit/test_lm_eval.py", "tests/unit/test_benchmark_lm_eval.py")
+    session.run("pytest", *files, env={"OMP_NUM_THREADS": "1"})
+    session.run("python", "benchmarks/lm_eval_tasks.py", *session.posargs)
 
 
 @nox.session(reuse_venv=False)

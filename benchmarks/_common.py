@@ -6,6 +6,7 @@ import argparse
 import importlib
 import importlib.util
 import inspect
+import sys
 import tarfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,8 +116,8 @@ def _messages(path: Path) -> list[str]:
 
 
 def shown_steps() -> AbstractContextManager[Report]:
-    """Show how far an evaluation is."""
-    return progress_bars(Console(stderr=True))
+    """Show how far an evaluation is, on the standard error of now, wherever that goes meanwhile."""
+    return progress_bars(Console(file=sys.stderr))
 
 
 def preset_argument(given: str) -> str:

@@ -591,6 +591,48 @@ def _case_cells(cache: str, rows: list[dict[str, Any]]) -> tuple[str, ...]:
     )
 
 
+def lm_eval_table(content: dict[str, Any]) -> str:
+    """Return the score of every task through every cache; of a continued text, its perplexity."""
+    caches = list(content["caches"])
+    groups: dict[str, dict[str, dict[int, dict[str, Any]]]] = {}
+    for row in content["quality"]:
+        groups.setdefault(row["name"], {}).setdefault(row["cache"], {})[row["index"]] = row
+    rows = [
+        (
+            f"`{name}`",
+            str(len(found[caches[0]])),
+            f"{mean(row['prompt_tokens'] for row in found[caches[0]].values()):,.0f}",
+            *(_lm_eval_cell(found.get(cache, {}), found[caches[0]]) for cache in caches),
+        )
+        for name, found in groups.items()
+    ]
+    factors = [_lm_eval_factor(content["quality"], cache) for cache in caches]
+    head = ("task", "prompts", "tokens", *(f"`{name}`" for name in caches))
+    return markdown(head, [*rows, ("times fewer bytes", "", "", *factors)])
+
+
+def _lm_eval_cell(rows: dict[int, dict[str, Any]], plain: dict[int, dict[str, Any]]) -> str:
+    if not rows:
+        return "not asked"
+    scores = [row["score"] for row in rows.values()]
+    scored = sum(row.get("scored_tokens", 0) for row in rows.values())
+    if scored:
+        return f"perplexity {math.exp(-sum(scores) / scored):.2f}"
+    changes = [row["score"] - plain[index]["score"] for index, row in rows.items()]
+    counts = {"worse": sum(change < 0 for change in changes), "better": sum(change > 0 for change in changes)}
+    told = ", ".join(f"{count} {word}" for word, count in counts.items() if count)
+    return f"{mean(scores):.2f}" + (f" ({told})" if told else "")
+
+
+def _lm_eval_factor(rows: list[dict[str, Any]], cache: str) -> str:
+    """Return the compression factor of all prompts together."""
+    held = [row for row in rows if row["cache"] == cache and "compression_factor" in row]
+    if not held:
+        return "1.0x"
+    seen = sum(row["seen_tokens"] for row in held)
+    return f"{seen / sum(row['seen_tokens'] / row['compression_factor'] for row in held):.1f}x"
+
+
 def axes_save_table(content: dict[str, Any]) -> str:
     """Return the bits per channel that principal axes save, by side and rate."""
     head = ("side", "bits", "half the logarithm of the errors' ratio", "least to most of a head", "bits at equal error")
@@ -800,6 +842,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "sweep_types": (sweep_types_table, "sweep"),
     "hard_cases": (hard_cases_table, "hard_cases"),
     "short_prompts": (short_prompts_table, "hard_cases"),
+    "lm_eval": (lm_eval_table, "lm_eval_smollm2"),
     "axes_save": (axes_save_table, "transforms"),
     "reuse": (reuse_table, "transforms"),
     "levels": (levels_table, "levels"),

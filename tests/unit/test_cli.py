@@ -305,8 +305,8 @@ def test_without_a_terminal_a_long_phase_shows_itself_once_a_minute(monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "measuring ...",
-        "measuring 2/5 a long name of a text",
-        "measuring 4/5 a long name of a text",
+        "measuring 2/5 a long name of a text, about 2 min left",  # 61 seconds for two of five
+        "measuring 4/5 a long name of a text, about 1 min left",
     ]
 
 

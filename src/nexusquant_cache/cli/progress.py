@@ -1,6 +1,7 @@
-"""Progress bars on a terminal; elsewhere a line per phase, and one a minute while it lasts."""
+"""Progress bars on a terminal; elsewhere a line per phase, and one a minute with the time left while it lasts."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -42,19 +43,28 @@ def progress_bars(console: Console) -> Iterator[Report]:
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._phase = ""
-        self._shown_at = 0.0
+        self._first = Step("")
+        self._started_at = self._shown_at = 0.0
 
     def show(self, step: Step) -> None:
         now = time.monotonic()
-        if step.phase != self._phase:
+        if step.phase != self._first.phase:
             line = f"{step.phase} ..."
+            self._first, self._started_at = step, now
         elif now - self._shown_at >= _SECONDS_BETWEEN_LINES:
-            line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip()
+            line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip() + self._left(step, now)
         else:
             return
-        self._phase, self._shown_at = step.phase, now
+        self._shown_at = now
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _left(self, step: Step, now: float) -> str:
+        """Return how long a phase will last if it goes on as it has gone; nothing if that cannot be told."""
+        done, left = step.done - self._first.done, step.total - step.done
+        if done <= 0 or left <= 0:
+            return ""
+        minutes = (now - self._started_at) * left / done / 60
+        return f", about {math.ceil(minutes)} min left"
 
 
 class _Bars:
