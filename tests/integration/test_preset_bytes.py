@@ -7,6 +7,7 @@ from integration.tiny import reachable_bytes, tiny_config
 
 from grids import combined
 from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
+from nexusquant_cache.codec.rotation import PrincipalRotation
 
 LAYERS = 2
 FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
@@ -15,10 +16,10 @@ FACTORS = {"quant": 6, "high": 10, "asym": 14, "balanced": 17, "max": 33}
 def filled(preset: str, tokens: int, head_dim: int, generated: int = 20, impl: str = "torch") -> NexusQuantCache:
     """Compress random keys and values of one bfloat16 head and add generated tokens.
 
-    With principal axes, as a real prompt would have; those of random vectors would not pay.  The policy looks at the
-    last queries alone: which tokens stay is nothing to bytes.
+    Keys get principal axes, as those of a real prompt would, since there are so many.  The policy looks at the last
+    queries alone: which tokens stay is nothing to bytes.
     """
-    cache = NexusQuantCache(preset, transform="principal", policy=RecentAttentionPolicy(), impl=impl)
+    cache = NexusQuantCache(preset, policy=RecentAttentionPolicy(), impl=impl)
     for length in (tokens, *[1] * generated):
         for layer_idx in range(LAYERS):
             states = torch.randn(2, 1, 1, length, head_dim, dtype=torch.bfloat16)
@@ -38,6 +39,7 @@ def test_the_factor_at_32k_tokens(preset: str, head_dim: int) -> None:
     cache = filled(preset, 32_768, head_dim, impl="cpu")
     report, held = cache.memory_report(), reachable_bytes(cache)
     dense = LAYERS * (32_768 + 20) * 2 * head_dim * 2
+    assert all(isinstance(fitted.keys.rotation, PrincipalRotation) for fitted in cache.transforms if fitted)
     assert held == report.held_bytes
     assert dense == report.dense_bytes
     assert dense / held >= FACTORS[preset]
