@@ -230,7 +230,7 @@ class NexusQuantCache(DynamicCache):
         keys = side == "keys"
         transform = settings.transform
         if not keys and transform == "auto":
-            transform = "hadamard"  # axes halve no error of values, and what they leave out no average brings back
+            transform = "hadamard"  # attention averages errors of values away, but not what a block without bits lacks
         return E8Codec(
             CodeLayout.flat(head_dim, settings.key_bits if keys else settings.value_bits),
             transform=transform,
