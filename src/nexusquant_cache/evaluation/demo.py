@@ -1,13 +1,14 @@
 """The demo: one real text, one hidden fact, the plain cache and every preset, as plain results without output."""
 
-from collections.abc import Sequence
+import copy
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from transformers import Cache
 
-from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Prefilled, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Footprint, fill, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.models import LoadedModel
@@ -15,10 +16,9 @@ from nexusquant_cache.evaluation.needle import NeedleResult, NeedleTask, ask, ma
 from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, preset_candidates
 from nexusquant_cache.evaluation.quality import (
     Continuation,
-    PlainRun,
     TextQuality,
-    measure_quality,
     plain_quality,
+    quality_of,
     run_plain,
 )
 from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
@@ -26,6 +26,8 @@ from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
 from nexusquant_cache.presets import preset_names
 
+READING, COMPARING, TIMING = "reading the text", "predicting and answering", "timing generation"
+"""The phases, in their order."""
 _SHORTEST = 256  # tokens; below this nothing would be compressed worth looking at
 
 
@@ -121,18 +123,29 @@ def run_demo(
     Raises:
         EvaluationError: If the text is too short.
     """
-    candidates = preset_candidates(loaded, options.presets)
+    presets = preset_candidates(loaded, options.presets)
     task, next_ids = _prepare(loaded, text, options, name)
-    context = prefill(loaded.model, task.context_ids, progress=progress_of(report, "reading the text"))
-    report(Step("predicting", detail=PLAIN))
+    context = prefill(loaded.model, task.context_ids, progress=progress_of(report, READING))
     plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), prefilled=context)
-    qualities = _measure_all(loaded, plain, candidates, report)
-    answers = _ask_all(loaded, task, context, (PLAIN_CANDIDATE, *candidates), options, report)
+    prompt = prefill_needle(loaded.model, task, context=context) if options.new_tokens else None
+    qualities, answers = {PLAIN: plain_quality(plain)}, {}
+    compressed: dict[str, Cache] = {}
+    for done, candidate in enumerate((PLAIN_CANDIDATE, *presets)):
+        report(Step(COMPARING, done, 1 + len(presets), candidate.name))
+        read = fill(candidate.factory, context)
+        if prompt is not None:
+            answers[candidate.name] = ask(
+                loaded, task, prompt, candidate, start=read, max_new_tokens=options.new_tokens
+            )
+        if candidate is PLAIN_CANDIDATE:
+            continue
+        held = fill_and_compress(loaded, candidate, context, start=read)
+        compressed[candidate.name] = copy.deepcopy(held.cache)
+        qualities[candidate.name] = quality_of(loaded.model, plain, held)
     times: dict[str, StepTime] = {}
     if options.rounds:
-        named = progress_of(report, "timing generation")
-        factories = {candidate.name: candidate.factory for candidate in candidates}
-        times = time_steps(loaded.model, context, factories, rounds=options.rounds, progress=named)
+        named = progress_of(report, TIMING)
+        times = time_steps(loaded.model, context, compressed, rounds=options.rounds, progress=named)
     rows = (DemoRow(key, quality, answers.get(key), times.get(key)) for key, quality in qualities.items())
     return DemoResult(loaded.name, name, options, task.needle, tuple(rows))
 
@@ -148,31 +161,3 @@ def _prepare(loaded: LoadedModel, text: str, options: DemoOptions, name: str) ->
     needle = Needle.draw("single", options.seed)
     task = make_needle(loaded.tokenizer, ids[:, : options.tokens], needle, depth=options.depth, name=name)
     return task, ids[:, task.text_tokens :][:, : options.predictions + 1]
-
-
-def _measure_all(
-    loaded: LoadedModel, plain: PlainRun, candidates: Sequence[Candidate], report: Report
-) -> dict[str, TextQuality]:
-    rows = {PLAIN: plain_quality(plain)}
-    for index, candidate in enumerate(candidates):
-        report(Step("predicting", index, len(candidates), candidate.name))
-        rows[candidate.name] = measure_quality(loaded, plain, candidate)
-    return rows
-
-
-def _ask_all(  # noqa: PLR0913, PLR0917 - private, called once
-    loaded: LoadedModel,
-    task: NeedleTask,
-    context: Prefilled,
-    candidates: Sequence[Candidate],
-    options: DemoOptions,
-    report: Report,
-) -> dict[str, NeedleResult]:
-    if not options.new_tokens:
-        return {}
-    prompt = prefill_needle(loaded.model, task, context=context)
-    answers = {}
-    for index, candidate in enumerate(candidates):
-        report(Step("answering", index, len(candidates), candidate.name))
-        answers[candidate.name] = ask(loaded, task, prompt, candidate, max_new_tokens=options.new_tokens)
-    return answers
