@@ -21,7 +21,7 @@ from nexusquant_cache.evaluation.caches import (
 )
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.intervals import mean_interval, wilson_interval
-from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, nexusquant_candidate
 from nexusquant_cache.evaluation.quality import (
     Continuation,
     TextQuality,
@@ -163,6 +163,25 @@ class TestCaches:
         assert torch.equal(plain.cache.layers[0].keys, before)
         assert cache.get_seq_length() == 800
 
+    @pytest.mark.parametrize("preset", ["quant", "max"])
+    def test_fill_goes_on_from_a_beginning(self, loaded, window, plain, preset):
+        """It is a chunk of the prompt, which sees what is before it and not what is behind."""
+        candidate = nexusquant_candidate(preset, preset, loaded.model.config)
+        begun = fill(candidate.factory, prefill(loaded.model, window[:, :780]))
+        held = fill_and_compress(loaded, candidate, plain, start=begun)
+        expected = fill_and_compress(loaded, candidate, plain)
+        assert begun.get_seq_length() == 780
+        assert held.cache.get_seq_length() == 800
+        assert held.footprint.kept_tokens == expected.footprint.kept_tokens
+        for layer, queries in zip(fill(candidate.factory, plain, start=begun).layers, plain.queries, strict=True):
+            torch.testing.assert_close(
+                layer.state.observed.queries, queries[:, :, -DEFAULT_POLICY.most_queries :], rtol=1e-3, atol=1e-3
+            )
+
+    def test_caches_that_return_plain_tensors_are_not_attended_to(self, monkeypatch, plain):
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        assert fill(DynamicCache, plain).get_seq_length() == 800
+
     def test_fill_needs_a_full_source_and_an_empty_target(self, plain):
         with pytest.raises(CacheStateError, match="empty"):
             fill(DynamicCache, Prefilled(DynamicCache(), (), torch.zeros(1, 0, dtype=torch.long)))
@@ -294,9 +313,9 @@ class TestQuality:
 class TestTiming:
     def test_every_cache_gets_its_rounds(self, loaded, plain):
         calls = []
-        factories = {"max": lambda: NexusQuantCache("max", config=loaded.model.config)}
+        caches = {"max": fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)}
         times = time_steps(
-            loaded.model, plain, factories, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
+            loaded.model, plain, caches, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
         )
         assert list(times) == ["plain", "max"]
         assert times["plain"].relative == 1

@@ -16,6 +16,7 @@ from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
 from nexusquant_cache.evaluation.fit import Fit
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.summary import CacheSummary, FactSummary, fact_summaries, summaries
+from nexusquant_cache.presets import with_alias
 
 _MEBIBYTE = 2**20
 _GIBIBYTE = 2**30
@@ -25,7 +26,7 @@ _COLUMNS = ("cache", "seen", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %",
 
 
 def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
-    """Yield the demo's table and, if it asked for the fact, the answers."""
+    """Yield the demo's table, the answers if it asked for the fact, and what to make of it."""
     yield Text(f"{result.model} read {result.rows[0].footprint.seen_tokens:,} tokens of {result.text}.")
     yield _table(result.rows)
     yield Text(
@@ -36,6 +37,34 @@ def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
     if any(row.needle for row in result.rows):
         yield Text(f"\nHidden fact: {result.needle.sentences[0]}\nQuestion:    {result.needle.question}")
         yield _answers(result.rows)
+    yield Text(f"\n{_verdict(result.rows)}", style="bold")
+
+
+def _verdict(rows: tuple[DemoRow, ...]) -> str:
+    """Return in a sentence or two what the demo has shown."""
+    plain, *presets = rows
+    found = [row for row in presets if row.needle is None or row.needle.found]
+    shown = ""
+    if plain.needle is not None:
+        if not plain.needle.found:
+            shown = "the model misses the fact even with the plain cache, so answers compare nothing. "
+            found = presets
+        else:
+            lost = [row.name for row in presets if row not in found]
+            shown = f"{len(found)} of {len(presets)} presets find the fact"
+            shown += f"; lost by {', '.join(lost)}. " if lost else ". "
+    if not found:
+        return f"Verdict: {shown.rstrip()}"
+    best = max(found, key=lambda row: row.footprint.compression_factor)
+    held = best.footprint
+    shown += (
+        f"{with_alias(best.name)} holds the text in {held.compression_factor:.1f} times fewer bytes "
+        f"({held.dense_bytes / _MEBIBYTE:.1f} -> {held.held_bytes / _MEBIBYTE:.1f} MiB), "
+        f"perplexity {_signed(best.quality.dppl_percent)} %"
+    )
+    if best.time is not None:
+        shown += f", time per token {best.time.relative:.2f}x"
+    return f"Verdict: {shown}."
 
 
 def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[RenderableType]:

@@ -228,11 +228,11 @@ def fill_and_compress(
             compress; it is copied, not changed.
     """
     cache = _empty(candidate.factory, plain) if start is None else copy.deepcopy(start)
-    seconds, start = _read(cache, plain), now()
+    seconds, began = _read(cache, plain), now()
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, plain.ids)
     is_compressed = compress(cache)
-    seconds += now() - start
+    seconds += now() - began
     does_something = is_compressed or candidate.prepare is not None
     return Compressed(cache, footprint(cache), seconds if does_something else None)
 

@@ -1,6 +1,7 @@
 """The demo: one real text, one hidden fact, the plain cache and every preset, as plain results without output."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,10 +25,10 @@ from nexusquant_cache.evaluation.quality import (
 from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
-from nexusquant_cache.presets import preset_names
+from nexusquant_cache.presets import PRESETS, preset_names
 
-READING, COMPARING, TIMING = "reading the text", "predicting and answering", "timing generation"
-"""The phases, in their order."""
+LOADING, COMPILING, READING = "loading the model", "compiling the codec, once", "reading the text"
+COMPARING, TIMING = "predicting and answering", "timing generation"
 _SHORTEST = 256  # tokens; below this nothing would be compressed worth looking at
 
 
@@ -65,6 +66,13 @@ class DemoOptions:
                 msg = f"{what} must be at least {least}, got {getattr(self, what)}"
                 raise EvaluationError(msg)
 
+    def expected_seconds(self) -> dict[str, float]:
+        """Return about how long each phase takes with the default model on two cores, for `with_time_left`."""
+        text = self.tokens / 4096
+        presets = len(self.presets) or len(PRESETS)
+        parts = {LOADING: 18.0, READING: 12 * text, COMPILING: 10, COMPARING: 10 * text * presets}
+        return {**parts, TIMING: 3.0 * self.rounds * (1 + presets) / 2} if self.rounds else parts
+
 
 @dataclass(frozen=True)
 class DemoRow:
@@ -100,13 +108,14 @@ class DemoResult:
         return result
 
 
-def run_demo(
+def run_demo(  # noqa: PLR0913 - half of them have defaults
     loaded: LoadedModel,
     text: str,
     options: DemoOptions,
     *,
     name: str = "text",
     report: Report = no_report,
+    ready: Callable[[], None] | None = None,
 ) -> DemoResult:
     """Read a text once, then predict and answer through the plain cache and every preset.
 
@@ -119,6 +128,7 @@ def run_demo(
         options: What to do.
         name: What to call the text.
         report: Called as work goes on.
+        ready: Waits until the codec is compiled; called when it is needed.
 
     Raises:
         EvaluationError: If the text is too short.
@@ -128,6 +138,9 @@ def run_demo(
     context = prefill(loaded.model, task.context_ids, progress=progress_of(report, READING))
     plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), prefilled=context)
     prompt = prefill_needle(loaded.model, task, context=context) if options.new_tokens else None
+    if ready is not None:
+        report(Step(COMPILING))
+        ready()
     qualities, answers = {PLAIN: plain_quality(plain)}, {}
     compressed: dict[str, Cache] = {}
     for done, candidate in enumerate((PLAIN_CANDIDATE, *presets)):
