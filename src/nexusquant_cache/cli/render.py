@@ -16,7 +16,6 @@ from nexusquant_cache.evaluation.demo import DemoResult, DemoRow
 from nexusquant_cache.evaluation.fit import Fit
 from nexusquant_cache.evaluation.intervals import Interval
 from nexusquant_cache.evaluation.summary import CacheSummary, FactSummary, fact_summaries, summaries
-from nexusquant_cache.presets import with_alias
 
 _MEBIBYTE = 2**20
 _GIBIBYTE = 2**30
@@ -56,14 +55,9 @@ def _verdict(rows: tuple[DemoRow, ...]) -> str:
     if not found:
         return f"Verdict: {shown.rstrip()}"
     best = max(found, key=lambda row: row.footprint.compression_factor)
-    held = best.footprint
-    shown += (
-        f"{with_alias(best.name)} holds the text in {held.compression_factor:.1f} times fewer bytes "
-        f"({held.dense_bytes / _MEBIBYTE:.1f} -> {held.held_bytes / _MEBIBYTE:.1f} MiB), "
-        f"perplexity {_signed(best.quality.dppl_percent)} %"
-    )
-    if best.time is not None:
-        shown += f", time per token {best.time.relative:.2f}x"
+    shown += f"{best.name}: {best.footprint.compression_factor:.1f}x smaller"
+    shown += f", perplexity {_signed(best.quality.dppl_percent)} %"
+    shown += f", {best.time.relative:.2f}x the time per token" if best.time is not None else ""
     return f"Verdict: {shown}."
 
 
