@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
-from nexusquant_cache.evaluation import bench
+from nexusquant_cache.evaluation import bench, demo, steps
 from nexusquant_cache.evaluation.caches import Footprint, update
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
 from nexusquant_cache.evaluation.fit import Shape, fit
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.needle import NeedleResult
 from nexusquant_cache.evaluation.quality import TextQuality
-from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.steps import Step, with_time_left
 from nexusquant_cache.evaluation.timing import StepTime
 
 
@@ -287,6 +288,57 @@ def test_the_table_fits_into_100_columns(result):
         assert shown in text
     assert "What is the code?" in text
     assert "It is not known" in text
+
+
+def last_line(result):
+    return list(demo_renderables(result))[-1].plain.strip()
+
+
+def test_the_last_line_is_a_verdict(result):
+    assert last_line(result) == "Verdict: 0 of 1 presets find the fact; lost by balanced."
+    found = replace(result, rows=(result.rows[0], row("max", 15_000_000, "123456"), *result.rows[1:]))
+    assert last_line(found) == (
+        "Verdict: 1 of 2 presets find the fact; lost by balanced. max: 25.2x smaller, "
+        "perplexity +171.8 %, 12.34x the time per token."
+    )
+
+
+def test_the_verdict_tells_when_the_model_itself_is_lost(result):
+    plain = row("plain", 377_487_360, "I do not know.")
+    assert "the model misses the fact even with the plain cache" in last_line(
+        replace(result, rows=(plain, result.rows[1]))
+    )
+
+
+def test_the_verdict_without_question_and_times(result):
+    rows = tuple(replace(each, needle=None, time=None) for each in result.rows)
+    assert last_line(replace(result, rows=rows)) == "Verdict: balanced: 17.2x smaller, perplexity +171.8 %."
+
+
+def test_the_time_left_is_that_of_all_phases(monkeypatch):
+    times = iter((0.0, 0.0, 20.0, 40.0))
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(times))
+    shown = []
+    report = with_time_left(shown.append, {"loading": 10.0, "reading": 20.0})
+    for step in (Step("loading"), Step("reading"), Step("reading", 1, 2)):
+        report(step)
+    # 30 expected; then 10 of them took 20, and 20 took 40, on top of 10 that are trusted
+    assert [step.seconds_left for step in shown] == [30, 20 * 30 / 20, pytest.approx(10 * 50 / 30)]
+    assert [step.phase for step in shown] == ["loading", "reading", "reading"]
+
+
+def test_the_time_left_is_shown_with_and_without_a_terminal(capsys):
+    for console in (Console(width=120), Console(force_terminal=True, width=120)):
+        with progress_bars(console) as report:
+            report(Step("reading", 1, 2, "max", seconds_left=83.0))
+        assert "about 85 s left" in capsys.readouterr().out
+
+
+def test_the_demo_expects_every_phase_that_it_has():
+    expected = DemoOptions().expected_seconds()
+    assert list(expected) == [demo.LOADING, demo.READING, demo.COMPILING, demo.COMPARING, demo.TIMING]
+    assert demo.TIMING not in DemoOptions(rounds=0).expected_seconds()
+    assert DemoOptions(presets=("max",)).expected_seconds()[demo.COMPARING] < expected[demo.COMPARING]
 
 
 def test_without_a_terminal_each_phase_is_one_line(capsys):

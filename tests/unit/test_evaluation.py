@@ -21,12 +21,13 @@ from nexusquant_cache.evaluation.caches import (
 )
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.intervals import mean_interval, wilson_interval
-from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, nexusquant_candidate
 from nexusquant_cache.evaluation.quality import (
     Continuation,
     TextQuality,
     measure_quality,
     plain_quality,
+    predict,
     run_plain,
     summarize,
 )
@@ -163,6 +164,33 @@ class TestCaches:
         assert torch.equal(plain.cache.layers[0].keys, before)
         assert cache.get_seq_length() == 800
 
+    @pytest.mark.parametrize(("preset", "most"), [("quant", 0.03), ("max", 0.3)])  # the second keeps other tokens
+    def test_a_prompt_can_be_filled_in_two_chunks(self, loaded, window, plain, preset, most, monkeypatch):  # noqa: PLR0917
+        """The second goes on from a copy; its queries see what is before them and not what is behind."""
+        candidate = nexusquant_candidate(preset, preset, loaded.model.config)
+        begun = fill(candidate.factory, prefill(loaded.model, window[:, :780]))
+        masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+        def noted(*args, **kwargs):
+            masks.extend([kwargs["attn_mask"]] if "attn_mask" in kwargs else [])
+            return attend(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+            held = fill_and_compress(loaded, candidate, plain, start=begun)
+        assert begun.get_seq_length() == 780
+        assert held.cache.get_seq_length() == 800
+        assert [mask.sum(-1).tolist() for mask in masks] == 2 * [list(range(781, 801))]
+        whole = fill_and_compress(loaded, candidate, plain)
+        assert held.footprint.kept_tokens == whole.footprint.kept_tokens
+        next_ids = torch.tensor([[65, 66]])
+        found, expected = (predict(loaded.model, next_ids, each.cache) for each in (held, whole))
+        assert (expected.exp() * (expected - found)).sum() < most
+
+    def test_caches_that_return_plain_tensors_are_not_attended_to(self, monkeypatch, plain):
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        assert fill(DynamicCache, plain).get_seq_length() == 800
+
     def test_fill_needs_a_full_source_and_an_empty_target(self, plain):
         with pytest.raises(CacheStateError, match="empty"):
             fill(DynamicCache, Prefilled(DynamicCache(), (), torch.zeros(1, 0, dtype=torch.long)))
@@ -294,9 +322,9 @@ class TestQuality:
 class TestTiming:
     def test_every_cache_gets_its_rounds(self, loaded, plain):
         calls = []
-        factories = {"max": lambda: NexusQuantCache("max", config=loaded.model.config)}
+        caches = {"max": fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)}
         times = time_steps(
-            loaded.model, plain, factories, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
+            loaded.model, plain, caches, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
         )
         assert list(times) == ["plain", "max"]
         assert times["plain"].relative == 1

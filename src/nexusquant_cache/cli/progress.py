@@ -1,6 +1,7 @@
 """Progress bars on a terminal; elsewhere a line per phase, and one a minute while it lasts."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -53,6 +54,8 @@ class _Lines:
             line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip()
         else:
             return
+        if step.seconds_left is not None:
+            line = f"{line} ({_time_left(step.seconds_left)})"
         self._phase, self._shown_at = step.phase, now
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -69,4 +72,11 @@ class _Bars:
                 self._progress.update(self._task, completed=1, total=1, detail="")
             self._phase = step.phase
             self._task = self._progress.add_task(step.phase, total=None, detail="")
-        self._progress.update(self._task, completed=step.done, total=step.total or None, detail=step.detail)
+        detail = step.detail
+        if step.seconds_left is not None:
+            detail = f"{_time_left(step.seconds_left)}; {detail}" if detail else _time_left(step.seconds_left)
+        self._progress.update(self._task, completed=step.done, total=step.total or None, detail=detail)
+
+
+def _time_left(seconds: float) -> str:
+    return f"about {max(math.ceil(seconds / 5) * 5, 5):.0f} s left in all"

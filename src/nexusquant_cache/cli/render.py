@@ -25,7 +25,7 @@ _COLUMNS = ("cache", "seen", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %",
 
 
 def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
-    """Yield the demo's table and, if it asked for the fact, the answers."""
+    """Yield the demo's table, the answers if it asked for the fact, and what to make of it."""
     yield Text(f"{result.model} read {result.rows[0].footprint.seen_tokens:,} tokens of {result.text}.")
     yield _table(result.rows)
     yield Text(
@@ -36,6 +36,29 @@ def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
     if any(row.needle for row in result.rows):
         yield Text(f"\nHidden fact: {result.needle.sentences[0]}\nQuestion:    {result.needle.question}")
         yield _answers(result.rows)
+    yield Text(f"\n{_verdict(result.rows)}", style="bold")
+
+
+def _verdict(rows: tuple[DemoRow, ...]) -> str:
+    """Return in a sentence or two what the demo has shown."""
+    plain, *presets = rows
+    found = [row for row in presets if row.needle is None or row.needle.found]
+    shown = ""
+    if plain.needle is not None:
+        if not plain.needle.found:
+            shown = "the model misses the fact even with the plain cache, so answers compare nothing. "
+            found = presets
+        else:
+            lost = [row.name for row in presets if row not in found]
+            shown = f"{len(found)} of {len(presets)} presets find the fact"
+            shown += f"; lost by {', '.join(lost)}. " if lost else ". "
+    if not found:
+        return f"Verdict: {shown.rstrip()}"
+    best = max(found, key=lambda row: row.footprint.compression_factor)
+    shown += f"{best.name}: {best.footprint.compression_factor:.1f}x smaller"
+    shown += f", perplexity {_signed(best.quality.dppl_percent)} %"
+    shown += f", {best.time.relative:.2f}x the time per token" if best.time is not None else ""
+    return f"Verdict: {shown}."
 
 
 def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[RenderableType]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
 from nexusquant_cache.evaluation.clock import now
@@ -32,7 +32,7 @@ class StepTime:
 def time_steps(  # noqa: PLR0913 - all but three have defaults
     model: PreTrainedModel,
     plain: Prefilled,
-    factories: Mapping[str, CacheFactory],
+    compressed: Mapping[str, Cache],
     *,
     rounds: int = 3,
     steps: int = 16,
@@ -41,13 +41,13 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     """Time generation steps of several caches in turn, the plain one always among them.
 
     All caches start from the same tokens and take single steps in turn, in alternating order, so that all meet
-    the same load of the machine.  Compression and the first step are not counted.  With 16 steps a round
-    includes one encoding of tokens that leave the exact tail (`CacheConfig.flush_length`).
+    the same load of the machine.  The first step is not counted.  With 16 steps a round includes one encoding of
+    tokens that leave the exact tail (`CacheConfig.flush_length`).
 
     Args:
         model: A causal language model of transformers.
         plain: The prompt; not changed.
-        factories: The caches to time, by name.
+        compressed: The caches to time, by name, which hold the prompt; they are filled.
         rounds: Rounds.
         steps: Steps per round.
         progress: Called after every step of all caches with the steps done and the total.
@@ -55,10 +55,7 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     Returns:
         The times by name; the plain cache's under ``"plain"``.
     """
-    makers: dict[str, CacheFactory] = {PLAIN: DynamicCache, **factories}
-    caches = {name: fill(factory, plain) for name, factory in makers.items()}
-    for cache in caches.values():
-        compress(cache)
+    caches = {PLAIN: fill(DynamicCache, plain), **compressed}
     tokens = {name: torch.zeros(1, 1, dtype=torch.long, device=model.device) for name in caches}
     spent: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds * steps + 1):
