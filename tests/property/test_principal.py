@@ -340,7 +340,8 @@ class TestForTokens:
         """Whether few tokens show it or many (Huang & Schultheiss 1963)."""
         variances = 2.0 ** (-octaves * torch.linspace(0, 1, 64, dtype=torch.float64))
         expected = float(0.5 * (variances.mean().log2() - variances.log2().mean()))
-        assert abs(self.saved(codec_of(bits=2, transform="auto"), vectors(tokens, octaves=(octaves,))) - expected) <= off
+        found = self.saved(codec_of(bits=2, transform="auto"), vectors(tokens, octaves=(octaves,)))
+        assert abs(found - expected) <= off
 
     def test_heads_count_alike(self) -> None:
         codec = codec_of(bits=2, transform="auto")

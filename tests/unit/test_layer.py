@@ -450,7 +450,7 @@ def test_chunked_prompt_equals_one_prompt() -> None:
 
 @pytest.mark.parametrize("transform", ["auto", "principal", "hadamard"])
 def test_batch_of_two_is_two_batches_of_one(transform: str) -> None:
-    """Channels are alike, so that all rows want the same rotation; heads keep equally many, so that rows can be joined."""
+    """Channels are alike, so all rows want the same rotation; heads keep equally many, so rows can be joined."""
     keys, values = random_states((2, HEADS, 90, HEAD_DIM), 5, torch.bfloat16)
     options = SMALL | ANY_ERROR | {"transform": transform, "policy": EqualBudgets(DEFAULT_POLICY)}
     caches = [NexusQuantCache("balanced", config=CONFIG, **options) for _ in range(3)]
