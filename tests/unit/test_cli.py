@@ -37,7 +37,7 @@ def row(name, held, answer):
     held = Footprint(32_768, 32_768, held, 377_487_360)
     needle = NeedleResult("task", "single", 32_768, 0.4, ("123456",), answer, "123456" in answer, held)
     quality = TextQuality("text", 3.0, 2.0, 0.12345, 0.915, held)
-    return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, (1234.5,)))
+    return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, 12.34, (1234.5,)))
 
 
 def said(log_prob):

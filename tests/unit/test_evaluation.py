@@ -37,8 +37,8 @@ from nexusquant_cache.releases import CACHE
 
 SPEED = {
     "rows": [
-        {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "encode_tokens_per_s": None},
-        {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "encode_tokens_per_s": 12345.6},
+        {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "relative_cpu": 1.0, "encode_tokens_per_s": None},
+        {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "relative_cpu": 1.5, "encode_tokens_per_s": 12345.6},
     ]
 }
 
@@ -327,7 +327,8 @@ class TestTiming:
             loaded.model, plain, caches, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
         )
         assert list(times) == ["plain", "max"]
-        assert times["plain"].relative == 1
+        assert times["plain"].relative == times["plain"].relative_cpu == 1
+        assert times["max"].relative_cpu > 0
         assert all(len(taken.rounds) == 2 and taken.milliseconds > 0 for taken in times.values())
         assert calls[-1] == (6, 6)
         assert plain.cache.get_seq_length() == 800
@@ -443,7 +444,7 @@ class TestTables:
         document.write_text("before\n<!-- table:speed -->\nold\n<!-- /table -->\nafter\n")
         assert tables.stale([document], tmp_path) == [document]
         written = tables.render(document.read_text(), tmp_path)
-        assert "| `max` | 100 | 1.25x | 12,346 |\n" in written
+        assert "| `max` | 100 | 1.25x | 1.50x | 12,346 |\n" in written
         assert written.startswith("before\n<!-- table:speed -->\n\n| cache |")
         assert written.endswith("|\n\n<!-- /table -->\nafter\n")
         document.write_text(written)

@@ -93,7 +93,7 @@ def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[R
 def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
     """Yield the table of times, and what was left out."""
     yield Text(f"{result.model} in {result.dtype} read {result.options.tokens:,} tokens of {result.text}.")
-    table = _empty_table(("cache", "MiB", "factor", "ms/token", "x plain", "s to compress"))
+    table = _empty_table(("cache", "MiB", "factor", "ms/token", "x plain", "x CPU", "s to compress"))
     for row in result.rows:
         held = row.footprint
         table.add_row(
@@ -102,12 +102,13 @@ def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
             f"{held.compression_factor:.1f}x" if held else _NONE,
             f"{row.time.milliseconds:.1f}",
             f"{row.time.relative:.2f}x",
+            f"{row.time.relative_cpu:.2f}x",
             f"{row.compress_seconds:.2f}" if row.compress_seconds is not None else _NONE,
         )
     yield table
     yield Text(
-        f"Medians of {result.options.rounds} rounds of {result.options.steps} tokens, all caches in turn. MiB: all "
-        "tensors held once the text is read; plain counted in 16 bit.",
+        f"Medians of {result.options.rounds} rounds of {result.options.steps} tokens, all caches in turn. x CPU: "
+        "processor time of all threads. MiB: all tensors held once the text is read; plain counted in 16 bit.",
         style="dim",
     )
     for name, why in result.left_out.items():
