@@ -154,11 +154,7 @@ def measure(loaded: LoadedModel, plain: PlainRun, candidate: Candidate) -> dict[
 
 
 def _has_more_bits(codec: VectorCodec, asked: VectorCodec) -> bool:
-    """Tell whether a codec got a bit more because attention would have suffered.
-
-    A Hadamard rotation has more bits, too, but fewer than one: where axes save a whole bit, prompts of this length
-    have axes.
-    """
+    """Tell whether a codec got a bit more because attention would have suffered; short texts get half of one anyway."""
     assert isinstance(codec, E8Codec)
     assert isinstance(asked, E8Codec)
     return codec.layout.bits_per_channel >= asked.layout.bits_per_channel + 1
@@ -168,7 +164,8 @@ def codes_of(cache: NexusQuantCache) -> dict[str, Any]:
     """Return the largest error of the layers' codes, None if nothing was coded, and how many layers got more bits."""
     errors = [layer.code_error for layer in cache.memory_report().layers if layer.code_error is not None]
     fitted = [layer for layer in cache.transforms if layer is not None]
-    more = sum(any(map(_has_more_bits, layer.codecs, layer.asked)) for layer in fitted)
+    # Keys get one with values; they may have more for another reason, in the place of axes.
+    more = sum(_has_more_bits(layer.codecs[1], layer.asked[1]) for layer in fitted)
     return {"code_error": max(errors, default=None), "layers_with_more_bits": more}
 
 

@@ -2,8 +2,7 @@
 
 python benchmarks/memory.py
 
-Variances of the keys fall over the pairs of channels that the rotary phase turns, so that principal axes save about as
-much as of a model's keys (``transforms.py``).
+Variances of the keys fall, so that principal axes save about as much as of a model's keys (``transforms.py``).
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ from transformers import LlamaConfig
 
 from nexusquant_cache import PRESETS, NexusQuantCache, RecentAttentionPolicy
 from nexusquant_cache.evaluation.caches import update
+from nexusquant_cache.evaluation.fit import random_tokens
 from nexusquant_cache.evaluation.presets import describe
 from nexusquant_cache.evaluation.results import environment, write_json
 
 LAYERS = 2
 KV_HEADS = 8
 WINDOW = 64  # queries that the policy looks at
-KEY_OCTAVES = 7.5  # by which the variance of keys falls: axes then save 0.7 bits per channel
 
 
 def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
@@ -43,10 +42,8 @@ def measure(preset: str, tokens: int, head_dim: int) -> dict[str, Any]:
         preset, config=config, policy=RecentAttentionPolicy(observation_window=WINDOW, aggregate="max")
     )
     random = torch.Generator().manual_seed(0)
-    deviations = 2.0 ** (-KEY_OCTAVES / 2 * torch.linspace(0, 1, head_dim // 2).repeat(2))
     for layer in range(LAYERS):
-        keys, values = torch.randn(2, 1, KV_HEADS, tokens, head_dim, generator=random)
-        keys, values = (keys * deviations).bfloat16(), values.bfloat16()
+        keys, values = (x.bfloat16() for x in random_tokens(KV_HEADS, tokens, head_dim, random))
         update(cache, keys.clone(), values.clone(), layer, keys[:, :, -WINDOW:])  # attention of all would take long
     cache.compress()
     report = cache.memory_report()

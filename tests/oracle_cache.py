@@ -555,9 +555,13 @@ class OracleLayer(CacheLayerMixin):
         if not evicts and settings.short_text_bits:
             codecs = [codec.with_more_bits(settings.short_text_bits) or codec for codec in codecs]
         kept = max(budgets) if evicts and self.may_evict else len(coded[0])
-        longest = counts.index(max(counts))
-        vectors = self.vectors_to_fit(self.rows[longest], coded[longest])
-        return [codec.for_tokens(x, kept) for codec, x in zip(codecs, vectors, strict=True)]
+        longest = [
+            self.vectors_to_fit(row, of_row)
+            for row, of_row, count in zip(self.rows, coded, counts, strict=True)
+            if count == max(counts)
+        ]
+        sides = [torch.cat(side) for side in zip(*longest, strict=True)]
+        return [codec.for_tokens(side, kept) for codec, side in zip(codecs, sides, strict=True)]
 
     def drop(self, chosen: list[list[list[int]]]) -> None:
         """Let go of the coded tokens of the prompt that are not chosen."""

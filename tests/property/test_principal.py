@@ -18,7 +18,7 @@ from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.scale import decode_scales
 from nexusquant_cache.codec.tables import decode_rows
 from nexusquant_cache.codec.torch.encode import ScaleSearch
-from nexusquant_cache.errors import OptionError
+from nexusquant_cache.errors import OptionError, ShapeError
 
 HEAD_DIMS = (8, 40, 64, 80, 96, 128, 256)
 OCTAVES = (0.0, 3.0, 9.0)  # by which the variance of the heads falls over the channels
@@ -349,11 +349,21 @@ class TestForTokens:
         assert flat == 0
         assert abs(both - steep / 2) <= 0.125
 
+    def test_the_row_of_which_most_is_saved_decides(self) -> None:
+        codec = codec_of(bits=2, transform="auto")
+        flat, steep = (vectors(500, octaves=(octaves,)) for octaves in (0.0, 6.0))
+        both, turned = (codec.for_tokens(torch.cat(rows), 1) for rows in ([flat, steep], [steep, flat]))
+        assert both == turned == codec.for_tokens(steep, 1) != codec.for_tokens(flat, 1)
+
+    def test_wrong_channels_are_refused(self) -> None:
+        with pytest.raises(ShapeError):
+            codec_of(bits=2, transform="auto").for_tokens(vectors(9, 32), 1)
+
     def test_where_nearly_nothing_would_pay_nobody_looks(self) -> None:
         codec, nothing = codec_of(bits=2, transform="auto"), vectors(0)
         assert codec.for_tokens(nothing, math.ceil(AXES / 0.8)).transform == "principal"
 
-    @pytest.mark.parametrize("x", [vectors(0), vectors(1), torch.zeros(1, 2, 50, 64), torch.ones(1, 2, 50, 64)])
+    @pytest.mark.parametrize("x", [*map(vectors, (0, 1, 2, 15)), torch.zeros(1, 2, 50, 64), torch.ones(1, 2, 50, 64)])
     def test_where_there_is_nothing_to_see_axes_save_nothing(self, x) -> None:
         codec = codec_of(bits=2, transform="auto", center=True)
         assert codec.for_tokens(x, 1) == replace(codec, transform="hadamard")

@@ -21,7 +21,7 @@ from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
 from nexusquant_cache.evaluation import bench, demo, steps
 from nexusquant_cache.evaluation.caches import Footprint, update
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
-from nexusquant_cache.evaluation.fit import Shape, fit
+from nexusquant_cache.evaluation.fit import Shape, fit, random_tokens
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.needle import NeedleResult
 from nexusquant_cache.evaluation.quality import TextQuality
@@ -176,9 +176,11 @@ class TestFit:
         plain, balanced = fit(shape, 1500, ("balanced",), batch=2)
         assert plain.held_bytes == plain.reading_bytes == 2 * 3 * 2 * 2 * 4 * 64 * 1500
         cache, held = NexusQuantCache("balanced", config=config), []
+        random = torch.Generator().manual_seed(1)
         for count in (1500, 1):
             for layer_idx in range(3):
-                update(cache, *torch.randn(2, 2, 4, count, 64).bfloat16(), layer_idx)
+                rows = [random_tokens(4, count, 64, random) for _ in range(2)]
+                update(cache, *(torch.cat(side).bfloat16() for side in zip(*rows, strict=True)), layer_idx)
             cache.layers[2].encode()
             held.append(sum(layer.held_bytes for layer in cache.memory_report().layers))
         assert balanced.held_bytes == pytest.approx(held[1], rel=0.01)

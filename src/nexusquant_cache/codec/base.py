@@ -191,11 +191,11 @@ class VectorCodec(ABC):
     def bytes_per_vector(self) -> int:
         """Bytes held per vector (words and scale)."""
 
-    def for_tokens(self, vectors: Float[Tensor, "1 h n d"], kept: int) -> "VectorCodec":
+    def for_tokens(self, vectors: Float[Tensor, "b h n d"], kept: int) -> "VectorCodec":
         """Return the codec for a layer that begins with tokens like these; by default this one.
 
         Args:
-            vectors: The keys or the values of the longest row, without padding.
+            vectors: The keys or the values of the longest rows, without padding.
             kept: How many of its tokens heads will keep, on average.
         """
         del vectors, kept

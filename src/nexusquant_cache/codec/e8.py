@@ -83,13 +83,17 @@ class E8Codec(VectorCodec):
         """Packed codes and the scale byte."""
         return self.layout.bytes_per_vector + 1
 
-    def for_tokens(self, vectors: Float[Tensor, "1 h n d"], kept: int) -> "E8Codec":
+    def for_tokens(self, vectors: Float[Tensor, "b h n d"], kept: int) -> "E8Codec":
         """Choose between the transforms, if that is left open: whichever takes fewer bytes at equal error.
 
         Principal axes cost a matrix.  A Hadamard rotation costs, in every channel of every token, the bits that axes
         would save of vectors like these: the mean of what they save of every second vector, to which they are fitted,
-        and of the others.
+        and of the others.  That is a guess where there are fewer than two vectors for each channel.  The row of which
+        most is saved decides.
+
+        Where axes pay already if they save a tenth of a bit, they are taken without a look.
         """
+        self._check(vectors)
         if self.transform != "auto" or self._has_own_rotation:
             return self
         head_dim = self.layout.head_dim
@@ -102,12 +106,12 @@ class E8Codec(VectorCodec):
         bits = min(self.layout.bits_per_channel + saved, MAX_BITS)
         return replace(self, transform="hadamard", layout=CodeLayout.flat(head_dim, bits))
 
-    def _saved_by_axes(self, vectors: Float[Tensor, "1 h n d"]) -> float:
+    def _saved_by_axes(self, vectors: Float[Tensor, "b h n d"]) -> float:
         """Return how many bits per channel principal axes save at equal error, on average over heads; at least 0."""
-        centred = _centred(vectors, self._mean(vectors))
-        fitted, others = centred[:, :, ::2], centred[:, :, 1::2]
-        if not others.shape[2]:
+        if vectors.shape[2] < 2 * BLOCK:  # a handful shows nothing
             return 0.0
+        mean = self._mean(vectors[:, :, ::2])
+        fitted, others = (_centred(vectors[:, :, start::2], mean) for start in (0, 1))
         rotation, variances = PrincipalRotation.fit(fitted)
         # What is rotated is relative to the deviation of each block.
         relative = rotation.rotate(others).square().mean(2).unflatten(-1, (-1, BLOCK)).mean(-1)
@@ -118,7 +122,7 @@ class E8Codec(VectorCodec):
             errors = torch.stack([_expected_error(by_block, layout) for layout in self.layouts])
             flat = by_block.mean(-1) * sum(DISTORTION[bits] for bits in self.layout.block_bits)
             saved.append(0.5 * (flat / errors.gather(0, plan)[0]).log2())
-        return max(float(torch.stack(saved).nan_to_num(0.0, 0.0, 0.0).mean()), 0.0)
+        return max(float(torch.stack(saved).nan_to_num(0.0, 0.0, 0.0).mean((0, 2)).amax()), 0.0)
 
     @property
     def _has_own_rotation(self) -> bool:

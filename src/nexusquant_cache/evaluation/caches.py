@@ -233,7 +233,8 @@ def fill_and_compress(
         candidate.prepare(cache, loaded, plain.ids)
     is_compressed = compress(cache)
     seconds += now() - began
-    does_something = is_compressed or candidate.prepare is not None
+    # What encoding took while the beginning was read is not known.
+    does_something = start is None and (is_compressed or candidate.prepare is not None)
     return Compressed(cache, footprint(cache), seconds if does_something else None)
 
 

@@ -185,7 +185,11 @@ class _Encoding:
         assert codecs is not None
         if first.is_short and more:
             codecs = _with_more_bits(codecs, more) or codecs
-        keys, values = self._real_of(0 if first.left_out is None else int((~first.left_out).sum(1).argmax()), first)
+        keys, values = first.keys, first.values
+        if first.left_out is not None:
+            counts = (~first.left_out).sum(1)
+            longest = (counts == counts.max()).nonzero()[:, 0].tolist()
+            keys, values = map(torch.cat, zip(*(self._real_of(row, first) for row in longest), strict=True))
         return codecs[0].for_tokens(keys, first.tokens), codecs[1].for_tokens(values, first.tokens)
 
     def _encode_first(

@@ -1,5 +1,6 @@
 """Compiling before anything waits for it, while a model is loaded and reads."""
 
+import contextlib
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -25,5 +26,6 @@ def compile_ahead() -> Callable[[], None]:
 
 
 def _import_all() -> None:
-    for module in _MODULES:
-        import_module(f"{__package__}.{module}")
+    with contextlib.suppress(Exception):  # who needs it, imports it again
+        for module in _MODULES:
+            import_module(f"{__package__}.{module}")
