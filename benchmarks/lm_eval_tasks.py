@@ -216,9 +216,11 @@ class Work:
 
     def run(self, report: Report) -> None:
         """Ask, the plain cache first."""
+        started = time.monotonic()
         for done, (name, cache, index) in enumerate(self._missing()):
             left = sum(1 for _ in self._missing())
-            report(Step("asking", done, done + left, f"{name} {index + 1}: {cache}"))
+            seconds = (time.monotonic() - started) * left / done if done else None
+            report(Step("asking", done, done + left, f"{name} {index + 1}: {cache}", seconds))
             metric = METRICS.get(name, str(self._length))
             with _quiet():
                 model = self._makers[cache]()

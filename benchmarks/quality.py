@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _codes import UNCHECKED, held_bytes, ratio_for
+from _codes import UNCHECKED, KeyAxesCache, candidate_of, held_bytes, ratio_for
 from _common import IMAGES, RESULTS, add_measuring, measuring, read_texts, shown_steps
 
 from nexusquant_cache import PRESETS, MeanKeyKeyPolicy, NexusQuantCache
@@ -38,14 +38,14 @@ PRINCIPAL = "principal@"
 
 
 def principal(name: str, config: PretrainedConfig) -> Candidate:
-    """Return a preset with principal axes, however much these weigh."""
-    return nexusquant_candidate(PRINCIPAL + name, replace(PRESETS[name], transform="principal"), config)
+    """Return a preset whose keys have principal axes, however much these weigh."""
+    return candidate_of(PRINCIPAL + name, KeyAxesCache, PRESETS[name], config)
 
 
 def candidates(config: PretrainedConfig, tokens: int) -> list[Candidate]:
     """Return the presets, each followed by its variants and the predecessor's recipe in as many bytes.
 
-    From some thousand kept tokens on, every preset codes in principal axes; below, ``auto`` may take a Hadamard
+    From some thousand kept tokens on, every preset codes keys in principal axes; below, ``auto`` may take a Hadamard
     rotation and more bits, which then takes fewer bytes.  ``principal@`` takes the axes at once: the quality at 32k
     tokens, for which the presets state their factor, without the length.
 

@@ -1,6 +1,9 @@
 """What compression costs in time: encoding, and each generated token against the plain cache, in one run.
 
 python benchmarks/speed.py
+python benchmarks/speed.py --tokens 16384 --rounds 3
+python benchmarks/speed.py --model gemma3 --tokens 16384 --rounds 3
+python benchmarks/speed.py --dtype bfloat16
 
 ``nexusquant-cache bench`` measures the same on a model of yours.
 """
@@ -12,18 +15,20 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from _common import RESULTS, shown_steps
+from _common import MODELS, RESULTS, load_measured, shown_steps
 
-from nexusquant_cache import PRESETS
-from nexusquant_cache.evaluation import load_model, python_topics, read_text
+from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache.evaluation import python_topics, read_text
 from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
 from nexusquant_cache.evaluation.presets import describe
-from nexusquant_cache.evaluation.results import environment, text_id, write_json
+from nexusquant_cache.evaluation.results import environment, model_id, text_id, write_json
 
 
 def main() -> None:
-    """Measure and write ``results/speed_cpu.json`` (or ``speed_cuda.json``)."""
+    """Measure and write ``results/speed_cpu.json``, with what differs from the defaults in its name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="smollm2", help="SmolLM2-135M-Instruct, or Gemma 3 270M")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of the model")
     parser.add_argument("--text", type=Path, help="text to read; Python's help topics by default")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=7, help="rounds; the median counts")
@@ -35,7 +40,10 @@ def main() -> None:
     name = "Python's help topics" if given.text is None else given.text.name
     options = BenchOptions(given.tokens, rounds=given.rounds, steps=given.steps, fills=3)
     with shown_steps() as report:
-        result = run_bench(load_model(), text, options, name=name, report=report)
+        loaded = load_measured(given.model)
+        loaded.model.to(getattr(torch, given.dtype))
+        result = run_bench(loaded, text, options, name=name, report=report)
+    policy = NexusQuantCache(config=loaded.model.config).make_policy(0)
     rows = [
         {
             "cache": row.name,
@@ -47,22 +55,25 @@ def main() -> None:
     content = {
         "environment": environment(),
         "settings": {
-            "model": result.model,
+            "model": model_id(loaded)["name"],
             "dtype": result.dtype,
             "text": text_id(name, text),
             "tokens": given.tokens,
             "rounds": given.rounds,
             "steps": given.steps,
         },
-        "presets": {key: describe(settings) for key, settings in PRESETS.items()},
+        "presets": {key: describe(settings, policy) for key, settings in PRESETS.items()},
         "rows": rows,
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    write_json(given.output or RESULTS / f"speed_{device}.json", content)
+    named = ("model", "dtype", "tokens")
+    asked = [f"_{value}" for name in named if (value := getattr(given, name)) != parser.get_default(name)]
+    write_json(given.output or RESULTS / f"speed_{device}{''.join(asked)}.json", content)
     for row in rows:
         encodes = row["encode_tokens_per_s"]
         speed = f", encodes {encodes:,.0f} tokens/s" if encodes else ""
-        print(f"{row['cache']:>18} {row['milliseconds']:7.1f} ms per token, {row['relative']:.2f}x plain{speed}")
+        print(f"{row['cache']:>18} {row['milliseconds']:7.1f} ms per token, {row['relative']:.2f}x plain", end="")
+        print(f" ({row['relative_cpu']:.2f}x in CPU seconds){speed}")
 
 
 if __name__ == "__main__":

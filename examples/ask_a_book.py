@@ -17,10 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from transformers.generation.streamers import BaseStreamer
 
 from nexusquant_cache import NexusQuantCache, PrefixStore
+from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.evaluation import EvaluationError, LoadedModel, load_model, python_topics, read_text
+from nexusquant_cache.evaluation.steps import Report, Step
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.releases import CACHE
 
@@ -83,14 +86,15 @@ def make_prompt(loaded: LoadedModel, book: str, tokens: int) -> tuple[torch.Tens
 
 
 @torch.no_grad()
-def read_book(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset: str) -> int:
+def read_book(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset: str, report: Report) -> int:
     """See to it that the store has the book; return how many tokens had to be read."""
     model = loaded.model
     found = store.get(ids, config=model.config, preset=preset, device=model.device, leave=0)
     cache, known = found or (NexusQuantCache(preset, config=model.config, when="post_prefill"), 0)
     if known == ids.shape[1]:
         return 0
-    for chunk in ids[:, known:].to(model.device).split(CHUNK, dim=1):
+    for done, chunk in enumerate(chunks := ids[:, known:].to(model.device).split(CHUNK, dim=1)):
+        report(Step("reading the book", done, len(chunks)))
         model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     store.put(cache, ids)
     return ids.shape[1] - known
@@ -136,7 +140,9 @@ def main(arguments: list[str] | None = None, loaded: LoadedModel | None = None) 
     options = parse(arguments)
     try:
         book = read_text(options.book) if options.book else python_topics()
-        loaded = loaded or load_model(options.model)
+        with progress_bars(Console(stderr=True)) as report:
+            report(Step("loading the model"))
+            loaded = loaded or load_model(options.model)
     except EvaluationError as error:
         raise SystemExit(f"error: {error}") from error
     # Models that differ in their weights alone look alike to the store.
@@ -144,7 +150,8 @@ def main(arguments: list[str] | None = None, loaded: LoadedModel | None = None) 
     ids, rest = make_prompt(loaded, book, options.tokens)
 
     start = time.perf_counter()
-    read = read_book(loaded, store, ids, options.preset)
+    with progress_bars(Console(stderr=True)) as report:
+        read = read_book(loaded, store, ids, options.preset, report)
     seconds = time.perf_counter() - start
     what = f"read {read:,} tokens" if read else f"found {ids.shape[1]:,} tokens in the store"
     print(f"{seconds:6.1f} s  {what}; the store takes {store.total_bytes / 1e6:,.2f} MB\n")

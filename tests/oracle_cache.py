@@ -62,9 +62,9 @@ class CountingCodec(VectorCodec):
     def decode(self, packed: PackedVectors, transform: VectorTransform) -> Tensor:
         return self.inner.decode(packed, transform)
 
-    def for_tokens(self, tokens: int) -> VectorCodec:
+    def for_tokens(self, vectors: Tensor, kept: int) -> VectorCodec:
         chosen = copy.copy(self)
-        chosen.inner = self.inner.for_tokens(tokens)
+        chosen.inner = self.inner.for_tokens(vectors, kept)
         return chosen
 
     def with_more_bits(self, bits: float = 1.0) -> VectorCodec | None:
@@ -554,7 +554,14 @@ class OracleLayer(CacheLayerMixin):
         evicts = settings.keep_ratio < 1 and budgets != counts
         if not evicts and settings.short_text_bits:
             codecs = [codec.with_more_bits(settings.short_text_bits) or codec for codec in codecs]
-        return [codec.for_tokens(max(budgets) if evicts and self.may_evict else len(coded[0])) for codec in codecs]
+        kept = max(budgets) if evicts and self.may_evict else len(coded[0])
+        longest = [
+            self.vectors_to_fit(row, of_row)
+            for row, of_row, count in zip(self.rows, coded, counts, strict=True)
+            if count == max(counts)
+        ]
+        sides = [torch.cat(side) for side in zip(*longest, strict=True)]
+        return [codec.for_tokens(side, kept) for codec, side in zip(codecs, sides, strict=True)]
 
     def drop(self, chosen: list[list[list[int]]]) -> None:
         """Let go of the coded tokens of the prompt that are not chosen."""
@@ -622,8 +629,7 @@ class OracleLayer(CacheLayerMixin):
             return
         heads = len(row.alive)
         if self.first:
-            text = [at for at in coded if not row.pads[at]] or [at for at in range(self.seen) if not row.pads[at]]
-            pairs = zip(self.codecs, self.pick(row, [text or coded] * heads), strict=True)
+            pairs = zip(self.codecs, self.vectors_to_fit(row, coded), strict=True)
             row.transforms = [codec.fit(vectors) for codec, vectors in pairs]
             self.owner.fitted_rows += len(row.transforms)
         codes, decoded = [], []
@@ -637,6 +643,11 @@ class OracleLayer(CacheLayerMixin):
             row.shown[side] = row.shown[side].clone()
             row.shown[side][:, coded] = decoded[side][0].to(row.shown[side].dtype)
         row.codes[:, coded] = torch.cat(codes, -1)
+
+    def vectors_to_fit(self, row: Row, coded: list[int]) -> list[Tensor]:
+        """Return those of the tokens to encode that are text; if none is, all text there is."""
+        text = [at for at in coded if not row.pads[at]] or [at for at in range(self.seen) if not row.pads[at]]
+        return self.pick(row, [text or coded] * len(row.alive))
 
     def pick(self, row: Row, positions: list[list[int]]) -> list[Tensor]:
         """Return exact keys (without their rotary phase) and values at these positions, ``[1, kv_heads, n, ...]``."""

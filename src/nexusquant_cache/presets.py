@@ -67,8 +67,9 @@ class CacheConfig:
         center_keys: Remove the mean key of each head before coding.
         remove_rope: Code keys without their rotary phase; needs the model's config.
         transform: ``"auto"``, ``"principal"`` or ``"hadamard"``: what rotates the channels, see `codec.e8.E8Codec`.
-            On prompts too short for principal axes ``"auto"`` takes a Hadamard rotation, with somewhat more bits than
-            `key_bits` and `value_bits` say: equal quality in fewer bytes.
+            ``"auto"`` gives values a Hadamard rotation, and keys principal axes.  Where these would take more bytes
+            than they save, keys get a Hadamard rotation, too, with more bits than `key_bits` says: equal quality in
+            fewer bytes.
         scale_candidates: Scales to try per vector, relative to its root mean square.
         most_code_error: How much encoding may change what attention reads from a layer, see `LayerReport.code_error`.
             A layer above it gets one more bit per channel, and again, up to 4.
@@ -189,10 +190,10 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
 # exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
-# (tests/integration/test_preset_bytes.py).  Values get more bits than keys: their variance is spread more evenly.
-_EVICTING: dict[str, Any] = {"key_bits": 1.75, "value_bits": 2.25, "short_text_bits": 0.5}
+# (tests/integration/test_preset_bytes.py).
+_EVICTING: dict[str, Any] = {"key_bits": 2, "value_bits": 2, "short_text_bits": 0.5}
 PRESETS: dict[str, CacheConfig] = {
-    "quant": CacheConfig(key_bits=2.25, value_bits=2.625, residual_length=32),
+    "quant": CacheConfig(key_bits=2.5, value_bits=2.5, residual_length=32),
     "high": CacheConfig(keep_ratio=0.72, residual_length=24, min_kept=768, **_EVICTING),
     "asym": CacheConfig(keep_ratio=0.507, residual_length=24, min_kept=768, **_EVICTING),
     "balanced": CacheConfig(keep_ratio=0.411, residual_length=24, min_kept=768, **_EVICTING),

@@ -31,6 +31,8 @@ def test_demo_end_to_end(tmp_path):
     assert 1 < quant["compression_factor"] < shortest["compression_factor"]
     for name in ("plain", "quant", "max", "found", "Question:"):
         assert name in outcome.output
+    assert "left in all" in outcome.output
+    assert outcome.output.rstrip().splitlines()[-1].startswith("Verdict: 2 of 2 presets find the fact.")
 
 
 def test_evaluate_end_to_end(tmp_path):

@@ -18,7 +18,7 @@ from nexusquant_cache.codec.rotation import PrincipalRotation
 from nexusquant_cache.codec.scale import decode_scales
 from nexusquant_cache.codec.tables import decode_rows
 from nexusquant_cache.codec.torch.encode import ScaleSearch
-from nexusquant_cache.errors import OptionError
+from nexusquant_cache.errors import OptionError, ShapeError
 
 HEAD_DIMS = (8, 40, 64, 80, 96, 128, 256)
 OCTAVES = (0.0, 3.0, 9.0)  # by which the variance of the heads falls over the channels
@@ -303,40 +303,84 @@ class TestError:
         assert not torch.equal(ScaleSearch(layout, None).encode(y, (0.92, 1.1))[1], scales)
 
 
+AXES = 64 * (64 + 4)  # bytes that axes of 64 channels take
+
+
 class TestForTokens:
-    """Which transform a layer gets that begins with so many tokens."""
+    """Which transform a layer gets that begins with vectors like these."""
 
-    def test_takes_axes_where_they_pay(self) -> None:
-        # Axes of 64 channels take 64 x (64 + 4) = 4352 bytes; half a bit is worth 4 bytes of each vector.
+    @staticmethod
+    def saved(codec: E8Codec, x: Tensor) -> float:
+        """Return how many more bits a Hadamard rotation gets, in the place of axes that do not pay."""
+        chosen = codec.for_tokens(x, 0)
+        assert chosen.transform == "hadamard"
+        return chosen.layout.bits_per_channel - codec.layout.bits_per_channel
+
+    @pytest.mark.parametrize("octaves", [3.5, 6.0])
+    def test_takes_axes_where_they_pay(self, octaves) -> None:
         codec = codec_of(bits=2, transform="auto", center=True)
-        assert codec.for_tokens(1088) == replace(codec, transform="principal")
-        assert codec.for_tokens(1087) == replace(codec, transform="hadamard", layout=CodeLayout.flat(64, 2.5))
-        assert codec.for_tokens(0).transform == "hadamard"
+        x = vectors(2000, octaves=(octaves,))
+        most, least = (self.saved(codec, x) + rounding for rounding in (1 / 16, -1 / 16))  # bits come in eighths
+        assert codec.for_tokens(x, math.ceil(AXES / (8 * least))) == replace(codec, transform="principal")
+        assert codec.for_tokens(x, int(AXES / (8 * most))).transform == "hadamard"
 
-    def test_goes_by_what_they_save(self) -> None:
-        codec = codec_of(bits=2.25, transform="auto", axes_save=0.85)
-        assert codec.for_tokens(640).transform == "principal"  # 4352 / 6.8
-        assert codec.for_tokens(639).layout.bytes_per_vector == 25  # 8 x 3.1 bits
+    @pytest.mark.parametrize(("octaves", "bits"), [(3.0, 2), (4.5, 2), (4.5, 3), (9.0, 2.25)])
+    @pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+    def test_the_choices_are_as_good_as_each_other(self, octaves, bits, scale) -> None:
+        x = scale * vectors(3000, octaves=(octaves,))
+        codec = codec_of(bits=bits, transform="auto")
+        few, many = (round_trip(codec.for_tokens(x, count), x) for count in (1, 3000))
+        assert abs(decibels(relative_error(x, few) / relative_error(x, many))) < 0.8
+
+    @pytest.mark.parametrize(("tokens", "off"), [(100, 0.25), (200, 0.25), (400, 0.125), (3000, 0.125)])
+    @pytest.mark.parametrize("octaves", [3.0, 6.0])
+    def test_what_axes_save_is_half_the_logarithm_of_the_mean_over_the_geometric_mean(
+        self, tokens, off, octaves
+    ) -> None:
+        """Whether few tokens show it or many (Huang & Schultheiss 1963)."""
+        variances = 2.0 ** (-octaves * torch.linspace(0, 1, 64, dtype=torch.float64))
+        expected = float(0.5 * (variances.mean().log2() - variances.log2().mean()))
+        found = self.saved(codec_of(bits=2, transform="auto"), vectors(tokens, octaves=(octaves,)))
+        assert abs(found - expected) <= off
+
+    def test_heads_count_alike(self) -> None:
+        codec = codec_of(bits=2, transform="auto")
+        flat, steep, both = (self.saved(codec, vectors(3000, octaves=of)) for of in ((0.0,), (6.0,), (0.0, 6.0)))
+        assert flat == 0
+        assert abs(both - steep / 2) <= 0.125
+
+    def test_the_row_of_which_most_is_saved_decides(self) -> None:
+        codec = codec_of(bits=2, transform="auto")
+        flat, steep = (vectors(500, octaves=(octaves,)) for octaves in (0.0, 6.0))
+        both, turned = (codec.for_tokens(torch.cat(rows), 1) for rows in ([flat, steep], [steep, flat]))
+        assert both == turned == codec.for_tokens(steep, 1) != codec.for_tokens(flat, 1)
+
+    def test_wrong_channels_are_refused(self) -> None:
+        with pytest.raises(ShapeError):
+            codec_of(bits=2, transform="auto").for_tokens(vectors(9, 32), 1)
+
+    def test_where_nearly_nothing_would_pay_nobody_looks(self) -> None:
+        codec, nothing = codec_of(bits=2, transform="auto"), vectors(0)
+        assert codec.for_tokens(nothing, math.ceil(AXES / 0.8)).transform == "principal"
+
+    @pytest.mark.parametrize("x", [*map(vectors, (0, 1, 2, 15)), torch.zeros(1, 2, 50, 64), torch.ones(1, 2, 50, 64)])
+    def test_where_there_is_nothing_to_see_axes_save_nothing(self, x) -> None:
+        codec = codec_of(bits=2, transform="auto", center=True)
+        assert codec.for_tokens(x, 1) == replace(codec, transform="hadamard")
 
     def test_four_bits_are_the_most(self) -> None:
-        assert codec_of(bits=3.75, transform="auto").for_tokens(1).layout == CodeLayout.uniform(64, 4)
+        codec = codec_of(bits=3.75, transform="auto")
+        assert codec.for_tokens(vectors(100), 1).layout == CodeLayout.uniform(64, 4)
 
     @pytest.mark.parametrize("transform", ["principal", "hadamard"])
     def test_a_choice_that_is_made_stays(self, transform) -> None:
         codec = codec_of(transform=transform)
-        assert codec.for_tokens(1) is codec.for_tokens(10**6) is codec
+        assert codec.for_tokens(vectors(9), 1) is codec.for_tokens(vectors(9), 10**6) is codec
 
     def test_without_it_auto_has_axes(self) -> None:
         x = vectors(100)
         auto, principal = codec_of(transform="auto"), codec_of()
         assert_same(auto.encode(x, auto.fit(x)), principal.encode(x, principal.fit(x)))
-
-    def test_the_choices_are_as_good_as_each_other(self) -> None:
-        """Where axes save what they are expected to: half a bit for half the error."""
-        x = vectors(3000, octaves=(4.5,))
-        codec = codec_of(bits=2, transform="auto")
-        few, many = (round_trip(codec.for_tokens(count), x) for count in (1, 3000))
-        assert abs(decibels(relative_error(x, few) / relative_error(x, many))) < 1
 
 
 class TestCodec:

@@ -86,6 +86,8 @@ def test_a_run_goes_on_where_it_was_interrupted(work, script, monkeypatch):
     assert len(asked) == len(set(asked)) == 9 * SAMPLES + 4
     assert steps[0].total == 10 * SAMPLES + 2 * SAMPLES - 15  # what is beyond the model is not known yet
     assert steps[-1].done + 1 == steps[-1].total == len(asked) - 15
+    assert steps[0].seconds_left is None
+    assert steps[-1].seconds_left >= 0
     asked.clear()
     make(first="changed").run(no_report)
     assert asked == [(name, 0, model) for name, _, model in dict.fromkeys(asked)]  # that prompt alone

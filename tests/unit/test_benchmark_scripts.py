@@ -140,7 +140,8 @@ class TestSharpening:
         codes = load("_codes")
         for kind, sharpness in ((codes.SharpenedCache, 1.02), (codes.MoreSharpenedCache, 1.05)):
             cache = kind("balanced", config=tiny().model.config)
-            assert cache.make_codec("keys", 16, 0).for_tokens(100).with_more_bits().sharpness == sharpness
+            codec = cache.make_codec("keys", 16, 0).for_tokens(torch.randn(1, 2, 100, 16), 100)
+            assert codec.with_more_bits().sharpness == sharpness
             assert type(cache.make_codec("values", 16, 0)) is E8Codec
 
 

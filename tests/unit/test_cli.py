@@ -2,6 +2,7 @@ import importlib.util
 import io
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,14 +18,14 @@ from nexusquant_cache.cli import progress
 from nexusquant_cache.cli.app import app
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import demo_renderables, evaluation_renderables
-from nexusquant_cache.evaluation import bench
+from nexusquant_cache.evaluation import bench, demo, steps
 from nexusquant_cache.evaluation.caches import Footprint, update
 from nexusquant_cache.evaluation.demo import DemoOptions, DemoResult, DemoRow
-from nexusquant_cache.evaluation.fit import Shape, fit
+from nexusquant_cache.evaluation.fit import Shape, fit, random_tokens
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.needle import NeedleResult
 from nexusquant_cache.evaluation.quality import TextQuality
-from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.steps import Step, with_time_left
 from nexusquant_cache.evaluation.timing import StepTime
 
 
@@ -36,7 +37,7 @@ def row(name, held, answer):
     held = Footprint(32_768, 32_768, held, 377_487_360)
     needle = NeedleResult("task", "single", 32_768, 0.4, ("123456",), answer, "123456" in answer, held)
     quality = TextQuality("text", 3.0, 2.0, 0.12345, 0.915, held)
-    return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, (1234.5,)))
+    return DemoRow(name, quality, needle, StepTime(1234.5, 12.34, 12.34, (1234.5,)))
 
 
 def said(log_prob):
@@ -175,9 +176,11 @@ class TestFit:
         plain, balanced = fit(shape, 1500, ("balanced",), batch=2)
         assert plain.held_bytes == plain.reading_bytes == 2 * 3 * 2 * 2 * 4 * 64 * 1500
         cache, held = NexusQuantCache("balanced", config=config), []
+        random = torch.Generator().manual_seed(1)
         for count in (1500, 1):
             for layer_idx in range(3):
-                update(cache, *torch.randn(2, 2, 4, count, 64).bfloat16(), layer_idx)
+                rows = [random_tokens(4, count, 64, random) for _ in range(2)]
+                update(cache, *(torch.cat(side).bfloat16() for side in zip(*rows, strict=True)), layer_idx)
             cache.layers[2].encode()
             held.append(sum(layer.held_bytes for layer in cache.memory_report().layers))
         assert balanced.held_bytes == pytest.approx(held[1], rel=0.01)
@@ -289,6 +292,57 @@ def test_the_table_fits_into_100_columns(result):
     assert "It is not known" in text
 
 
+def last_line(result):
+    return list(demo_renderables(result))[-1].plain.strip()
+
+
+def test_the_last_line_is_a_verdict(result):
+    assert last_line(result) == "Verdict: 0 of 1 presets find the fact; lost by balanced."
+    found = replace(result, rows=(result.rows[0], row("max", 15_000_000, "123456"), *result.rows[1:]))
+    assert last_line(found) == (
+        "Verdict: 1 of 2 presets find the fact; lost by balanced. max: 25.2x smaller, "
+        "perplexity +171.8 %, 12.34x the time per token."
+    )
+
+
+def test_the_verdict_tells_when_the_model_itself_is_lost(result):
+    plain = row("plain", 377_487_360, "I do not know.")
+    assert "the model misses the fact even with the plain cache" in last_line(
+        replace(result, rows=(plain, result.rows[1]))
+    )
+
+
+def test_the_verdict_without_question_and_times(result):
+    rows = tuple(replace(each, needle=None, time=None) for each in result.rows)
+    assert last_line(replace(result, rows=rows)) == "Verdict: balanced: 17.2x smaller, perplexity +171.8 %."
+
+
+def test_the_time_left_is_that_of_all_phases(monkeypatch):
+    times = iter((0.0, 0.0, 20.0, 40.0))
+    monkeypatch.setattr(steps.time, "monotonic", lambda: next(times))
+    shown = []
+    report = with_time_left(shown.append, {"loading": 10.0, "reading": 20.0})
+    for step in (Step("loading"), Step("reading"), Step("reading", 1, 2)):
+        report(step)
+    # 30 expected; then 10 of them took 20, and 20 took 40, on top of 10 that are trusted
+    assert [step.seconds_left for step in shown] == [30, 20 * 30 / 20, pytest.approx(10 * 50 / 30)]
+    assert [step.phase for step in shown] == ["loading", "reading", "reading"]
+
+
+def test_the_time_left_is_shown_with_and_without_a_terminal(capsys):
+    for console in (Console(width=120), Console(force_terminal=True, width=120)):
+        with progress_bars(console) as report:
+            report(Step("reading", 1, 2, "max", seconds_left=83.0))
+        assert "about 85 s left" in capsys.readouterr().out
+
+
+def test_the_demo_expects_every_phase_that_it_has():
+    expected = DemoOptions().expected_seconds()
+    assert list(expected) == [demo.LOADING, demo.READING, demo.COMPILING, demo.COMPARING, demo.TIMING]
+    assert demo.TIMING not in DemoOptions(rounds=0).expected_seconds()
+    assert DemoOptions(presets=("max",)).expected_seconds()[demo.COMPARING] < expected[demo.COMPARING]
+
+
 def test_without_a_terminal_each_phase_is_one_line(capsys):
     with progress_bars(Console()) as report:
         for step in (Step("reading", 1, 2), Step("reading", 2, 2), Step("asking")):
@@ -305,8 +359,8 @@ def test_without_a_terminal_a_long_phase_shows_itself_once_a_minute(monkeypatch,
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "measuring ...",
-        "measuring 2/5 a long name of a text, about 2 min left",  # 61 seconds for two of five
-        "measuring 4/5 a long name of a text, about 1 min left",
+        "measuring 2/5 a long name of a text",
+        "measuring 4/5 a long name of a text",
     ]
 
 

@@ -21,12 +21,13 @@ from nexusquant_cache.evaluation.caches import (
 )
 from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
 from nexusquant_cache.evaluation.intervals import mean_interval, wilson_interval
-from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE
+from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, nexusquant_candidate
 from nexusquant_cache.evaluation.quality import (
     Continuation,
     TextQuality,
     measure_quality,
     plain_quality,
+    predict,
     run_plain,
     summarize,
 )
@@ -36,8 +37,8 @@ from nexusquant_cache.releases import CACHE
 
 SPEED = {
     "rows": [
-        {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "encode_tokens_per_s": None},
-        {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "encode_tokens_per_s": 12345.6},
+        {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "relative_cpu": 1.0, "encode_tokens_per_s": None},
+        {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "relative_cpu": 1.5, "encode_tokens_per_s": 12345.6},
     ]
 }
 
@@ -162,6 +163,33 @@ class TestCaches:
         cache.layers[0].keys.zero_()
         assert torch.equal(plain.cache.layers[0].keys, before)
         assert cache.get_seq_length() == 800
+
+    @pytest.mark.parametrize(("preset", "most"), [("quant", 0.03), ("max", 0.3)])  # the second keeps other tokens
+    def test_a_prompt_can_be_filled_in_two_chunks(self, loaded, window, plain, preset, most, monkeypatch):  # noqa: PLR0917
+        """The second goes on from a copy; its queries see what is before them and not what is behind."""
+        candidate = nexusquant_candidate(preset, preset, loaded.model.config)
+        begun = fill(candidate.factory, prefill(loaded.model, window[:, :780]))
+        masks, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+        def noted(*args, **kwargs):
+            masks.extend([kwargs["attn_mask"]] if "attn_mask" in kwargs else [])
+            return attend(*args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+            held = fill_and_compress(loaded, candidate, plain, start=begun)
+        assert begun.get_seq_length() == 780
+        assert held.cache.get_seq_length() == 800
+        assert [mask.sum(-1).tolist() for mask in masks] == 2 * [list(range(781, 801))]
+        whole = fill_and_compress(loaded, candidate, plain)
+        assert held.footprint.kept_tokens == whole.footprint.kept_tokens
+        next_ids = torch.tensor([[65, 66]])
+        found, expected = (predict(loaded.model, next_ids, each.cache) for each in (held, whole))
+        assert (expected.exp() * (expected - found)).sum() < most
+
+    def test_caches_that_return_plain_tensors_are_not_attended_to(self, monkeypatch, plain):
+        monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+        assert fill(DynamicCache, plain).get_seq_length() == 800
 
     def test_fill_needs_a_full_source_and_an_empty_target(self, plain):
         with pytest.raises(CacheStateError, match="empty"):
@@ -294,12 +322,13 @@ class TestQuality:
 class TestTiming:
     def test_every_cache_gets_its_rounds(self, loaded, plain):
         calls = []
-        factories = {"max": lambda: NexusQuantCache("max", config=loaded.model.config)}
+        caches = {"max": fill(lambda: NexusQuantCache("max", config=loaded.model.config), plain)}
         times = time_steps(
-            loaded.model, plain, factories, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
+            loaded.model, plain, caches, rounds=2, steps=3, progress=lambda done, total: calls.append((done, total))
         )
         assert list(times) == ["plain", "max"]
-        assert times["plain"].relative == 1
+        assert times["plain"].relative == times["plain"].relative_cpu == 1
+        assert times["max"].relative_cpu > 0
         assert all(len(taken.rounds) == 2 and taken.milliseconds > 0 for taken in times.values())
         assert calls[-1] == (6, 6)
         assert plain.cache.get_seq_length() == 800
@@ -415,7 +444,7 @@ class TestTables:
         document.write_text("before\n<!-- table:speed -->\nold\n<!-- /table -->\nafter\n")
         assert tables.stale([document], tmp_path) == [document]
         written = tables.render(document.read_text(), tmp_path)
-        assert "| `max` | 100 | 1.25x | 12,346 |\n" in written
+        assert "| `max` | 100 | 1.25x | 1.50x | 12,346 |\n" in written
         assert written.startswith("before\n<!-- table:speed -->\n\n| cache |")
         assert written.endswith("|\n\n<!-- /table -->\nafter\n")
         document.write_text(written)

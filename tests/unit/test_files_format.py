@@ -1112,12 +1112,18 @@ class TestRegistry:
 
     def test_whole_numbers_may_stand_for_others(self):
         meta = registry.describe_codec(E8Codec(CodeLayout.flat(16, 2)))
-        codec = registry.make_codec(CodecMeta("e8", meta.options | {"candidates": [1, 2], "axes_save": 1}))
-        assert codec == E8Codec(CodeLayout.flat(16, 2), candidates=(1.0, 2.0), axes_save=1.0)
+        codec = registry.make_codec(CodecMeta("e8", meta.options | {"candidates": [1, 2]}))
+        assert codec == E8Codec(CodeLayout.flat(16, 2), candidates=(1.0, 2.0))
+
+    @pytest.mark.parametrize("value", [0.95, 1])
+    def test_what_earlier_releases_expected_of_axes_is_ignored(self, value):
+        codec = E8Codec(CodeLayout.flat(16, 2))
+        meta = registry.describe_codec(codec)
+        assert registry.make_codec(CodecMeta("e8", meta.options | {"axes_save": value})) == codec
 
     def test_options_of_later_releases_have_their_defaults(self):
         meta = registry.describe_codec(E8Codec(CodeLayout.flat(16, 2)))
-        options = {name: x for name, x in meta.options.items() if name != "axes_save"}
+        options = {name: x for name, x in meta.options.items() if name != "seed"}
         assert registry.make_codec(CodecMeta("e8", options)) == E8Codec(CodeLayout.flat(16, 2))
 
     def test_names_are_taken_once(self):

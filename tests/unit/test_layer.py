@@ -25,7 +25,7 @@ from integration.tiny import (
 from oracle_cache import CountingCache, OracleCache, spread
 from torch import Tensor
 
-from nexusquant_cache import DEFAULT_POLICY, CacheConfig, KeyNormPolicy, NexusQuantCache
+from nexusquant_cache import DEFAULT_POLICY, CacheConfig, EqualBudgets, KeyNormPolicy, NexusQuantCache
 from nexusquant_cache.errors import UnsupportedError
 from nexusquant_cache.layer.parts import part_of
 from nexusquant_cache.policy import ScoreInputs
@@ -448,9 +448,12 @@ def test_chunked_prompt_equals_one_prompt() -> None:
     assert fingerprint(whole) == fingerprint(chunked)
 
 
-def test_batch_of_two_is_two_batches_of_one() -> None:
+@pytest.mark.parametrize("transform", ["auto", "principal", "hadamard"])
+def test_batch_of_two_is_two_batches_of_one(transform: str) -> None:
+    """Channels are alike, so all rows want the same rotation; heads keep equally many, so rows can be joined."""
     keys, values = random_states((2, HEADS, 90, HEAD_DIM), 5, torch.bfloat16)
-    caches = [NexusQuantCache("balanced", config=CONFIG, **SMALL, **ANY_ERROR) for _ in range(3)]
+    options = SMALL | ANY_ERROR | {"transform": transform, "policy": EqualBudgets(DEFAULT_POLICY)}
+    caches = [NexusQuantCache("balanced", config=CONFIG, **options) for _ in range(3)]
     for part in [slice(0, 60), *(slice(i, i + 1) for i in range(60, 90))]:
         both = attended(caches[0], keys[:, :, part], values[:, :, part], 0)
         alone = [attended(caches[1 + i], keys[i : i + 1, :, part], values[i : i + 1, :, part], 0) for i in range(2)]

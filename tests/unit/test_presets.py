@@ -51,7 +51,7 @@ class TestOverride:
     def test_returns_a_changed_copy(self) -> None:
         changed = PRESETS["max"].override({"key_bits": 4, "keep_ratio": 0.5})
         assert changed == replace(PRESETS["max"], key_bits=4, keep_ratio=0.5)
-        assert PRESETS["max"].key_bits == 1.75
+        assert PRESETS["max"].key_bits == 2
 
     def test_no_options_change_nothing(self) -> None:
         assert PRESETS["high"].override({}) == PRESETS["high"]

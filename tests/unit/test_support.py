@@ -1,5 +1,6 @@
 """When kernels are used, and what is said where they cannot be."""
 
+import importlib.util
 import logging
 import re
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from feeding import feed
 from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl
 from nexusquant_cache.codec import transform as transform_module
+from nexusquant_cache.codec.cpu import ahead
 from nexusquant_cache.codec.cpu import support as cpu
 from nexusquant_cache.codec.e8 import E8Codec
 from nexusquant_cache.codec.layout import CodeLayout
@@ -198,3 +200,16 @@ def test_rotations_are_found_where_they_were_at_first():
     assert Found is HadamardRotation
     with pytest.raises(AttributeError, match="no attribute 'Hadamard'"):
         _ = transform_module.Hadamard
+
+
+def test_a_cpu_gets_its_functions_ahead_of_their_use(monkeypatch):
+    imported = []
+    monkeypatch.setattr(ahead, "import_module", imported.append)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ahead, "why_not_on", lambda _device: None)
+    ahead.compile_ahead()()
+    assert len(imported) == 2
+    assert all(importlib.util.find_spec(name) for name in imported)
+    monkeypatch.setattr(ahead, "why_not_on", lambda _device: "numba is not installed")
+    ahead.compile_ahead()()
+    assert len(imported) == 2

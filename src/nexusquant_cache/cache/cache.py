@@ -47,10 +47,6 @@ from nexusquant_cache.releases import compile_inside_wrappers
 from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
 
 _LOGGER = logging.getLogger(__name__)
-# Bits per channel at equal error: the upper end of what `benchmarks/transforms.py` finds; no prompt is to be worse off.
-_AXES_SAVE: dict[Side, float] = {"keys": 0.95, "values": 0.4}
-
-
 _ASKED_ONCE = frozenset({"policy", "make_policy", "make_codec", "make_phase"})
 _PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)$")
 
@@ -232,10 +228,12 @@ class NexusQuantCache(DynamicCache):
         if settings.codec != "e8":
             return new_codec(settings.codec, head_dim)
         keys = side == "keys"
+        transform = settings.transform
+        if not keys and transform == "auto":
+            transform = "hadamard"  # attention averages errors of values away, but not what a block without bits lacks
         return E8Codec(
             CodeLayout.flat(head_dim, settings.key_bits if keys else settings.value_bits),
-            transform=settings.transform,
-            axes_save=_AXES_SAVE[side],
+            transform=transform,
             candidates=settings.scale_candidates,
             center=keys and settings.center_keys,
             impl=settings.impl,

@@ -19,9 +19,10 @@ from nexusquant_cache.cli.chat import ChatLoop
 from nexusquant_cache.cli.progress import progress_bars
 from nexusquant_cache.cli.render import bench_renderables, demo_renderables, evaluation_renderables, fit_renderables
 from nexusquant_cache.cli.render_file import converted_renderables, file_renderables, store_renderables
+from nexusquant_cache.codec.cpu.ahead import compile_ahead
 from nexusquant_cache.errors import FormatError, NexusQuantError
 from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
-from nexusquant_cache.evaluation.demo import DemoOptions, run_demo
+from nexusquant_cache.evaluation.demo import LOADING, DemoOptions, run_demo
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.experiment import EvaluationOptions, evaluate
 from nexusquant_cache.evaluation.facts import FACTS
@@ -30,7 +31,7 @@ from nexusquant_cache.evaluation.kinds import KINDS
 from nexusquant_cache.evaluation.models import DEFAULT_MODEL, load_config, load_model, load_tokenizer
 from nexusquant_cache.evaluation.presets import preset_candidates
 from nexusquant_cache.evaluation.report import check_plots, write_report
-from nexusquant_cache.evaluation.steps import Step
+from nexusquant_cache.evaluation.steps import Step, with_time_left
 from nexusquant_cache.evaluation.texts import python_topics, read_text
 from nexusquant_cache.files import convert_file, inspect_file, verify_file, write_page
 from nexusquant_cache.files.writer import Progress
@@ -123,9 +124,11 @@ def demo(  # noqa: PLR0913, PLR0917 - one parameter per option
         _check_writable(json_file)
         content = python_topics() if text is None else read_text(text)
         name = _TOPICS if text is None else text.name
-        with progress_bars(Console(file=sys.stderr)) as report:
-            report(Step(f"loading {model or DEFAULT_MODEL}"))
-            result = run_demo(load_model(model), content, options, name=name, report=report)
+        with progress_bars(Console(file=sys.stderr)) as bars:
+            report = with_time_left(bars, options.expected_seconds())
+            report(Step(LOADING, detail=model or DEFAULT_MODEL))
+            compiled = compile_ahead()
+            result = run_demo(load_model(model), content, options, name=name, report=report, ready=compiled)
         if json_file is not None:
             json_file.write_text(json.dumps(result.to_dict(), indent=1) + "\n", encoding="utf-8")
     _show(demo_renderables(result))

@@ -1,4 +1,4 @@
-"""Progress bars on a terminal; elsewhere a line per phase, and one a minute with the time left while it lasts."""
+"""Progress bars on a terminal; elsewhere a line per phase, and one a minute while it lasts."""
 
 import contextlib
 import math
@@ -43,28 +43,21 @@ def progress_bars(console: Console) -> Iterator[Report]:
 class _Lines:
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._first = Step("")
-        self._started_at = self._shown_at = 0.0
+        self._phase = ""
+        self._shown_at = 0.0
 
     def show(self, step: Step) -> None:
         now = time.monotonic()
-        if step.phase != self._first.phase:
+        if step.phase != self._phase:
             line = f"{step.phase} ..."
-            self._first, self._started_at = step, now
         elif now - self._shown_at >= _SECONDS_BETWEEN_LINES:
-            line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip() + self._left(step, now)
+            line = f"{step.phase} {step.done}/{step.total} {step.detail}".rstrip()
         else:
             return
-        self._shown_at = now
+        if step.seconds_left is not None:
+            line = f"{line} ({_time_left(step.seconds_left)})"
+        self._phase, self._shown_at = step.phase, now
         self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def _left(self, step: Step, now: float) -> str:
-        """Return how long a phase will last if it goes on as it has gone; nothing if that cannot be told."""
-        done, left = step.done - self._first.done, step.total - step.done
-        if done <= 0 or left <= 0:
-            return ""
-        minutes = (now - self._started_at) * left / done / 60
-        return f", about {math.ceil(minutes)} min left"
 
 
 class _Bars:
@@ -79,4 +72,11 @@ class _Bars:
                 self._progress.update(self._task, completed=1, total=1, detail="")
             self._phase = step.phase
             self._task = self._progress.add_task(step.phase, total=None, detail="")
-        self._progress.update(self._task, completed=step.done, total=step.total or None, detail=step.detail)
+        detail = step.detail
+        if step.seconds_left is not None:
+            detail = f"{_time_left(step.seconds_left)}; {detail}" if detail else _time_left(step.seconds_left)
+        self._progress.update(self._task, completed=step.done, total=step.total or None, detail=detail)
+
+
+def _time_left(seconds: float) -> str:
+    return f"about {max(math.ceil(seconds / 5) * 5, 5):.0f} s left in all"

@@ -25,7 +25,7 @@ _COLUMNS = ("cache", "seen", "kept", "MiB", "factor", "dPPL %", "KL", "top-1 %",
 
 
 def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
-    """Yield the demo's table and, if it asked for the fact, the answers."""
+    """Yield the demo's table, the answers if it asked for the fact, and what to make of it."""
     yield Text(f"{result.model} read {result.rows[0].footprint.seen_tokens:,} tokens of {result.text}.")
     yield _table(result.rows)
     yield Text(
@@ -36,6 +36,29 @@ def demo_renderables(result: DemoResult) -> Iterator[RenderableType]:
     if any(row.needle for row in result.rows):
         yield Text(f"\nHidden fact: {result.needle.sentences[0]}\nQuestion:    {result.needle.question}")
         yield _answers(result.rows)
+    yield Text(f"\n{_verdict(result.rows)}", style="bold")
+
+
+def _verdict(rows: tuple[DemoRow, ...]) -> str:
+    """Return in a sentence or two what the demo has shown."""
+    plain, *presets = rows
+    found = [row for row in presets if row.needle is None or row.needle.found]
+    shown = ""
+    if plain.needle is not None:
+        if not plain.needle.found:
+            shown = "the model misses the fact even with the plain cache, so answers compare nothing. "
+            found = presets
+        else:
+            lost = [row.name for row in presets if row not in found]
+            shown = f"{len(found)} of {len(presets)} presets find the fact"
+            shown += f"; lost by {', '.join(lost)}. " if lost else ". "
+    if not found:
+        return f"Verdict: {shown.rstrip()}"
+    best = max(found, key=lambda row: row.footprint.compression_factor)
+    shown += f"{best.name}: {best.footprint.compression_factor:.1f}x smaller"
+    shown += f", perplexity {_signed(best.quality.dppl_percent)} %"
+    shown += f", {best.time.relative:.2f}x the time per token" if best.time is not None else ""
+    return f"Verdict: {shown}."
 
 
 def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[RenderableType]:
@@ -70,7 +93,7 @@ def evaluation_renderables(content: Mapping[str, Any], page: Path) -> Iterator[R
 def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
     """Yield the table of times, and what was left out."""
     yield Text(f"{result.model} in {result.dtype} read {result.options.tokens:,} tokens of {result.text}.")
-    table = _empty_table(("cache", "MiB", "factor", "ms/token", "x plain", "s to compress"))
+    table = _empty_table(("cache", "MiB", "factor", "ms/token", "x plain", "x CPU", "s to compress"))
     for row in result.rows:
         held = row.footprint
         table.add_row(
@@ -79,12 +102,13 @@ def bench_renderables(result: BenchResult) -> Iterator[RenderableType]:
             f"{held.compression_factor:.1f}x" if held else _NONE,
             f"{row.time.milliseconds:.1f}",
             f"{row.time.relative:.2f}x",
+            f"{row.time.relative_cpu:.2f}x",
             f"{row.compress_seconds:.2f}" if row.compress_seconds is not None else _NONE,
         )
     yield table
     yield Text(
-        f"Medians of {result.options.rounds} rounds of {result.options.steps} tokens, all caches in turn. MiB: all "
-        "tensors held once the text is read; plain counted in 16 bit.",
+        f"Medians of {result.options.rounds} rounds of {result.options.steps} tokens, all caches in turn. x CPU: "
+        "processor time of all threads. MiB: all tensors held once the text is read; plain counted in 16 bit.",
         style="dim",
     )
     for name, why in result.left_out.items():

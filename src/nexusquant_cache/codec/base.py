@@ -191,9 +191,14 @@ class VectorCodec(ABC):
     def bytes_per_vector(self) -> int:
         """Bytes held per vector (words and scale)."""
 
-    def for_tokens(self, tokens: int) -> "VectorCodec":
-        """Return the codec for a layer that begins with so many coded tokens; by default this one."""
-        del tokens
+    def for_tokens(self, vectors: Float[Tensor, "b h n d"], kept: int) -> "VectorCodec":
+        """Return the codec for a layer that begins with tokens like these; by default this one.
+
+        Args:
+            vectors: The keys or the values of the longest rows, without padding.
+            kept: How many of its tokens heads will keep, on average.
+        """
+        del vectors, kept
         return self
 
     def with_more_bits(self, bits: float = 1.0) -> "VectorCodec | None":

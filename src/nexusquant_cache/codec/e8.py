@@ -11,7 +11,7 @@ from torch import Tensor
 from nexusquant_cache.codec import impl
 from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.impl import Impl
-from nexusquant_cache.codec.layout import DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
+from nexusquant_cache.codec.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
 from nexusquant_cache.codec.torch.decode import coded_channels
 from nexusquant_cache.codec.transform import Rotation, VectorTransform
@@ -22,6 +22,7 @@ TransformRule = Literal["auto", "principal", "hadamard"]
 _STEP_BYTES = 4  # of each axis, besides one byte for each of its channels
 _FLOAT16_MAX = 65504.0
 _SAMPLE = 512  # at most so many vectors, of which the median scale is taken, where it takes a rotation to know a scale
+_SAVED_BY_ALL = 0.1  # bits per channel: where axes pay already if they save so few, nobody has to look
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -43,7 +44,6 @@ class E8Codec(VectorCodec):
         transform: ``"hadamard"`` rotates by a fixed matrix that costs no byte.  ``"principal"`` gives each head the
             principal axes of its own vectors and, of the layouts of equal size (`layout.sloped_layouts`), the one that
             suits their variances.  ``"auto"`` leaves the choice to `for_tokens`; `fit` takes it for ``"principal"``.
-        axes_save: Bits per channel that principal axes are expected to save at equal error, for `for_tokens`.
         impl: Which implementation computes, see `codec.impl`; up to rounding, all compute the same.
 
     Raises:
@@ -55,7 +55,6 @@ class E8Codec(VectorCodec):
     center: bool = False
     seed: int = 0
     transform: TransformRule = "hadamard"
-    axes_save: float = 0.5
     impl: Impl = field(default="auto", compare=False)
 
     def __post_init__(self) -> None:
@@ -84,19 +83,46 @@ class E8Codec(VectorCodec):
         """Packed codes and the scale byte."""
         return self.layout.bytes_per_vector + 1
 
-    def for_tokens(self, tokens: int) -> "E8Codec":
+    def for_tokens(self, vectors: Float[Tensor, "b h n d"], kept: int) -> "E8Codec":
         """Choose between the transforms, if that is left open: whichever takes fewer bytes at equal error.
 
-        Principal axes cost a matrix, a Hadamard rotation costs `axes_save` bits in every channel of every token.
+        Principal axes cost a matrix.  A Hadamard rotation costs, in every channel of every token, the bits that axes
+        would save of vectors like these: the mean of what they save of every second vector, to which they are fitted,
+        and of the others.  That is a guess where there are fewer than two vectors for each channel.  The row of which
+        most is saved decides.
+
+        Where axes pay already if they save a tenth of a bit, they are taken without a look.
         """
+        self._check(vectors)
         if self.transform != "auto" or self._has_own_rotation:
             return self
         head_dim = self.layout.head_dim
         axes = head_dim * (head_dim + _STEP_BYTES)
-        if tokens * head_dim / 8 * self.axes_save >= axes:
+        if kept * head_dim / 8 * _SAVED_BY_ALL >= axes:
             return replace(self, transform="principal")
-        bits = min(self.layout.bits_per_channel + self.axes_save, MAX_BITS)
+        saved = self._saved_by_axes(vectors)
+        if kept * head_dim / 8 * saved >= axes:
+            return replace(self, transform="principal")
+        bits = min(self.layout.bits_per_channel + saved, MAX_BITS)
         return replace(self, transform="hadamard", layout=CodeLayout.flat(head_dim, bits))
+
+    def _saved_by_axes(self, vectors: Float[Tensor, "b h n d"]) -> float:
+        """Return how many bits per channel principal axes save at equal error, on average over heads; at least 0."""
+        if vectors.shape[2] < 2 * BLOCK:  # a handful shows nothing
+            return 0.0
+        mean = self._mean(vectors[:, :, ::2])
+        fitted, others = (_centred(vectors[:, :, start::2], mean) for start in (0, 1))
+        rotation, variances = PrincipalRotation.fit(fitted)
+        # What is rotated is relative to the deviation of each block.
+        relative = rotation.rotate(others).square().mean(2).unflatten(-1, (-1, BLOCK)).mean(-1)
+        errors = torch.stack([_expected_error(variances, layout) for layout in self.layouts])
+        plan = errors.argmin(0, keepdim=True)
+        saved = []
+        for by_block in (variances, relative * variances):
+            errors = torch.stack([_expected_error(by_block, layout) for layout in self.layouts])
+            flat = by_block.mean(-1) * sum(DISTORTION[bits] for bits in self.layout.block_bits)
+            saved.append(0.5 * (flat / errors.gather(0, plan)[0]).log2())
+        return max(float(torch.stack(saved).nan_to_num(0.0, 0.0, 0.0).mean((0, 2)).amax()), 0.0)
 
     @property
     def _has_own_rotation(self) -> bool:
@@ -118,12 +144,8 @@ class E8Codec(VectorCodec):
     def fit(self, vectors: Float[Tensor, "b h n d"]) -> VectorTransform:
         """Freeze the mean (if centring), the rotation, the layout and the reference scale of each head."""
         self._check(vectors)
-        mean = None
-        if self.center:
-            # Any rounding of the mean is harmless: what is subtracted is what is added back.
-            mean = vectors.mean(2, keepdim=True, dtype=torch.float32)
-            mean = mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
-        centred = vectors.float() if mean is None else vectors.float() - mean
+        mean = self._mean(vectors)
+        centred = _centred(vectors, mean)
         if self.transform == "hadamard" or self._has_own_rotation:
             return VectorTransform(self.make_rotation(centred), mean, _reference(centred))
         rotation, variances = PrincipalRotation.fit(centred)
@@ -131,6 +153,14 @@ class E8Codec(VectorCodec):
         plans = errors.argmin(0).to("cpu", torch.uint8)
         some = centred[:, :, :: -(-centred.shape[2] // _SAMPLE)]
         return VectorTransform(rotation, mean, _reference(rotation.rotate(some)), plans)
+
+    def _mean(self, vectors: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1 d"] | None:
+        """Return what is subtracted from every vector; None if nothing is."""
+        if not self.center:
+            return None
+        # Any rounding of the mean is harmless: what is subtracted is what is added back.
+        mean = vectors.mean(2, keepdim=True, dtype=torch.float32)
+        return mean.clamp(-_FLOAT16_MAX, _FLOAT16_MAX).half()
 
     def encode(self, vectors: Float[Tensor, "b h n d"], transform: VectorTransform) -> PackedVectors:
         """Return finite vectors, encoded; see the class for the search."""
@@ -156,6 +186,10 @@ class E8Codec(VectorCodec):
         if vectors.ndim != 4 or vectors.shape[-1] != self.layout.head_dim:  # noqa: PLR2004 - b h n d
             msg = f"expected [batch, kv_heads, tokens, {self.layout.head_dim}], got shape {tuple(vectors.shape)}"
             raise ShapeError(msg)
+
+
+def _centred(vectors: Float[Tensor, "b h n d"], mean: Float[Tensor, "b h 1 d"] | None) -> Float[Tensor, "b h n d"]:
+    return vectors.float() if mean is None else vectors.float() - mean
 
 
 def _reference(y: Float[Tensor, "b h n d"]) -> Float[Tensor, "b h 1"]:

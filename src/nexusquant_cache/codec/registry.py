@@ -55,7 +55,8 @@ def _e8_options() -> Options:
 
 def _make_e8(options: Options) -> E8Codec:
     given = dict(options)
-    if given.pop("gain", "norm") != "norm":  # files of earlier releases name it
+    given.pop("axes_save", None)  # files of earlier releases have it; it decided nothing that is not in the layout
+    if given.pop("gain", "norm") != "norm":  # they name that, too
         msg = "the gain rules besides 'norm' have been removed"
         raise ValueError(msg)
     head_dim, bits = given.pop("head_dim"), tuple(given.pop("block_bits"))

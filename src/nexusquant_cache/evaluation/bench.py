@@ -7,10 +7,10 @@ from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
-from transformers import PretrainedConfig, QuantizedCache
+from transformers import Cache, PretrainedConfig, QuantizedCache
 
 from nexusquant_cache.errors import UnsupportedError
-from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, fill_and_compress, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, fill, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.models import LoadedModel
 from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, preset_candidates
@@ -120,6 +120,7 @@ def run_bench(
     others = _quantized(loaded.model.config)
     candidates = [PLAIN_CANDIDATE, *preset_candidates(loaded, options.presets), *others]
     held: dict[str, tuple[Footprint | None, float | None]] = {}
+    caches: dict[str, Cache] = {}
     left_out = {f"{name}, {_QUANTIZED_BITS} bits": f"{package} is not installed" for name, package in _missing()}
     for done, candidate in enumerate(candidates):
         report(Step("compressing", done, len(candidates), candidate.name))
@@ -127,6 +128,7 @@ def run_bench(
             taken = [fill_and_compress(loaded, candidate, plain) for _ in range(options.fills)]
         except UnsupportedError:  # a cache that does not say what it holds
             held[candidate.name] = None, None
+            caches[candidate.name] = fill(candidate.factory, plain)
         except Exception as error:
             if candidate not in others:
                 raise
@@ -134,11 +136,12 @@ def run_bench(
         else:
             seconds = [each.seconds for each in taken if each.seconds is not None]
             held[candidate.name] = taken[0].footprint, statistics.median(seconds) if seconds else None
-    factories = {each.name: each.factory for each in candidates if each.name in held and each.name != PLAIN}
+            caches[candidate.name] = taken[0].cache
+    del caches[PLAIN]  # it is timed anyway
     times = time_steps(
         loaded.model,
         plain,
-        factories,
+        caches,
         rounds=options.rounds,
         steps=options.steps,
         progress=progress_of(report, "timing generation"),

@@ -171,13 +171,15 @@ def _empty(factory: CacheFactory, plain: Prefilled) -> Cache:
 
 def _read(cache: Cache, plain: Prefilled) -> float:
     """Let a cache see what ``plain`` has; return the seconds that its updates took, in which it may compress."""
-    seconds = 0.0
+    seconds, seen = 0.0, int(cache.get_seq_length())  # a tensor, of some caches
+    if seen == plain.ids.shape[1]:
+        return seconds
     for index, (keys, values) in enumerate(_exact_layers(plain.cache)):
-        given = keys.clone(), values.clone()
+        given = keys[:, :, seen:].clone(), values[:, :, seen:].clone()
         start = now()
         states = cache.update(*given, index)
         seconds += now() - start
-        _attend(cache, states, index, plain.queries[index], keys.shape[2])
+        _attend(cache, states, index, plain.queries[index][:, :, seen:], given[0].shape[2])
     return seconds
 
 
@@ -203,21 +205,36 @@ def update(
 
 
 def _attend(cache: Cache, states: tuple[Tensor, Tensor], layer_idx: int, queries: Tensor, fresh: int) -> None:
-    seen = int(cache.get_seq_length(layer_idx))  # a tensor, of some caches
-    is_causal = queries.shape[2] == fresh == seen > 1  # half the work
-    F.scaled_dot_product_attention(queries, *states, is_causal=is_causal, enable_gqa=True)
+    if type(states[0]) is Tensor is type(states[1]):
+        return  # nobody sees it
+    count, seen = queries.shape[2], int(cache.get_seq_length(layer_idx))
+    is_causal, mask = count == fresh == seen > 1, None  # half the work
+    if seen > fresh > 1:
+        mask = torch.ones(count, seen, dtype=torch.bool, device=queries.device).tril(seen - count)
+    F.scaled_dot_product_attention(queries, *states, attn_mask=mask, is_causal=is_causal, enable_gqa=True)
 
 
 @torch.no_grad()
-def fill_and_compress(loaded: LoadedModel, candidate: Candidate, plain: Prefilled) -> Compressed:
-    """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed."""
-    cache = _empty(candidate.factory, plain)
-    seconds, start = _read(cache, plain), now()
+def fill_and_compress(
+    loaded: LoadedModel, candidate: Candidate, plain: Prefilled, *, start: Cache | None = None
+) -> Compressed:
+    """Return a new cache of a candidate that has read the prompt, was prepared, and has been compressed.
+
+    Args:
+        loaded: Model and tokenizer.
+        candidate: The cache.
+        plain: The prompt; not changed.
+        start: A cache of this candidate that has seen the beginning of the prompt, or all of it, and was not told to
+            compress; it is copied, not changed.
+    """
+    cache = _empty(candidate.factory, plain) if start is None else copy.deepcopy(start)
+    seconds, began = _read(cache, plain), now()
     if candidate.prepare is not None:
         candidate.prepare(cache, loaded, plain.ids)
     is_compressed = compress(cache)
-    seconds += now() - start
-    does_something = is_compressed or candidate.prepare is not None
+    seconds += now() - began
+    # What encoding took while the beginning was read is not known.
+    does_something = start is None and (is_compressed or candidate.prepare is not None)
     return Compressed(cache, footprint(cache), seconds if does_something else None)
 
 

@@ -1,13 +1,15 @@
 """The demo: one real text, one hidden fact, the plain cache and every preset, as plain results without output."""
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
+from transformers import Cache
 
-from nexusquant_cache.evaluation.caches import PLAIN, Candidate, Footprint, Prefilled, prefill
+from nexusquant_cache.evaluation.caches import PLAIN, Footprint, fill, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
 from nexusquant_cache.evaluation.kinds import Needle
 from nexusquant_cache.evaluation.models import LoadedModel
@@ -15,17 +17,18 @@ from nexusquant_cache.evaluation.needle import NeedleResult, NeedleTask, ask, ma
 from nexusquant_cache.evaluation.presets import PLAIN_CANDIDATE, preset_candidates
 from nexusquant_cache.evaluation.quality import (
     Continuation,
-    PlainRun,
     TextQuality,
-    measure_quality,
     plain_quality,
+    quality_of,
     run_plain,
 )
 from nexusquant_cache.evaluation.steps import Report, Step, no_report, progress_of
 from nexusquant_cache.evaluation.texts import tokenize
 from nexusquant_cache.evaluation.timing import StepTime, time_steps
-from nexusquant_cache.presets import preset_names
+from nexusquant_cache.presets import PRESETS, preset_names
 
+LOADING, COMPILING, READING = "loading the model", "compiling the codec, once", "reading the text"
+COMPARING, TIMING = "predicting and answering", "timing generation"
 _SHORTEST = 256  # tokens; below this nothing would be compressed worth looking at
 
 
@@ -63,6 +66,13 @@ class DemoOptions:
                 msg = f"{what} must be at least {least}, got {getattr(self, what)}"
                 raise EvaluationError(msg)
 
+    def expected_seconds(self) -> dict[str, float]:
+        """Return about how long each phase takes with the default model on two cores, for `with_time_left`."""
+        text = self.tokens / 4096
+        presets = len(self.presets) or len(PRESETS)
+        parts = {LOADING: 18.0, READING: 12 * text, COMPILING: 10, COMPARING: 10 * text * presets}
+        return {**parts, TIMING: 3.0 * self.rounds * (1 + presets) / 2} if self.rounds else parts
+
 
 @dataclass(frozen=True)
 class DemoRow:
@@ -98,13 +108,14 @@ class DemoResult:
         return result
 
 
-def run_demo(
+def run_demo(  # noqa: PLR0913 - half of them have defaults
     loaded: LoadedModel,
     text: str,
     options: DemoOptions,
     *,
     name: str = "text",
     report: Report = no_report,
+    ready: Callable[[], None] | None = None,
 ) -> DemoResult:
     """Read a text once, then predict and answer through the plain cache and every preset.
 
@@ -117,22 +128,37 @@ def run_demo(
         options: What to do.
         name: What to call the text.
         report: Called as work goes on.
+        ready: Waits until the codec is compiled; called when it is needed.
 
     Raises:
         EvaluationError: If the text is too short.
     """
-    candidates = preset_candidates(loaded, options.presets)
+    presets = preset_candidates(loaded, options.presets)
     task, next_ids = _prepare(loaded, text, options, name)
-    context = prefill(loaded.model, task.context_ids, progress=progress_of(report, "reading the text"))
-    report(Step("predicting", detail=PLAIN))
+    context = prefill(loaded.model, task.context_ids, progress=progress_of(report, READING))
     plain = run_plain(loaded.model, Continuation(name, task.context_ids, next_ids), prefilled=context)
-    qualities = _measure_all(loaded, plain, candidates, report)
-    answers = _ask_all(loaded, task, context, (PLAIN_CANDIDATE, *candidates), options, report)
+    prompt = prefill_needle(loaded.model, task, context=context) if options.new_tokens else None
+    if ready is not None:
+        report(Step(COMPILING))
+        ready()
+    qualities, answers = {PLAIN: plain_quality(plain)}, {}
+    compressed: dict[str, Cache] = {}
+    for done, candidate in enumerate((PLAIN_CANDIDATE, *presets)):
+        report(Step(COMPARING, done, 1 + len(presets), candidate.name))
+        read = fill(candidate.factory, context)
+        if prompt is not None:
+            answers[candidate.name] = ask(
+                loaded, task, prompt, candidate, start=read, max_new_tokens=options.new_tokens
+            )
+        if candidate is PLAIN_CANDIDATE:
+            continue
+        held = fill_and_compress(loaded, candidate, context, start=read)
+        compressed[candidate.name] = copy.deepcopy(held.cache)
+        qualities[candidate.name] = quality_of(loaded.model, plain, held)
     times: dict[str, StepTime] = {}
     if options.rounds:
-        named = progress_of(report, "timing generation")
-        factories = {candidate.name: candidate.factory for candidate in candidates}
-        times = time_steps(loaded.model, context, factories, rounds=options.rounds, progress=named)
+        named = progress_of(report, TIMING)
+        times = time_steps(loaded.model, context, compressed, rounds=options.rounds, progress=named)
     rows = (DemoRow(key, quality, answers.get(key), times.get(key)) for key, quality in qualities.items())
     return DemoResult(loaded.name, name, options, task.needle, tuple(rows))
 
@@ -148,31 +174,3 @@ def _prepare(loaded: LoadedModel, text: str, options: DemoOptions, name: str) ->
     needle = Needle.draw("single", options.seed)
     task = make_needle(loaded.tokenizer, ids[:, : options.tokens], needle, depth=options.depth, name=name)
     return task, ids[:, task.text_tokens :][:, : options.predictions + 1]
-
-
-def _measure_all(
-    loaded: LoadedModel, plain: PlainRun, candidates: Sequence[Candidate], report: Report
-) -> dict[str, TextQuality]:
-    rows = {PLAIN: plain_quality(plain)}
-    for index, candidate in enumerate(candidates):
-        report(Step("predicting", index, len(candidates), candidate.name))
-        rows[candidate.name] = measure_quality(loaded, plain, candidate)
-    return rows
-
-
-def _ask_all(  # noqa: PLR0913, PLR0917 - private, called once
-    loaded: LoadedModel,
-    task: NeedleTask,
-    context: Prefilled,
-    candidates: Sequence[Candidate],
-    options: DemoOptions,
-    report: Report,
-) -> dict[str, NeedleResult]:
-    if not options.new_tokens:
-        return {}
-    prompt = prefill_needle(loaded.model, task, context=context)
-    answers = {}
-    for index, candidate in enumerate(candidates):
-        report(Step("answering", index, len(candidates), candidate.name))
-        answers[candidate.name] = ask(loaded, task, prompt, candidate, max_new_tokens=options.new_tokens)
-    return answers

@@ -12,7 +12,7 @@ from itertools import product
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from nexusquant_cache.evaluation.caches import Candidate, Footprint, Prefilled, Progress, fill_and_compress, prefill
 from nexusquant_cache.evaluation.errors import EvaluationError
@@ -161,12 +161,13 @@ def prefill_needle(
     return prefill(model, task.asked_ids, start=context, progress=progress) if task.asked_ids.shape[1] else context
 
 
-def ask(
+def ask(  # noqa: PLR0913 - private to the package, and all but four have defaults
     loaded: LoadedModel,
     task: NeedleTask,
     plain: Prefilled,
     candidate: Candidate,
     *,
+    start: Cache | None = None,
     max_new_tokens: int | None = None,
 ) -> NeedleResult:
     """Generate the answer greedily through a new cache and look for the needle in it.
@@ -176,9 +177,10 @@ def ask(
         task: The task.
         plain: What `prefill_needle` returned for it; not changed.
         candidate: The cache.
+        start: See `fill_and_compress`.
         max_new_tokens: Longest answer; what the needle needs if None.
     """
-    held = fill_and_compress(loaded, candidate, plain)
+    held = fill_and_compress(loaded, candidate, plain, start=start)
     longest = max_new_tokens or task.needle.answer_tokens
     answer = answer_to(loaded, held.cache, task.prompt_ids, max_new_tokens=longest)
     return NeedleResult(

@@ -11,6 +11,7 @@ from transformers import Cache, PreTrainedModel
 
 from nexusquant_cache.evaluation.caches import (
     Candidate,
+    Compressed,
     Footprint,
     Prefilled,
     Progress,
@@ -130,8 +131,13 @@ def run_plain(
 @torch.no_grad()
 def measure_quality(loaded: LoadedModel, plain: PlainRun, candidate: Candidate) -> TextQuality:
     """Fill a new cache with the prefix, compress it, and compare its predictions with the plain cache's."""
-    held = fill_and_compress(loaded, candidate, plain.prefilled)
-    log_probs = predict(loaded.model, plain.text.next_ids, held.cache)
+    return quality_of(loaded.model, plain, fill_and_compress(loaded, candidate, plain.prefilled))
+
+
+@torch.no_grad()
+def quality_of(model: PreTrainedModel, plain: PlainRun, held: Compressed) -> TextQuality:
+    """Compare the predictions of a cache that holds the prefix with the plain cache's; it reads the continuation."""
+    log_probs = predict(model, plain.text.next_ids, held.cache)
     return _compare(plain, log_probs, held.footprint, held.seconds)
 
 

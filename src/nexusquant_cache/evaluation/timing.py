@@ -1,11 +1,12 @@
 """Time per generated token against the plain cache, and the speed of compression, in one run."""
 
 import statistics
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
 from nexusquant_cache.evaluation.clock import now
@@ -20,11 +21,14 @@ class StepTime:
         milliseconds: Per token; the median of the rounds.
         relative: Times the plain cache's; the median of the ratios within each round, which a load that
             changes from round to round does not touch.
+        relative_cpu: The same of the seconds that all threads of this process spent on CPUs, which another process
+            does not touch much.
         rounds: Milliseconds per token of each round.
     """
 
     milliseconds: float
     relative: float
+    relative_cpu: float
     rounds: tuple[float, ...]
 
 
@@ -32,7 +36,7 @@ class StepTime:
 def time_steps(  # noqa: PLR0913 - all but three have defaults
     model: PreTrainedModel,
     plain: Prefilled,
-    factories: Mapping[str, CacheFactory],
+    compressed: Mapping[str, Cache],
     *,
     rounds: int = 3,
     steps: int = 16,
@@ -41,13 +45,13 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     """Time generation steps of several caches in turn, the plain one always among them.
 
     All caches start from the same tokens and take single steps in turn, in alternating order, so that all meet
-    the same load of the machine.  Compression and the first step are not counted.  With 16 steps a round
-    includes one encoding of tokens that leave the exact tail (`CacheConfig.flush_length`).
+    the same load of the machine.  The first step is not counted.  With 16 steps a round includes one encoding of
+    tokens that leave the exact tail (`CacheConfig.flush_length`).
 
     Args:
         model: A causal language model of transformers.
         plain: The prompt; not changed.
-        factories: The caches to time, by name.
+        compressed: The caches to time, by name, which hold the prompt; they are filled.
         rounds: Rounds.
         steps: Steps per round.
         progress: Called after every step of all caches with the steps done and the total.
@@ -55,25 +59,27 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
     Returns:
         The times by name; the plain cache's under ``"plain"``.
     """
-    makers: dict[str, CacheFactory] = {PLAIN: DynamicCache, **factories}
-    caches = {name: fill(factory, plain) for name, factory in makers.items()}
-    for cache in caches.values():
-        compress(cache)
+    caches = {PLAIN: fill(DynamicCache, plain), **compressed}
     tokens = {name: torch.zeros(1, 1, dtype=torch.long, device=model.device) for name in caches}
     spent: dict[str, list[float]] = {name: [] for name in caches}
+    spent_on_cpus: dict[str, list[float]] = {name: [] for name in caches}
     for turn in range(rounds * steps + 1):
         for name in caches if turn % 2 == 0 else reversed(caches):
-            start = now()
+            start, cpu = now(), time.process_time()
             logits = model(input_ids=tokens[name], **{CACHE: caches[name]}, use_cache=True).logits
             tokens[name] = logits[:, -1].argmax(-1, keepdim=True)
             spent[name].append(1000 * (now() - start))
+            spent_on_cpus[name].append(time.process_time() - cpu)
         if progress is not None:
             progress(turn, rounds * steps)
-    times = {name: _round_means(taken[1:], steps) for name, taken in spent.items()}
+    times, cpu_times = (
+        {name: _round_means(taken[1:], steps) for name, taken in each.items()} for each in (spent, spent_on_cpus)
+    )
     return {
         name: StepTime(
             milliseconds=statistics.median(taken),
-            relative=statistics.median(a / b for a, b in zip(taken, times[PLAIN], strict=True)),
+            relative=_median_ratio(taken, times[PLAIN]),
+            relative_cpu=_median_ratio(cpu_times[name], cpu_times[PLAIN]),
             rounds=tuple(taken),
         )
         for name, taken in times.items()
@@ -90,6 +96,10 @@ def encode_throughput(plain: Prefilled, factory: CacheFactory, *, rounds: int = 
         compress(cache)
         speeds.append(plain.ids.shape[1] / (now() - start))
     return statistics.median(speeds)
+
+
+def _median_ratio(taken: list[float], plain: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(taken, plain, strict=True))
 
 
 def _round_means(taken: list[float], steps: int) -> list[float]:

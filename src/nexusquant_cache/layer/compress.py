@@ -185,7 +185,12 @@ class _Encoding:
         assert codecs is not None
         if first.is_short and more:
             codecs = _with_more_bits(codecs, more) or codecs
-        return codecs[0].for_tokens(first.tokens), codecs[1].for_tokens(first.tokens)
+        keys, values = first.keys, first.values
+        if first.left_out is not None:
+            counts = (~first.left_out).sum(1)
+            longest = (counts == counts.max()).nonzero()[:, 0].tolist()
+            keys, values = map(torch.cat, zip(*(self._real_of(row, first) for row in longest), strict=True))
+        return codecs[0].for_tokens(keys, first.tokens), codecs[1].for_tokens(values, first.tokens)
 
     def _encode_first(
         self, first: _First, codecs: Codecs
@@ -228,17 +233,17 @@ class _Encoding:
         left_out = first.left_out
         if left_out is None:
             return codecs[0].fit(first.keys), codecs[1].fit(first.values)
-        fitted = [self._fit_row(row, first, left_out[row], codecs) for row in range(len(left_out))]
-        return VectorTransform.cat([keys for keys, _ in fitted]), VectorTransform.cat([values for _, values in fitted])
+        rows = range(len(left_out))
+        fitted = [[codec.fit(x) for codec, x in zip(codecs, self._real_of(row, first), strict=True)] for row in rows]
+        keys, values = (VectorTransform.cat(side) for side in map(list, zip(*fitted, strict=True)))
+        return keys, values
 
-    def _fit_row(
-        self, row: int, first: _First, left_out: Bool[Tensor, " n"], codecs: Codecs
-    ) -> tuple[VectorTransform, VectorTransform]:
-        """Fit to one row, without what is left out."""
-        keys, values = (x[row : row + 1, :, ~left_out] for x in (first.keys, first.values))
-        if not keys.shape[2]:
-            keys, values = self._real_in_tail(row, first)
-        return codecs[0].fit(keys), codecs[1].fit(values)
+    def _real_of(self, row: int, first: _First) -> tuple[Tensor, Tensor]:
+        """Return one row without what is left out."""
+        keys, values = first.keys[row : row + 1], first.values[row : row + 1]
+        if first.left_out is not None:
+            keys, values = keys[:, :, ~first.left_out[row]], values[:, :, ~first.left_out[row]]
+        return (keys, values) if keys.shape[2] else self._real_in_tail(row, first)
 
     def _real_in_tail(self, row: int, first: _First) -> tuple[Tensor, Tensor]:
         """Return what real tokens a short row has behind those to encode; of a row of pads alone anything will do."""
