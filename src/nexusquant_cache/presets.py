@@ -191,13 +191,13 @@ def _check_whole(name: str, value: object, least: int) -> None:
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
 # exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
 # (tests/integration/test_preset_bytes.py).
-_EVICTING: dict[str, Any] = {"key_bits": 2, "value_bits": 2, "short_text_bits": 0.5}
+_EVICTING: dict[str, Any] = {"key_bits": 2, "value_bits": 2.25, "short_text_bits": 0.5}
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.5, value_bits=2.5, residual_length=32),
-    "high": CacheConfig(keep_ratio=0.72, residual_length=24, min_kept=768, **_EVICTING),
-    "asym": CacheConfig(keep_ratio=0.507, residual_length=24, min_kept=768, **_EVICTING),
-    "balanced": CacheConfig(keep_ratio=0.411, residual_length=24, min_kept=768, **_EVICTING),
-    "max": CacheConfig(keep_ratio=0.203, residual_length=16, min_kept=384, **_EVICTING),
+    "high": CacheConfig(keep_ratio=0.695, residual_length=24, min_kept=768, **_EVICTING),
+    "asym": CacheConfig(keep_ratio=0.492, residual_length=24, min_kept=768, **_EVICTING),
+    "balanced": CacheConfig(keep_ratio=0.403, residual_length=24, min_kept=768, **_EVICTING),
+    "max": CacheConfig(keep_ratio=0.201, residual_length=16, min_kept=384, **_EVICTING),
 }
 """The presets by name; ``"balanced"`` is the default of `NexusQuantCache`."""
 
