@@ -204,18 +204,18 @@ def presets_table(content: dict[str, Any]) -> str:
     held = {
         (row["preset"], row["tokens"]): row["compression_factor"] for row in content["rows"] if row["head_dim"] == _WIDE
     }
-    lost = {row.name: row.quality for row in summaries(_result("quality_smollm2"))}
-    facts = fact_summaries(_result("facts_smollm2"))
+    measured = _result("facts_smollm2")
+    lost, facts = {row.name: row.quality for row in summaries(measured)}, fact_summaries(measured)
     times = {row["cache"]: row["relative"] for row in _result("speed_cpu")["rows"]}
     rows = []
     for name in dict.fromkeys(row["preset"] for row in content["rows"]):
         factors = [f"{held[name, tokens]:.1f}x" for tokens in _SHOWN_LENGTHS]
-        quality = f"{lost[name].dppl_percent.mean:+.1f} %", f"{lost[name].kl.mean:.3f}"
-        asked = [_lost_facts(facts.get(name, {}), place) for place in _PLACES]
-        rows.append((_both_names(name), *factors, *quality, *asked, f"{times[name]:.2f}x"))
-        if AGAIN + name in facts:
-            asked = [_lost_facts(facts[AGAIN + name], place) for place in _PLACES]
-            rows.append((f"{_both_names(name)}, read twice", *factors, "", "", *asked, f"{times[name]:.2f}x"))
+        for measured_as, how in ((name, ""), (AGAIN + name, ", read twice")):
+            if measured_as in lost:
+                quality = lost[measured_as]
+                shown = f"{quality.dppl_percent.mean:+.1f} %", f"{quality.kl.mean:.3f}"
+                asked = [_lost_facts(facts.get(measured_as, {}), place) for place in _PLACES]
+                rows.append((_both_names(name) + how, *factors, *shown, *asked, f"{times[name]:.2f}x"))
     lengths = (f"smaller, {tokens // 1024}k tokens" for tokens in _SHOWN_LENGTHS)
     places = (f"facts lost, asked {where}" for where in _PLACES.values())
     return markdown(("preset", *lengths, "perplexity", "KL, nats", *places, "time per token"), rows)
