@@ -291,12 +291,11 @@ class TestBits:
         mask[1, :30] = 0
         keys[1, :, :30] *= 1000
         values[1, :, :30] *= 1000
-        cache = NexusQuantCache("quant", attention_mask=mask, **SMALL)
-        filled(cache, keys, values)
+        cache, unchecked = (
+            filled(NexusQuantCache("quant", attention_mask=mask, **options), keys, values) for options in (SMALL, FREE)
+        )
         assert cache.layers[0].state.code_error < 0.7
-        alone = NexusQuantCache("quant", **SMALL)
-        filled(alone, keys[:1], values[:1])
-        assert cache.layers[0].state.codecs == alone.layers[0].state.codecs
+        assert cache.layers[0].state.codecs == unchecked.layers[0].state.codecs
 
 
 class TestReport:

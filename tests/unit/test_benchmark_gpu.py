@@ -15,7 +15,10 @@ import torch
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
+from nexusquant_cache import PRESETS
 from nexusquant_cache.codec.held import CodedSide
+from nexusquant_cache.codec.layout import CodeLayout
+from nexusquant_cache.codec.rotation import HadamardRotation
 from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.torch.attend import attend
 
@@ -63,14 +66,14 @@ class TestSmoke:
             assert row["ratio"] == pytest.approx(plain["milliseconds"] / row["milliseconds"])
             assert row["kernel_ratio"] == pytest.approx(plain["milliseconds"] / row["kernel_ms"])
             assert row["not_captured"] == "no GPU"
-        # 32 packed tokens of one head, 14 + 18 bytes and two scales each, at balanced's rates.
-        assert codes[0]["bytes"] == 32 * (14 + 18 + 2)
+        # 32 packed tokens of one head, 16 + 18 bytes and two scales each, at balanced's rates.
+        assert codes[0]["bytes"] == 32 * (16 + 18 + 2)
         assert plain["bytes"] == 4 * 100 * 64
 
     def test_encoding(self, smoke):
         (row,) = smoke.content["encode"]
         assert row["vectors_per_s"] == pytest.approx(1000 * 32 / row["milliseconds"])
-        assert row["bytes"] == 32 * (2 * 64 + 14 + 1)
+        assert row["bytes"] == 32 * (2 * 64 + 16 + 1)
 
     def test_caches_of_a_model(self, smoke):
         rows = smoke.content["end_to_end"]
@@ -245,10 +248,14 @@ class TestTokens:
         torch.testing.assert_close(out.double(), tokens.attended(query, held, 0.125), rtol=1e-4, atol=1e-4)
 
     def test_heads_have_plans_of_their_own_and_all_rates(self, tokens):
-        for side in ("keys", "values"):
-            codec, transform = tokens.fitted("balanced", side, 8, 128)
-            assert len(transform.heads_by_plan) > 1
-            assert transform.side_plan(codec.layouts).rates & 0b11100 == 0b11100
+        codec, transform = tokens.fitted("balanced", "keys", 8, 128)
+        assert len(transform.heads_by_plan) > 1
+        assert transform.side_plan(codec.layouts).rates & 0b11100 == 0b11100
+
+    def test_values_have_what_those_of_the_preset_have(self, tokens):
+        codec, transform = tokens.fitted("balanced", "values", 8, 128)
+        assert isinstance(transform.rotation, HadamardRotation)
+        assert codec.layouts == (CodeLayout.flat(128, PRESETS["balanced"].value_bits),)
 
     def test_all_heads_keep_as_many(self, tokens):
         held = tokens.random_held(
