@@ -560,7 +560,8 @@ class OracleLayer(CacheLayerMixin):
             for row, of_row, count in zip(self.rows, coded, counts, strict=True)
             if count == max(counts)
         ]
-        sides = [torch.cat(side) for side in zip(*longest, strict=True)]
+        most = max(keys.shape[2] for keys, _ in longest)  # they differ where all to encode is padding
+        sides = [torch.cat(side) for side in zip(*(each for each in longest if each[0].shape[2] == most), strict=True)]
         return [codec.for_tokens(side, kept) for codec, side in zip(codecs, sides, strict=True)]
 
     def drop(self, chosen: list[list[list[int]]]) -> None:

@@ -195,7 +195,7 @@ _EVICTING: dict[str, Any] = {"key_bits": 2, "value_bits": 2.25, "short_text_bits
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.5, value_bits=2.5, residual_length=32),
     "high": CacheConfig(keep_ratio=0.695, residual_length=24, min_kept=768, **_EVICTING),
-    "asym": CacheConfig(keep_ratio=0.491, residual_length=24, min_kept=768, **_EVICTING),
+    "asym": CacheConfig(keep_ratio=0.501, residual_length=24, min_kept=768, **(_EVICTING | {"value_bits": 2.125})),
     "balanced": CacheConfig(keep_ratio=0.403, residual_length=24, min_kept=768, **_EVICTING),
     "max": CacheConfig(keep_ratio=0.201, residual_length=16, min_kept=384, **_EVICTING),
 }

@@ -81,7 +81,7 @@ def test_room_to_grow_is_counted() -> None:
     feed(cache, *random_states((1, 2, 100, 16), 0), 0)
     for step in range(5):
         feed(cache, *random_states((1, 2, 1, 16), step), 0)
-    assert cache.memory_report().layers[0].code_bytes == (45 + 4 + 32) * 2 * (4 + 1 + 5 + 1)
+    assert cache.memory_report().layers[0].code_bytes == (45 + 4 + 32) * 2 * (5 + 1 + 5 + 1)
     assert cache.memory_report().held_bytes == reachable_bytes(cache)
 
 

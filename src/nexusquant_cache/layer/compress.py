@@ -189,7 +189,9 @@ class _Encoding:
         if first.left_out is not None:
             counts = (~first.left_out).sum(1)
             longest = (counts == counts.max()).nonzero()[:, 0].tolist()
-            keys, values = map(torch.cat, zip(*(self._real_of(row, first) for row in longest), strict=True))
+            rows = [self._real_of(row, first) for row in longest]
+            most = max(keys.shape[2] for keys, _ in rows)  # they differ where all to encode is padding
+            keys, values = map(torch.cat, zip(*(row for row in rows if row[0].shape[2] == most), strict=True))
         return codecs[0].for_tokens(keys, first.tokens), codecs[1].for_tokens(values, first.tokens)
 
     def _encode_first(
