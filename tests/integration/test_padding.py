@@ -88,10 +88,14 @@ def test_the_pad_token_changes_no_logit(model: LlamaForCausalLM, pads: Any, pres
 
 @combined(keep_ratio=[1.0, 0.5, 0.2], with_config=[False, True], pads=[(0, 5, 20), (18, 0, 30), (0, 1, 2)])
 def test_a_row_equals_that_row_alone(model: LlamaForCausalLM, pads: Any, with_config: bool, keep_ratio: float) -> None:
-    """With the real codec: sinks, scores, statistics, rotary positions and kept counts are those of the row alone."""
+    """With the real codec: sinks, scores, statistics, rotary positions and kept counts are those of the row alone.
+
+    Which rotation keys have is given: of its own accord a cache asks the longest rows.
+    """
     ids, mask = padded(pads)
     config = model.config if with_config else None
-    make = lambda: NexusQuantCache("balanced", config=config, **(SMALL | {"keep_ratio": keep_ratio}))  # noqa: E731
+    options = SMALL | {"keep_ratio": keep_ratio, "transform": "principal"}
+    make = lambda: NexusQuantCache("balanced", config=config, **options)  # noqa: E731
     cache = make()
     together = answers(model, ids, mask, cache)
     for row, count in enumerate(pads):
