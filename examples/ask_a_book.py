@@ -93,7 +93,8 @@ def read_book(loaded: LoadedModel, store: PrefixStore, ids: torch.Tensor, preset
     cache, known = found or (NexusQuantCache(preset, config=model.config, when="post_prefill"), 0)
     if known == ids.shape[1]:
         return 0
-    for done, chunk in enumerate(chunks := ids[:, known:].to(model.device).split(CHUNK, dim=1)):
+    chunks = ids[:, known:].to(model.device).split(CHUNK, dim=1)
+    for done, chunk in enumerate(chunks):
         report(Step("reading the book", done, len(chunks)))
         model(input_ids=chunk, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
     store.put(cache, ids)

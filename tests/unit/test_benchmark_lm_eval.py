@@ -129,6 +129,8 @@ def test_the_table_compares_prompt_by_prompt(load):
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     """Return the script, and tasks of lm-eval for a tiny model."""
+    for package in ("lm_eval", "wonderwords"):
+        pytest.importorskip(package, reason="lm-eval[ruler] is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
         patch.setattr("nltk.download", lambda *_: False)  # tried on import, of what these tasks do not need
@@ -137,9 +139,6 @@ def found(tmp_path_factory):
         return script, script.load_tasks(tiny(), NAMES, samples=2, length=LENGTH, folder=folder)
 
 
-@pytest.mark.skipif(
-    not all(map(importlib.util.find_spec, ("lm_eval", "wonderwords"))), reason="lm-eval[ruler]: nox -s lm_eval"
-)
 class TestWithLmEval:
     """What is asked of lm-eval itself, with a tiny model and without a network."""
 

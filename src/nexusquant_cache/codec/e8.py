@@ -22,7 +22,7 @@ TransformRule = Literal["auto", "principal", "hadamard"]
 _STEP_BYTES = 4  # of each axis, besides one byte for each of its channels
 _FLOAT16_MAX = 65504.0
 _SAMPLE = 512  # at most so many vectors, of which the median scale is taken, where it takes a rotation to know a scale
-_SAVED_BY_ALL = 0.1  # bits per channel: where axes pay already if they save so few, nobody has to look
+_LITTLE = 0.1  # bits per channel: where axes pay if they save no more, nobody has to look how many they save
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -98,7 +98,7 @@ class E8Codec(VectorCodec):
             return self
         head_dim = self.layout.head_dim
         axes = head_dim * (head_dim + _STEP_BYTES)
-        if kept * head_dim / 8 * _SAVED_BY_ALL >= axes:
+        if kept * head_dim / 8 * _LITTLE >= axes:
             return replace(self, transform="principal")
         saved = self._saved_by_axes(vectors)
         if kept * head_dim / 8 * saved >= axes:

@@ -55,7 +55,7 @@ def _e8_options() -> Options:
 
 def _make_e8(options: Options) -> E8Codec:
     given = dict(options)
-    given.pop("axes_save", None)  # files of earlier releases have it; it decided nothing that is not in the layout
+    given.pop("axes_save", None)  # files of earlier releases: what they expected of axes is now seen in the keys
     if given.pop("gain", "norm") != "norm":  # they name that, too
         msg = "the gain rules besides 'norm' have been removed"
         raise ValueError(msg)

@@ -1,4 +1,4 @@
-"""Time per generated token against the plain cache, and the speed of compression, in one run."""
+"""Time per generated token against the plain cache, in one run."""
 
 import statistics
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from nexusquant_cache.evaluation.caches import PLAIN, CacheFactory, Prefilled, Progress, compress, fill
+from nexusquant_cache.evaluation.caches import PLAIN, Prefilled, Progress, fill
 from nexusquant_cache.evaluation.clock import now
 from nexusquant_cache.releases import CACHE
 
@@ -84,18 +84,6 @@ def time_steps(  # noqa: PLR0913 - all but three have defaults
         )
         for name, taken in times.items()
     }
-
-
-@torch.no_grad()
-def encode_throughput(plain: Prefilled, factory: CacheFactory, *, rounds: int = 3) -> float:
-    """Return how many seen tokens per second a cache compresses, all layers together; the median of rounds."""
-    speeds = []
-    for _ in range(rounds):
-        cache = fill(factory, plain)
-        start = now()
-        compress(cache)
-        speeds.append(plain.ids.shape[1] / (now() - start))
-    return statistics.median(speeds)
 
 
 def _median_ratio(taken: list[float], plain: list[float]) -> float:
