@@ -190,7 +190,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 # Bits and ratios that reach 6, 10, 14, 17 and 33 times at 32k tokens with heads of 64 channels, where scales and
 # exact tokens weigh most, principal axes included, and stay there while the tail and the buffers fill
-# (tests/integration/test_preset_bytes.py).
+# (tests/integration/test_preset_bytes.py).  "asym" has fewer bits for values: its alias promises half of the tokens.
 _EVICTING: dict[str, Any] = {"key_bits": 2, "value_bits": 2.25, "short_text_bits": 0.5}
 PRESETS: dict[str, CacheConfig] = {
     "quant": CacheConfig(key_bits=2.5, value_bits=2.5, residual_length=32),
