@@ -43,9 +43,8 @@ import numpy as np
 import torch
 from _common import MODELS, RESULTS, ROOT, load_measured, preset_argument, shown_steps
 
-from nexusquant_cache import PRESETS
 from nexusquant_cache.evaluation import python_topics
-from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.presets import nexusquant_candidate
 from nexusquant_cache.evaluation.results import Results, environment, fingerprint, model_id
 from nexusquant_cache.evaluation.steps import Step
 
@@ -70,8 +69,6 @@ PROBE = 4
 ENOUGH = 0.25
 """Least mean score of those for a task to go on."""
 
-_PRESETS = ["quant", "balanced", "max"]
-_DTYPES = ("bfloat16", "float32")
 _SPARE = 100  # tokens of a prompt that are none of its text
 _NEXT = 300  # characters of a continuation
 _ANSWER = 200  # characters of an answer in the file
@@ -201,7 +198,8 @@ class Work:
         self._samples = given.samples
         self._length = given.length
         self._makers = makers
-        settings = {name: {} if name == PLAIN else describe(PRESETS[name]) for name in makers}
+        config = loaded.model.config
+        settings = {name: {} if name == PLAIN else nexusquant_candidate(name, name, config).settings for name in makers}
         model = model_id(loaded)
         wanted = {
             _row_task(name, index): {

@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from _common import MODELS, RESULTS, load_measured, shown_steps
 
-from nexusquant_cache import PRESETS, NexusQuantCache
+from nexusquant_cache import PRESETS
 from nexusquant_cache.evaluation import python_topics, read_text
 from nexusquant_cache.evaluation.bench import BenchOptions, run_bench
-from nexusquant_cache.evaluation.presets import describe
+from nexusquant_cache.evaluation.presets import nexusquant_candidate
 from nexusquant_cache.evaluation.results import environment, model_id, text_id, write_json
 
 
@@ -43,7 +43,6 @@ def main() -> None:
         loaded = load_measured(given.model)
         loaded.model.to(getattr(torch, given.dtype))
         result = run_bench(loaded, text, options, name=name, report=report)
-    policy = NexusQuantCache(config=loaded.model.config).make_policy(0)
     rows = [
         {
             "cache": row.name,
@@ -62,7 +61,7 @@ def main() -> None:
             "rounds": given.rounds,
             "steps": given.steps,
         },
-        "presets": {key: describe(settings, policy) for key, settings in PRESETS.items()},
+        "presets": {name: nexusquant_candidate(name, name, loaded.model.config).settings for name in PRESETS},
         "rows": rows,
     }
     device = "cuda" if torch.cuda.is_available() else "cpu"
