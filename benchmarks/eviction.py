@@ -5,9 +5,10 @@ python benchmarks/eviction.py --model gemma3 --text frankenstein.txt wikitext2_r
 
 The model reads a text with the plain cache, and nothing is coded.  Each rule scores the tokens as the default policies
 do, from exact queries and keys, and what it lets go is hidden by a mask from what follows: from the text's own
-continuation, whose predictions are compared with the plain cache's, and from questions about hidden facts that come in
-a later turn (see ``facts.py``).  Layers with a sliding window keep what they have.  Writes
-``benchmarks/results/eviction_MODEL.json``.
+continuation, whose predictions are compared with the plain cache's, and from questions about hidden facts, at the end
+of the prompt or in a later turn (see ``facts.py``).  Some facts are codes of six digits: an answer of many tokens, of
+which each is looked for only when the one before it has been said.  Layers with a sliding window keep what they have.
+Writes ``benchmarks/results/eviction_MODEL.json``.
 """
 
 from __future__ import annotations
@@ -24,9 +25,18 @@ import torch
 from _common import MODELS, RESULTS, load_measured, read_texts, shown_steps
 from transformers import DynamicCache
 
-from nexusquant_cache import Averaged, FarAttentionPolicy, RecentAttentionPolicy, ScoreInputs
-from nexusquant_cache.evaluation.asking import LATER, answer_log_prob, fact_texts
+from nexusquant_cache import (
+    Averaged,
+    Combined,
+    EvictionPolicy,
+    FarAttentionPolicy,
+    LeveragePolicy,
+    RecentAttentionPolicy,
+    ScoreInputs,
+)
+from nexusquant_cache.evaluation.asking import LATER, PLACES, answer_log_prob, fact_texts, make_fact_text
 from nexusquant_cache.evaluation.caches import Prefilled, prefill
+from nexusquant_cache.evaluation.facts import Fact
 from nexusquant_cache.evaluation.intervals import mean_interval
 from nexusquant_cache.evaluation.quality import Continuation, predict
 from nexusquant_cache.evaluation.results import environment, model_id, text_id, write_json
@@ -43,9 +53,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nexusquant_cache.evaluation import LoadedModel
+    from nexusquant_cache.evaluation.asking import FactText
 
 SINKS, RECENT = 4, 24  # always kept
 PREDICTIONS = 128
+GATES = {"north": "381946", "south": "750283", "east": "629417", "west": "914605"}
+CODES = tuple(
+    Fact(
+        "code",
+        (f"The code of the {gate} gate is {code}.",),
+        (f"What is the code of the {gate} gate?",),
+        f"The code of the {gate} gate is",
+        code,
+    )
+    for gate, code in GATES.items()
+)
 Kept = dict[int, "Tensor"]
 """Of each layer that evicts, the tokens that its heads keep, ``[kv_heads, tokens]``."""
 
@@ -58,22 +80,33 @@ class Rule:
         window: How many of the last queries are asked.
         pool: Width of the max-pooling.
         shares: Whether all heads of all layers share one budget.
+        rest: What a part of each head's places is for: nothing else, the question, or unusual keys.
     """
 
     window: int
     pool: int
     shares: bool
+    rest: str = ""
 
     @property
     def name(self) -> str:
         """What to call it."""
-        return f"{self.window} queries, pooled over {self.pool}, {'one budget' if self.shares else 'equal budgets'}"
+        queries = f"{self.window} queries, pooled over {self.pool}"
+        return f"{queries}, {'one budget' if self.shares else 'equal budgets'}{self.rest and f', {self.rest}'}"
+
+    @property
+    def policy(self) -> EvictionPolicy:
+        """The policy that scores so."""
+        end = RecentAttentionPolicy(observation_window=self.window, aggregate="max", pool=self.pool)
+        policy = Averaged((end, FarAttentionPolicy(pool=self.pool)), weights=(1.0, 0.3))
+        if not self.rest:
+            return policy
+        other, share = RESTS[self.rest]
+        return Combined((policy, other), shares=(1 - share, share))
 
     def keep(self, layers: list[ScoreInputs], ratio: float) -> Kept:
         """Return what stays of a text, in the layers that are given."""
-        end = RecentAttentionPolicy(observation_window=self.window, aggregate="max", pool=self.pool)
-        policy = Averaged((end, FarAttentionPolicy(pool=self.pool)), weights=(1.0, 0.3))
-        scored = []
+        policy, scored = self.policy, []
         for inputs in layers:
             scores = policy.checked_scores(inputs).double().masked_fill(inputs.protected, -torch.inf)
             budget = math.ceil(ratio * len(inputs.free))
@@ -83,13 +116,20 @@ class Rule:
         return {inputs.layer_idx: (each.best(count) | inputs.protected)[0] for inputs, each, count in kept}
 
 
+QUESTION = RecentAttentionPolicy(observation_window=16, aggregate="max", pool=21)
+RESTS: dict[str, tuple[EvictionPolicy, float]] = {
+    "a fifth for the question": (QUESTION, 0.2),
+    "three tenths for unusual keys": (LeveragePolicy(pool=1), 0.3),
+}
 RULES = (
     Rule(64, 21, shares=True),  # `DEFAULT_POLICY`
     Rule(64, 21, shares=False),
     Rule(64, 1, shares=True),
     Rule(64, 1, shares=False),
     Rule(256, 21, shares=True),
-    Rule(256, 1, shares=False),  # `DEFAULT_BESIDE_WINDOWS`
+    Rule(256, 1, shares=False),
+    Rule(256, 1, shares=False, rest="a fifth for the question"),  # `DEFAULT_BESIDE_WINDOWS`
+    Rule(256, 1, shares=False, rest="three tenths for unusual keys"),
 )
 
 
@@ -148,12 +188,23 @@ def divergence(model: PreTrainedModel, text: Continuation, read: Prefilled, kept
     return float((plain.exp() * (plain - ours)).sum(-1).mean())
 
 
+def hiding(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[FactText]:
+    """Return the texts that hide facts in words, and one of each text that hides codes."""
+    found = fact_texts(loaded.tokenizer, texts, lengths=[given.tokens], count=given.facts)
+    for name, text in texts.items():
+        (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
+        found.append(make_fact_text(loaded.tokenizer, window, CODES, name=f"{name}, codes"))
+    return found
+
+
 def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[dict[str, Any]]:
     """Return a row for each rule and ratio."""
     model = loaded.model
     cases = [(rule, ratio) for rule in RULES for ratio in given.ratios]
     moved: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
-    answers: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
+    answers: dict[tuple[Rule, float], dict[tuple[str, str], list[float]]] = {
+        case: {(what, place): [] for what in ("facts", "codes") for place in PLACES} for case in cases
+    }
     each = max(given.windows // len(texts), 1)
     windows = [
         (name, window)
@@ -162,11 +213,11 @@ def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespac
             loaded.tokenizer, text, length=given.tokens + PREDICTIONS + 1, count=each, name=name
         )
     ]
-    asked = fact_texts(loaded.tokenizer, texts, lengths=[given.tokens], count=given.facts)
-    total = len(windows) + len(asked)
+    asked = hiding(loaded, texts, given)
+    total, done = len(windows) + sum(len(text.questions) for text in asked), 0
     with shown_steps() as report:
-        for number, (name, window) in enumerate(windows):
-            report(Step("predicting", number, total, name))
+        for name, window in windows:
+            report(Step("predicting", done, total, name))
             text = Continuation.split(name, window, PREDICTIONS)
             read = prefill(model, text.prefix_ids)
             with torch.no_grad():
@@ -174,27 +225,42 @@ def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespac
             layers = scored_layers(model, read)
             for rule, ratio in cases:
                 moved[rule, ratio].append(divergence(model, text, read, rule.keep(layers, ratio), plain))
-        for number, fact_text in enumerate(asked):
-            read = prefill(model, fact_text.context_ids)
-            layers = scored_layers(model, read)
-            choices = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
-            for question in (each for each in fact_text.questions if each.place == LATER):
-                report(Step("asking", len(windows) + number, total, question.fact.answer))
+            done += 1
+        for fact_text in asked:
+            context = prefill(model, fact_text.context_ids)
+            layers = scored_layers(model, context)
+            later = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
+            for question in fact_text.questions:
+                report(Step("asking", done, total, question.fact.answer))
+                read, choices = context, later
+                if question.place != LATER:
+                    read = prefill(model, question.read_ids, start=context)
+                    layers = scored_layers(model, read)
+                    choices = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
+                which = "codes" if question.fact in CODES else "facts", question.place
                 with torch.no_grad():
                     exact = answer_log_prob(loaded, question, copy.deepcopy(read.cache))
                     for case, kept in choices.items():
                         cache = copy.deepcopy(read.cache)
                         with hidden(model, cache, kept):
-                            answers[case].append(answer_log_prob(loaded, question, cache) - exact)
+                            answers[case][which].append(answer_log_prob(loaded, question, cache) - exact)
+                done += 1
     return [
         {
             "rule": rule.name,
             **asdict(rule),
             "ratio": ratio,
             "kl": asdict(mean_interval(moved[rule, ratio])),
-            "log_prob": asdict(mean_interval(answers[rule, ratio])),
-            "lost": sum(change < -LOST for change in answers[rule, ratio]),
-            "asked": len(answers[rule, ratio]),
+            "answers": [
+                {
+                    "what": what,
+                    "place": place,
+                    "log_prob": asdict(mean_interval(changes)),
+                    "lost": sum(change < -LOST for change in changes),
+                    "asked": len(changes),
+                }
+                for (what, place), changes in answers[rule, ratio].items()
+            ],
         }
         for rule, ratio in cases
     ]
@@ -206,7 +272,7 @@ def main() -> None:
     parser.add_argument("--model", choices=MODELS, default="smollm2", help="SmolLM2-135M-Instruct, or Gemma 3 270M")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="texts")
     parser.add_argument("--tokens", type=int, default=2048, help="tokens of a text that is read")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.411, 0.203], help="parts of them that are kept")
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.403, 0.201], help="parts of them that are kept")
     parser.add_argument("--windows", type=int, default=4, help="windows to predict behind, in all")
     parser.add_argument("--facts", type=int, default=12, help="facts to hide")
     parser.add_argument("--output", type=Path, help="result file")
@@ -222,8 +288,8 @@ def main() -> None:
     }
     write_json(given.output or RESULTS / f"eviction_{given.model}.json", content)
     for row in rows:
-        lost = f"{row['lost']} of {row['asked']} lost"
-        print(f"{row['rule']:>45} {row['ratio']:.3f}: KL {row['kl']['mean']:.4f}, {lost}")
+        lost = ", ".join(f"{x['what']} {x['place']} {x['lost']} of {x['asked']} lost" for x in row["answers"])
+        print(f"{row['rule']:>70} {row['ratio']:.3f}: KL {row['kl']['mean']:.4f}, {lost}")
 
 
 if __name__ == "__main__":

@@ -324,20 +324,19 @@ def instructions_table(content: dict[str, Any]) -> str:
 
 
 def eviction_table(content: dict[str, Any]) -> str:
-    """Return what each rule of eviction costs by itself."""
-    cells = {(row["rule"], row["ratio"]): row for row in content["rows"]}
-    ratios = sorted({ratio for _, ratio in cells}, reverse=True)
-    whats = ("KL, nats", "log probability of later answers", "lost")
-    head = ("rule", *(f"{what}, {100 * ratio:.0f} % kept" for ratio in ratios for what in whats))
-    rows = (
-        (rule, *(cell for ratio in ratios for cell in _eviction_cells(cells[rule, ratio])))
-        for rule in dict.fromkeys(row["rule"] for row in content["rows"])
-    )
-    return markdown(head, rows)
+    """Return what each rule of eviction costs by itself, at one number of kept tokens after the other."""
+    first = content["rows"][0]["answers"]
+    whats = (f"{x['what']} lost, {'later' if x['place'] == 'later' else 'in the prompt'}" for x in first)
+    head = ("kept", "rule", "KL, nats", *whats, "log probability of facts, later")
+    rows = sorted(content["rows"], key=lambda row: -row["ratio"])
+    return markdown(head, (_eviction_cells(row) for row in rows))
 
 
-def _eviction_cells(row: dict[str, Any]) -> tuple[str, str, str]:
-    return f"{row['kl']['mean']:.3f}", f"{row['log_prob']['mean']:+.2f}", f"{row['lost']} of {row['asked']}"
+def _eviction_cells(row: dict[str, Any]) -> list[str]:
+    (later,) = (x for x in row["answers"] if (x["what"], x["place"]) == ("facts", "later"))
+    lost = (f"{x['lost']} of {x['asked']}" for x in row["answers"])
+    kept, moved = f"{100 * row['ratio']:.0f} %", f"{row['kl']['mean']:.3f}"
+    return [kept, row["rule"], moved, *lost, f"{later['log_prob']['mean']:+.2f}"]
 
 
 def chunks_table(content: dict[str, Any]) -> str:

@@ -470,7 +470,7 @@ class TestWhoseFile:
         assert_goes_on_alike(sdpa, cache, saved(cache, tmp_path, config=sdpa.config, policy=KeyNormPolicy()))
         saved(cache, tmp_path, config=sdpa.config, policy=WindowAttentionPolicy())  # what is asked for, is done
 
-    @pytest.mark.parametrize(("family", "number"), [("llama", 0), ("llama", 1), ("gemma3", 2)])
+    @pytest.mark.parametrize(("family", "number"), [("llama", 0), ("llama", 1), ("gemma3", 2), ("gemma3", 3)])
     def test_former_default_policies(self, family, number, tmp_path):
         """Such files go on with the present default; in a model with sliding windows, those of `DEFAULT_POLICY` too."""
         model = build(family)

@@ -659,10 +659,24 @@ class TestDefaultPolicy:
         assert DEFAULT_BESIDE_WINDOWS.wants_far_attention
         assert not DEFAULT_BESIDE_WINDOWS.requires_reconstruction
 
-    def test_beside_windows_scores_tokens_one_by_one(self) -> None:
-        inputs = make_inputs(reconstruction=None)
+    def test_beside_windows_an_answer_of_many_tokens_stays_whole(self) -> None:
+        """The end of a prompt looks at the first one; each of the others is looked for when one more has been said."""
+        inputs = make_inputs(tokens=1200, batch=1, reconstruction=None)
+        assert inputs.queries is not None
+        assert inputs.far_attention is not None
+        inputs.keys[:, :, 200] *= 4
+        inputs.queries[:, :, -1] = 20 * inputs.keys[:, :1, 200]
+        inputs.far_attention[..., 200:207] = 0
+        kept = len(inputs.free) // 5
+        last = DEFAULT_BESIDE_WINDOWS.score(inputs)[0, 0, inputs.free].sort().values[-kept]
+        assert bool((DEFAULT_BESIDE_WINDOWS.score(inputs)[0, 0, 200:207] >= last).all())
+
+        # Four of five places are still for single tokens.
         end = RecentAttentionPolicy(observation_window=256, aggregate="max", pool=1).score(inputs)
-        assert torch.allclose(DEFAULT_BESIDE_WINDOWS.score(inputs), (end + 0.3 * inputs.far_attention) / 1.3)
+        single = (end + 0.3 * inputs.far_attention)[0, 0, inputs.free]
+        best = inputs.free[single.argsort(descending=True)[: int(0.75 * kept)]]
+        assert bool((DEFAULT_BESIDE_WINDOWS.score(inputs)[0, 0, best] >= last).all())
+        assert not bool((single[198:205] >= single.sort().values[-kept]).all())  # two sinks come before the free ones
 
     def test_not_one_that_is_given_another(self) -> None:
         policy = KeyNormPolicy()

@@ -17,15 +17,20 @@ DEFAULT_POLICY = _default(window=64, pool=21)
 for questions that come later: with less weight, what any part of the prompt looks back at from afar; or what a second
 reading looks for, which then counts most (`benchmarks/facts.py`)."""
 
-DEFAULT_BESIDE_WINDOWS: EvictionPolicy = EqualBudgets(_default(window=256, pool=1))
+_QUESTION = RecentAttentionPolicy(observation_window=16, aggregate="max", pool=21)
+_BESIDE_WINDOWS = _default(window=256, pool=1)
+DEFAULT_BESIDE_WINDOWS: EvictionPolicy = Combined((_BESIDE_WINDOWS, _QUESTION), shares=(0.8, 0.2))
 """The same where other layers of the model see a sliding window only: token by token, with a wider end and equal
-budgets.  The layers that see everything then look for single tokens, seldom, and one of them would take the budget of
-the others.  Chosen on one such model, Gemma 3 270M (`benchmarks/eviction.py`)."""
+budgets, and a fifth of the places for what the last few queries attend to, with its neighbours.  The layers that see
+everything then look for single tokens, seldom, and one of them would take the budget of the others.  But an answer of
+many tokens is looked for one after the other: when the cache chooses, only its first token has been.  Chosen on one
+such model, Gemma 3 270M (`benchmarks/eviction.py`)."""
 
 DEFAULTS = (DEFAULT_POLICY, DEFAULT_BESIDE_WINDOWS)
 FORMER_DEFAULTS: tuple[EvictionPolicy, ...] = (
     Combined((LeveragePolicy(), RecentAttentionPolicy()), shares=(0.7, 0.3)),
     DEFAULT_POLICY.otherwise,
     DEFAULT_POLICY,  # beside windows, too
+    EqualBudgets(_BESIDE_WINDOWS),
 )
 """What took their place in earlier releases: files that were saved with them go on with the present one."""
