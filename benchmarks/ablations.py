@@ -84,7 +84,8 @@ ROWS = {
     "principal axes, as many bits for each": Row(replace(CODES, transform="principal"), FlatPlanCache),
     "Hadamard rotation and scalar codes": Row(replace(CODES, transform="hadamard"), ScalarCache),
     "one scale tried": Row(replace(CODES, scale_candidates=(1.0,))),
-    "four scales tried": Row(replace(CODES, scale_candidates=(0.9, 1.0, 1.12, 1.3))),
+    "two scales tried": Row(replace(CODES, scale_candidates=(0.92, 1.1))),
+    "five scales tried": Row(replace(CODES, scale_candidates=(0.9, 1.0, 1.12, 1.3, 1.55))),
     "keys 3 bits": Row(replace(CODES, key_bits=3)),
     "values 3 bits": Row(replace(CODES, value_bits=3)),
     **{

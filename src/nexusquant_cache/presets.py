@@ -9,6 +9,7 @@ from nexusquant_cache.codec.e8 import TransformRule
 from nexusquant_cache.codec.impl import Impl
 from nexusquant_cache.codec.layout import MAX_BITS, Bits
 from nexusquant_cache.codec.registry import check_codec_name
+from nexusquant_cache.codec.scale import CANDIDATES
 from nexusquant_cache.errors import OptionError, nearest, suggest
 
 _LEAST = {"sink_tokens": 0, "residual_length": 1, "flush_length": 1, "min_tokens": 1, "min_kept": 0}
@@ -95,7 +96,7 @@ class CacheConfig:
     center_keys: bool = True
     remove_rope: bool = True
     transform: TransformRule = "auto"
-    scale_candidates: tuple[float, ...] = (0.92, 1.1)
+    scale_candidates: tuple[float, ...] = CANDIDATES
     most_code_error: float = 0.7
     codec: str = "e8"
     impl: Impl = "auto"

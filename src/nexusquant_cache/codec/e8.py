@@ -13,6 +13,7 @@ from nexusquant_cache.codec.base import PackedVectors, VectorCodec
 from nexusquant_cache.codec.impl import Impl
 from nexusquant_cache.codec.layout import BLOCK, DISTORTION, MAX_BITS, CodeLayout, sloped_layouts
 from nexusquant_cache.codec.rotation import HadamardRotation, PrincipalRotation
+from nexusquant_cache.codec.scale import CANDIDATES
 from nexusquant_cache.codec.torch.decode import coded_channels
 from nexusquant_cache.codec.transform import Rotation, VectorTransform
 from nexusquant_cache.errors import OptionError, ShapeError, suggest
@@ -51,7 +52,7 @@ class E8Codec(VectorCodec):
     """
 
     layout: CodeLayout
-    candidates: tuple[float, ...] = (0.92, 1.1)
+    candidates: tuple[float, ...] = CANDIDATES
     center: bool = False
     seed: int = 0
     transform: TransformRule = "hadamard"

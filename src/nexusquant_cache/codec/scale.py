@@ -7,6 +7,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 STEPS_PER_OCTAVE = 16
+CANDIDATES = (0.92, 1.1, 1.3)
+"""Scales to try, relative to a vector's root mean square, unless others are asked for."""
 _CENTRE = 128
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nexusquant_cache.codec.layout import BLOCK, COMPANDER, MAX_BITS
 from nexusquant_cache.codec.operands import NUMBERS, PackedOperand, SidePlan
+from nexusquant_cache.codec.scale import CANDIDATES
 from nexusquant_cache.codec.triton.compile_case import CompileCase
 from nexusquant_cache.errors import ShapeError
 
@@ -507,7 +508,7 @@ def _compile_case(head_dim: int, row_bytes: int, rates: int, *, even: bool) -> C
     constants: dict[str, Any] = plan | {
         "rows": _ROWS,
         "chunk": gcd(head_dim, _CHUNK),
-        "candidates": (0.92, 1.1),
+        "candidates": CANDIDATES,
         "even": even,
     }
     if rates != 0b11110:
