@@ -991,7 +991,7 @@ def test_a_cache_is_one_line(sdpa: LlamaForCausalLM) -> None:
     logits(sdpa, step(), cache)
     assert re.search(r"61 tokens seen, 36 kept, [\d.]+ KiB \(\d\.\dx\), compressed\)$", repr(cache))
     logits(sdpa, prompt(30, seed=1), cache)
-    assert repr(cache).endswith("compressed; a later turn waits for the next generation step)")
+    assert repr(cache).endswith("compressed; a later turn: waits for the next generation step)")
     assert str(cache) == repr(cache)
     assert "\n" not in repr(cache)
 

@@ -120,14 +120,14 @@ def test_what_the_prompt_waits_for() -> None:
         if tokens is not None:
             feed(cache, *random_states((1, 2, tokens, 16), 1), 0)
         said.append(cache.memory_report().state)
-    short = "is too short, with 10 tokens between sinks and residual (min_tokens is 16)"
+    short = "10 tokens are too few to code between the first and the newest (min_tokens is 16)"
     waits = "waits for the {} generation step"
     assert said == [
         "empty",
         f"not compressed yet: {short}",
         f"not compressed yet: {waits.format('first')}",
         "compressed",
-        f"compressed; a later turn {waits.format('next')}",
+        f"compressed; a later turn: {waits.format('next')}",
         "compressed",
         "compressed",
     ]
@@ -144,7 +144,7 @@ def test_a_short_prompt_is_never_compressed_and_the_report_says_so_all_the_time(
     for tokens in (12, 1, 1, 1):
         feed(cache, *random_states((1, 2, tokens, 16), 1), 0)
     layer = cache.memory_report().layers[0]
-    assert layer.waits_for == "is too short, with 5 tokens between sinks and residual (min_tokens is 16)"
+    assert layer.waits_for == "5 tokens are too few to code between the first and the newest (min_tokens is 16)"
     assert not layer.is_compressed
 
 

@@ -120,7 +120,7 @@ class LayerReport:
         said = "compressed"
         if self.is_unseen:
             said += "; attention was not seen, so all tokens were kept (attention.enable)"
-        return f"{said}; a later turn {self.waits_for}" if self.waits_for else said
+        return f"{said}; a later turn: {self.waits_for}" if self.waits_for else said
 
     @property
     def held_bytes(self) -> int:
@@ -347,7 +347,7 @@ def _waits_for(state: LayerState, shared: Shared) -> str:
         sinks = settings.sink_tokens if start == 0 else 0
         count = max(state.waiting_tokens - settings.residual_length - sinks, count)
     if count < settings.min_tokens:
-        return f"is too short, with {count} tokens between sinks and residual (min_tokens is {settings.min_tokens})"
+        return f"{count} tokens are too few to code between the first and the newest (min_tokens is {settings.min_tokens})"
     if state.turn.record_past:
         return "waits for the next crop"
     return f"waits for the {'next' if _is_compressed(state) else 'first'} generation step"
