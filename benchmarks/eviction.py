@@ -6,9 +6,9 @@ python benchmarks/eviction.py --model gemma3 --text frankenstein.txt wikitext2_r
 The model reads a text with the plain cache, and nothing is coded.  Each rule scores the tokens as the default policies
 do, from exact queries and keys, and what it lets go is hidden by a mask from what follows: from the text's own
 continuation, whose predictions are compared with the plain cache's, and from questions about hidden facts, at the end
-of the prompt or in a later turn (see ``facts.py``).  Some facts are codes of six digits: an answer of many tokens, of
-which each is looked for only when the one before it has been said.  Layers with a sliding window keep what they have.
-Writes ``benchmarks/results/eviction_MODEL.json``.
+of the prompt or in a later turn (see ``facts.py``).  Some facts are numbers of six digits: the model looks for each
+digit when it has said the one before.  A number is found if the model would say all its digits.  Layers with a sliding
+window keep what they have.  Writes ``benchmarks/results/eviction_MODEL.json``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nexusquant_cache import (
     RecentAttentionPolicy,
     ScoreInputs,
 )
-from nexusquant_cache.evaluation.asking import LATER, PLACES, answer_log_prob, fact_texts, make_fact_text
+from nexusquant_cache.evaluation.asking import LATER, PLACES, answer_predictions, fact_texts, make_fact_text
 from nexusquant_cache.evaluation.caches import Prefilled, prefill
 from nexusquant_cache.evaluation.facts import Fact
 from nexusquant_cache.evaluation.intervals import mean_interval
@@ -53,14 +53,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from nexusquant_cache.evaluation import LoadedModel
-    from nexusquant_cache.evaluation.asking import FactText
+    from nexusquant_cache.evaluation.asking import FactQuestion, FactText
 
 SINKS, RECENT = 4, 24  # always kept
 PREDICTIONS = 128
 GATES = {"north": "381946", "south": "750283", "east": "629417", "west": "914605"}
-CODES = tuple(
+NUMBERS = tuple(
     Fact(
-        "code",
+        "number",
         (f"The code of the {gate} gate is {code}.",),
         (f"What is the code of the {gate} gate?",),
         f"The code of the {gate} gate is",
@@ -80,28 +80,28 @@ class Rule:
         window: How many of the last queries are asked.
         pool: Width of the max-pooling.
         shares: Whether all heads of all layers share one budget.
-        rest: What a part of each head's places is for: nothing else, the question, or unusual keys.
+        besides: What else some of the places of each head are for: nothing, the question, or unusual keys.
     """
 
     window: int
     pool: int
     shares: bool
-    rest: str = ""
+    besides: str = ""
 
     @property
     def name(self) -> str:
         """What to call it."""
         queries = f"{self.window} queries, pooled over {self.pool}"
-        return f"{queries}, {'one budget' if self.shares else 'equal budgets'}{self.rest and f', {self.rest}'}"
+        return f"{queries}, {'one budget' if self.shares else 'equal budgets'}{self.besides and f', {self.besides}'}"
 
     @property
     def policy(self) -> EvictionPolicy:
         """The policy that scores so."""
         end = RecentAttentionPolicy(observation_window=self.window, aggregate="max", pool=self.pool)
         policy = Averaged((end, FarAttentionPolicy(pool=self.pool)), weights=(1.0, 0.3))
-        if not self.rest:
+        if not self.besides:
             return policy
-        other, share = RESTS[self.rest]
+        other, share = BESIDES[self.besides]
         return Combined((policy, other), shares=(1 - share, share))
 
     def keep(self, layers: list[ScoreInputs], ratio: float) -> Kept:
@@ -117,7 +117,7 @@ class Rule:
 
 
 QUESTION = RecentAttentionPolicy(observation_window=16, aggregate="max", pool=21)
-RESTS: dict[str, tuple[EvictionPolicy, float]] = {
+BESIDES: dict[str, tuple[EvictionPolicy, float]] = {
     "a fifth for the question": (QUESTION, 0.2),
     "three tenths for unusual keys": (LeveragePolicy(pool=1), 0.3),
 }
@@ -128,8 +128,8 @@ RULES = (
     Rule(64, 1, shares=False),
     Rule(256, 21, shares=True),
     Rule(256, 1, shares=False),
-    Rule(256, 1, shares=False, rest="a fifth for the question"),  # `DEFAULT_BESIDE_WINDOWS`
-    Rule(256, 1, shares=False, rest="three tenths for unusual keys"),
+    Rule(256, 1, shares=False, besides="a fifth for the question"),  # `DEFAULT_BESIDE_WINDOWS`
+    Rule(256, 1, shares=False, besides="three tenths for unusual keys"),
 )
 
 
@@ -189,21 +189,30 @@ def divergence(model: PreTrainedModel, text: Continuation, read: Prefilled, kept
 
 
 def hiding(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[FactText]:
-    """Return the texts that hide facts in words, and one of each text that hides codes."""
+    """Return the texts that hide facts in words, and one of each text that hides numbers."""
     found = fact_texts(loaded.tokenizer, texts, lengths=[given.tokens], count=given.facts)
     for name, text in texts.items():
         (window,) = token_windows(loaded.tokenizer, text, length=given.tokens, count=1, name=name)
-        found.append(make_fact_text(loaded.tokenizer, window, CODES, name=f"{name}, codes"))
+        found.append(make_fact_text(loaded.tokenizer, window, NUMBERS, name=f"{name}, numbers"))
     return found
 
 
+def answered(loaded: LoadedModel, question: FactQuestion, cache: DynamicCache) -> tuple[float, bool]:
+    """Return the answer's mean log probability, and whether each of its tokens is the most likely one."""
+    log_probs, answer = answer_predictions(loaded, question, cache), question.answer_ids[0]
+    own = log_probs.gather(1, answer[:, None])[question.scored]
+    is_first = log_probs.argmax(1) == answer
+    return float(own.double().mean()), bool(is_first[question.scored].all())
+
+
+@torch.no_grad()
 def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespace) -> list[dict[str, Any]]:
-    """Return a row for each rule and ratio."""
-    model = loaded.model
-    cases = [(rule, ratio) for rule in RULES for ratio in given.ratios]
-    moved: dict[tuple[Rule, float], list[float]] = {case: [] for case in cases}
-    answers: dict[tuple[Rule, float], dict[tuple[str, str], list[float]]] = {
-        case: {(what, place): [] for what in ("facts", "codes") for place in PLACES} for case in cases
+    """Return a row for the plain cache, and one for each rule and ratio."""
+    model, all_kept = loaded.model, ("plain", 1.0)
+    rules = {(rule.name, ratio): rule for rule in RULES for ratio in given.ratios}
+    moved: dict[tuple[str, float], list[float]] = {case: [] for case in (all_kept, *rules)}
+    answers: dict[tuple[str, float], dict[tuple[str, str], list[tuple[float, bool]]]] = {
+        case: {(what, place): [] for what in ("facts", "numbers") for place in PLACES} for case in moved
     }
     each = max(given.windows // len(texts), 1)
     windows = [
@@ -215,54 +224,55 @@ def measure(loaded: LoadedModel, texts: dict[str, str], given: argparse.Namespac
     ]
     asked = hiding(loaded, texts, given)
     total, done = len(windows) + sum(len(text.questions) for text in asked), 0
+
+    def chosen(read: Prefilled) -> dict[tuple[str, float], Kept]:
+        layers = scored_layers(model, read)
+        return {case: rule.keep(layers, case[1]) for case, rule in rules.items()}
+
     with shown_steps() as report:
         for name, window in windows:
             report(Step("predicting", done, total, name))
             text = Continuation.split(name, window, PREDICTIONS)
             read = prefill(model, text.prefix_ids)
-            with torch.no_grad():
-                plain = predict(model, text.next_ids, copy.deepcopy(read.cache))
-            layers = scored_layers(model, read)
-            for rule, ratio in cases:
-                moved[rule, ratio].append(divergence(model, text, read, rule.keep(layers, ratio), plain))
+            plain = predict(model, text.next_ids, copy.deepcopy(read.cache))
+            moved[all_kept].append(0.0)
+            for case, kept in chosen(read).items():
+                moved[case].append(divergence(model, text, read, kept, plain))
             done += 1
         for fact_text in asked:
             context = prefill(model, fact_text.context_ids)
-            layers = scored_layers(model, context)
-            later = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
+            later = chosen(context)
             for question in fact_text.questions:
                 report(Step("asking", done, total, question.fact.answer))
-                read, choices = context, later
-                if question.place != LATER:
-                    read = prefill(model, question.read_ids, start=context)
-                    layers = scored_layers(model, read)
-                    choices = {(rule, ratio): rule.keep(layers, ratio) for rule, ratio in cases}
-                which = "codes" if question.fact in CODES else "facts", question.place
-                with torch.no_grad():
-                    exact = answer_log_prob(loaded, question, copy.deepcopy(read.cache))
-                    for case, kept in choices.items():
-                        cache = copy.deepcopy(read.cache)
-                        with hidden(model, cache, kept):
-                            answers[case][which].append(answer_log_prob(loaded, question, cache) - exact)
+                read = context if question.place == LATER else prefill(model, question.read_ids, start=context)
+                which = "numbers" if question.fact in NUMBERS else "facts", question.place
+                exact, is_said = answered(loaded, question, copy.deepcopy(read.cache))
+                answers[all_kept][which].append((0.0, is_said))
+                for case, kept in (later if question.place == LATER else chosen(read)).items():
+                    cache = copy.deepcopy(read.cache)
+                    with hidden(model, cache, kept):
+                        log_prob, is_said = answered(loaded, question, cache)
+                    answers[case][which].append((log_prob - exact, is_said))
                 done += 1
     return [
         {
-            "rule": rule.name,
-            **asdict(rule),
+            "rule": name,
+            **(asdict(rules[name, ratio]) if (name, ratio) in rules else {}),
             "ratio": ratio,
-            "kl": asdict(mean_interval(moved[rule, ratio])),
+            "kl": asdict(mean_interval(moved[name, ratio])),
             "answers": [
                 {
                     "what": what,
                     "place": place,
-                    "log_prob": asdict(mean_interval(changes)),
-                    "lost": sum(change < -LOST for change in changes),
-                    "asked": len(changes),
+                    "log_prob": asdict(mean_interval([change for change, _ in found])),
+                    "lost": sum(change < -LOST for change, _ in found),
+                    "found": sum(is_said for _, is_said in found),
+                    "asked": len(found),
                 }
-                for (what, place), changes in answers[rule, ratio].items()
+                for (what, place), found in answers[name, ratio].items()
             ],
         }
-        for rule, ratio in cases
+        for name, ratio in moved
     ]
 
 
@@ -288,8 +298,8 @@ def main() -> None:
     }
     write_json(given.output or RESULTS / f"eviction_{given.model}.json", content)
     for row in rows:
-        lost = ", ".join(f"{x['what']} {x['place']} {x['lost']} of {x['asked']} lost" for x in row["answers"])
-        print(f"{row['rule']:>70} {row['ratio']:.3f}: KL {row['kl']['mean']:.4f}, {lost}")
+        said = ", ".join(f"{x['what']} {x['place']} {x['lost']} lost {x['found']} found" for x in row["answers"])
+        print(f"{row['rule']:>70} {row['ratio']:.3f}: KL {row['kl']['mean']:.4f}, {said}")
 
 
 if __name__ == "__main__":

@@ -325,8 +325,11 @@ def instructions_table(content: dict[str, Any]) -> str:
 
 def eviction_table(content: dict[str, Any]) -> str:
     """Return what each rule of eviction costs by itself, at one number of kept tokens after the other."""
-    first = content["rows"][0]["answers"]
-    whats = (f"{x['what']} lost, {'later' if x['place'] == 'later' else 'in the prompt'}" for x in first)
+    whats = (
+        f"{x['what']} {'found' if x['what'] == 'numbers' else 'lost'}, "
+        f"{'later' if x['place'] == 'later' else 'in the prompt'}"
+        for x in content["rows"][0]["answers"]
+    )
     head = ("kept", "rule", "KL, nats", *whats, "log probability of facts, later")
     rows = sorted(content["rows"], key=lambda row: -row["ratio"])
     return markdown(head, (_eviction_cells(row) for row in rows))
@@ -334,9 +337,9 @@ def eviction_table(content: dict[str, Any]) -> str:
 
 def _eviction_cells(row: dict[str, Any]) -> list[str]:
     (later,) = (x for x in row["answers"] if (x["what"], x["place"]) == ("facts", "later"))
-    lost = (f"{x['lost']} of {x['asked']}" for x in row["answers"])
+    counts = (f"{x['found' if x['what'] == 'numbers' else 'lost']} of {x['asked']}" for x in row["answers"])
     kept, moved = f"{100 * row['ratio']:.0f} %", f"{row['kl']['mean']:.3f}"
-    return [kept, row["rule"], moved, *lost, f"{later['log_prob']['mean']:+.2f}"]
+    return [kept, row["rule"], moved, *counts, f"{later['log_prob']['mean']:+.2f}"]
 
 
 def chunks_table(content: dict[str, Any]) -> str:

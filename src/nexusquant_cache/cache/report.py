@@ -347,7 +347,8 @@ def _waits_for(state: LayerState, shared: Shared) -> str:
         sinks = settings.sink_tokens if start == 0 else 0
         count = max(state.waiting_tokens - settings.residual_length - sinks, count)
     if count < settings.min_tokens:
-        return f"{count} tokens are too few to code between the first and the newest (min_tokens is {settings.min_tokens})"
+        least = settings.min_tokens
+        return f"{count} tokens are too few to code between the first and the newest (min_tokens is {least})"
     if state.turn.record_past:
         return "waits for the next crop"
     return f"waits for the {'next' if _is_compressed(state) else 'first'} generation step"

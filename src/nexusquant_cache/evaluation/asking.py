@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import Cache, PreTrainedTokenizerBase
 
@@ -251,11 +251,16 @@ def ask_all(
 
 def answer_log_prob(loaded: LoadedModel, question: FactQuestion, cache: Cache) -> float:
     """Return the mean log probability of the answer's tokens that count, after the rest of the prompt, in nats."""
+    log_probs = answer_predictions(loaded, question, cache)
+    answer = question.answer_ids[0, :, None].to(log_probs.device)
+    return float(log_probs.gather(1, answer)[question.scored].double().mean())
+
+
+def answer_predictions(loaded: LoadedModel, question: FactQuestion, cache: Cache) -> Float[Tensor, "a vocab"]:
+    """Return the log probabilities in the place of each token of the answer, after the rest of the prompt, in nats."""
     rest = question.question_ids[:, question.read_ids.shape[1] :]
     fed = torch.cat([rest, question.lead_ids, question.answer_ids], dim=1)
-    answer = question.answer_ids[0, :, None]
-    log_probs = predict(loaded.model, fed, cache)[-len(answer) :]
-    return float(log_probs.gather(1, answer.to(log_probs.device))[question.scored].double().mean())
+    return predict(loaded.model, fed, cache)[-question.answer_ids.shape[1] :]
 
 
 def check_counts(count: int, wordings: int) -> None:

@@ -259,11 +259,16 @@ def _check_numbers(name: str, numbers: Sequence[float] | None, policies: Sequenc
 
 
 def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-    """Return the part of its head's unprotected tokens that score less than a token; 0 for protected ones."""
+    """Return the part of its head's unprotected tokens that come after a token; 0 for protected ones.
+
+    Of equal scores the later token comes first, so that a policy fills its share whatever its scores are: pooling makes
+    many of them equal.
+    """
     scores = policy.checked_scores(inputs).float()
     free = inputs.free
     given = scores.index_select(-1, free).contiguous()
-    below = torch.searchsorted(given.sort(-1).values, given)
+    order = given.argsort(dim=-1, stable=True)
+    places = torch.arange(len(free), dtype=scores.dtype, device=scores.device) / max(len(free), 1)
     ranks = torch.zeros_like(scores)
-    ranks[..., free] = below.float() / max(len(free), 1)
+    ranks[..., free] = torch.empty_like(given).scatter_(-1, order, places.expand_as(given))
     return ranks
