@@ -558,6 +558,14 @@ class TestCombined:
         with pytest.raises(OptionError, match="shares must be one positive number for each of 2 policies"):
             Combined([KeyNormPolicy(), KeyDiffPolicy()], shares=shares)
 
+    def test_equal_scores_fill_a_share_too(self) -> None:
+        """Pooling makes whole stretches equal: none may be too wide for the places that are left to it."""
+        plateau = torch.zeros(1, 2, 20)
+        plateau[..., 5:15] = 1
+        other = -torch.arange(20.0).expand(1, 2, 20)
+        policy = Combined([Given(other), Given(plateau)], shares=(0.6, 0.4))
+        assert select(policy, given_inputs(20), 10)[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 11, 12, 13, 14]
+
     def test_or_what_both_do(self) -> None:
         policy = Combined([Given(self.first), Given(self.second)], "mean")
         expected = torch.tensor([[[3.0, 2, 1, 3], [0, 2, 4, 6]]]) / 8

@@ -171,7 +171,8 @@ class Combined(PolicyOfPolicies):
 
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the aggregated ranks."""
-        ranks = torch.stack([_ranks(part, inputs) for part in self.parts])
+        ranked = _places if self.aggregate == "max" else _ranks
+        ranks = torch.stack([ranked(part, inputs) for part in self.parts])
         if self.shares is None:
             return aggregated(ranks, self.aggregate, 0)
         shares = ranks.new_tensor(self.shares).view(-1, 1, 1, 1)
@@ -259,16 +260,25 @@ def _check_numbers(name: str, numbers: Sequence[float] | None, policies: Sequenc
 
 
 def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-    """Return the part of its head's unprotected tokens that come after a token; 0 for protected ones.
-
-    Of equal scores the later token comes first, so that a policy fills its share whatever its scores are: pooling makes
-    many of them equal.
-    """
+    """Return the part of its head's unprotected tokens that score less than a token; 0 for protected ones."""
     scores = policy.checked_scores(inputs).float()
     free = inputs.free
     given = scores.index_select(-1, free).contiguous()
-    order = given.argsort(dim=-1, stable=True)
-    places = torch.arange(len(free), dtype=scores.dtype, device=scores.device) / max(len(free), 1)
+    below = torch.searchsorted(given.sort(-1).values, given)
     ranks = torch.zeros_like(scores)
-    ranks[..., free] = torch.empty_like(given).scatter_(-1, order, places.expand_as(given))
+    ranks[..., free] = below.float() / max(len(free), 1)
     return ranks
+
+
+def _places(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
+    """Return the same where equal scores, of which pooling makes many, have one place after the other, the last first.
+
+    So a policy fills its share whatever its scores are.
+    """
+    scores = policy.checked_scores(inputs).float()
+    free = inputs.free
+    order = scores.index_select(-1, free).argsort(dim=-1, stable=True)
+    places = torch.arange(len(free), dtype=scores.dtype, device=scores.device) / max(len(free), 1)
+    found = torch.zeros_like(scores)
+    found[..., free] = torch.empty_like(order, dtype=scores.dtype).scatter_(-1, order, places.expand(order.shape))
+    return found
