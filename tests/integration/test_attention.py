@@ -31,6 +31,7 @@ from nexusquant_cache import (
     Combined,
     EvictionPolicy,
     ExpectedAttentionPolicy,
+    IfReadAgain,
     KeyDiffPolicy,
     KeyNormPolicy,
     LeveragePolicy,
@@ -43,7 +44,9 @@ from nexusquant_cache import (
     attention,
     compressed_generation,
 )
+from nexusquant_cache.cache.cache import _NOT_READ_AGAIN
 from nexusquant_cache.errors import CacheStateError, OptionError, ShapeError, UnsupportedError
+from nexusquant_cache.layer.parts import compressed
 from nexusquant_cache.releases import CACHE
 
 SERVED = [
@@ -419,6 +422,22 @@ class TestReconstruct:
         assert fingerprint(once) != fingerprint(cache)
         with pytest.raises(CacheStateError, match="compressed already"):
             once.read_again(model, ids)
+
+    def test_not_for_the_default_policy_beside_windows(self, caplog: pytest.LogCaptureFixture) -> None:
+        """There it did harm; a policy that looks at a second reading still gets one."""
+        model = build("gemma3", "sdpa")
+        ids = inputs(model, PROMPT, 2)["input_ids"]
+        caches = [
+            balanced(model),
+            balanced(model, policy=IfReadAgain(ReconstructionPolicy(), otherwise=KeyNormPolicy())),
+        ]
+        for cache in caches:
+            logits(model, ids, cache)
+            cache.read_again(model, ids)
+        found = [[x.layer.state.observed.reconstruction for x in compressed(cache.parts())] for cache in caches]
+        assert [[x is None for x in each] for each in found] == [[True] * len(found[0]), [False] * len(found[0])]
+        assert len(found[0]) > 0
+        assert [record.message for record in caplog.records if "read again" in record.message] == [_NOT_READ_AGAIN]
 
     @pytest.mark.parametrize(
         "name", ["llama", "gemma3", "gemma4", "gpt_oss", "qwen3_next", "falcon_h1", "lfm2", "gpt2"]

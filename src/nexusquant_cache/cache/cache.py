@@ -47,6 +47,10 @@ from nexusquant_cache.releases import compile_inside_wrappers
 from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
 
 _LOGGER = logging.getLogger(__name__)
+_NOT_READ_AGAIN = (
+    "nothing is read again: beside layers with a sliding window the default policy has no use for a second reading, "
+    "which made answers worse (docs/decisions.md, 54); with IfReadAgain you can make a policy that has"
+)
 _ASKED_ONCE = frozenset({"policy", "make_policy", "make_codec", "make_phase"})
 _PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)$")
 
@@ -416,7 +420,8 @@ class NexusQuantCache(DynamicCache):
             cache.read_again(model, text_ids)
 
         The default policy makes use of it; of your own, those do that look at `ScoreInputs.reconstruction`.  A cache
-        that evicts nothing has no use for it, and nothing is read.
+        that evicts nothing has no use for it, and nothing is read.  Nor has the default policy beside layers with a
+        sliding window (`DEFAULT_BESIDE_WINDOWS`); then a warning says so.
 
         Args:
             model: The model that has read the prompt.
@@ -430,7 +435,12 @@ class NexusQuantCache(DynamicCache):
             CacheStateError: If the cache is empty, compressed already, or records a past, as in assisted decoding.
             UnsupportedError: If the queries of the model cannot be seen.
         """
-        if self.shared.evicts:
+        if not self.shared.evicts:
+            return
+        policies = [part.layer.state.policy for part in compressed(self.parts())]
+        if policies and all(policy is DEFAULT_BESIDE_WINDOWS for policy in policies):
+            _LOGGER.warning(_NOT_READ_AGAIN)
+        else:
             reconstruct(model, self, input_ids, chunk=chunk, progress=progress)
 
     def _compress_waiting(self, tokens: int) -> None:
