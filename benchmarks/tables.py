@@ -330,16 +330,17 @@ def eviction_table(content: dict[str, Any]) -> str:
         f"{'later' if x['place'] == 'later' else 'in the prompt'}"
         for x in content["rows"][0]["answers"]
     )
-    head = ("kept", "rule", "KL, nats", *whats, "log probability of facts, later")
+    changes = ("log probability of facts, later", "of numbers, in the prompt")
+    head = ("kept", "rule", "KL, nats", *whats, *changes)
     rows = sorted(content["rows"], key=lambda row: -row["ratio"])
     return markdown(head, (_eviction_cells(row) for row in rows))
 
 
 def _eviction_cells(row: dict[str, Any]) -> list[str]:
-    (later,) = (x for x in row["answers"] if (x["what"], x["place"]) == ("facts", "later"))
+    means = {(x["what"], x["place"]): f"{x['log_prob']['mean']:+.2f}" for x in row["answers"]}
     counts = (f"{x['found' if x['what'] == 'numbers' else 'lost']} of {x['asked']}" for x in row["answers"])
     kept, moved = f"{100 * row['ratio']:.0f} %", f"{row['kl']['mean']:.3f}"
-    return [kept, row["rule"], moved, *counts, f"{later['log_prob']['mean']:+.2f}"]
+    return [kept, row["rule"], moved, *counts, means["facts", "later"], means["numbers", "prompt"]]
 
 
 def chunks_table(content: dict[str, Any]) -> str:
