@@ -980,8 +980,8 @@ def test_a_cache_is_one_line(sdpa: LlamaForCausalLM) -> None:
     assert repr(cache) == "NexusQuantCache(preset balanced, 0 tokens seen, 0 B (1.0x), empty)"
     logits(sdpa, prompt(60), cache)
     assert re.fullmatch(
-        r"NexusQuantCache\(preset balanced, 60 tokens seen, [\d.]+ KiB \(0\.\dx\), not compressed yet: is too short, "
-        r"with 32 tokens between sinks and residual \(min_tokens is 128\)\)",
+        r"NexusQuantCache\(preset balanced, 60 tokens seen, [\d.]+ KiB \(0\.\dx\), not compressed yet: "
+        r"32 tokens are too few to code between the first and the newest \(min_tokens is 128\)\)",
         repr(cache),
     )
     cache = lossless_cache(sdpa.config, keep_ratio=0.5)
