@@ -17,7 +17,7 @@ from nexusquant_cache.codec.layout import CodeLayout
 from nexusquant_cache.evaluation import EvaluationError, nexusquant_candidate
 from nexusquant_cache.evaluation.caches import prefill
 from nexusquant_cache.evaluation.quality import Continuation, run_plain
-from nexusquant_cache.policy import ScoreInputs
+from nexusquant_cache.policy import DEFAULT_BESIDE_WINDOWS, DEFAULT_POLICY, ScoreInputs
 
 UNCHECKED = 1e9
 
@@ -35,6 +35,11 @@ def plain():
 
 
 class TestEviction:
+    def test_the_rules_that_stand_for_the_default_policies_are_these(self, load):
+        policies = [rule.policy for rule in load("eviction").RULES]
+        assert policies[0] == DEFAULT_POLICY.otherwise
+        assert DEFAULT_BESIDE_WINDOWS in policies[1:]
+
     def test_what_is_hidden_does_not_matter_and_all_else_does(self, load):
         eviction, model = load("eviction"), tiny_llama()
         read = prefill(model, prompt(200))

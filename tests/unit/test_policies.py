@@ -37,7 +37,7 @@ from nexusquant_cache.codec.rope import RotaryPhase
 from nexusquant_cache.errors import CacheStateError, NonFiniteError, OptionError, ShapeError
 from nexusquant_cache.layer.selection import Scores
 from nexusquant_cache.policy.base import _note_stand_ins
-from nexusquant_cache.policy.combined import _ranks
+from nexusquant_cache.policy.combined import _less, _ranks
 from nexusquant_cache.policy.queries import _mean_turn
 
 POLICIES: dict[str, EvictionPolicy] = {
@@ -491,18 +491,18 @@ def given_inputs(tokens: int) -> ScoreInputs:
 class TestRanks:
     def test_equal_scores_have_equal_ranks(self) -> None:
         scores = torch.tensor([[[5.0, 1, 5, 3], [0, 0, 0, 0]]])
-        ranks = _ranks(Given(scores), given_inputs(4))
+        ranks = _ranks(Given(scores), given_inputs(4), _less)
         assert ranks.tolist() == [[[0.5, 0, 0.5, 0.25], [0, 0, 0, 0]]]
 
     def test_protected_tokens_have_none(self) -> None:
         scores = torch.tensor([[[float("nan"), 1, 5, 3], [float("inf"), 7, 1, 1]]])
         inputs = replace(given_inputs(4), protected=torch.tensor([True, False, False, False]))
-        ranks = _ranks(Given(scores), inputs)
+        ranks = _ranks(Given(scores), inputs, _less)
         torch.testing.assert_close(ranks, torch.tensor([[[0, 0, 2, 1], [0, 2, 0, 0]]]) / 3)
 
     def test_all_may_be_protected(self) -> None:
         inputs = replace(given_inputs(4), protected=torch.ones(4, dtype=torch.bool))
-        assert (_ranks(Given(torch.randn(1, 2, 4)), inputs) == 0).all()
+        assert (_ranks(Given(torch.randn(1, 2, 4)), inputs, _less) == 0).all()
 
     @pytest.mark.parametrize("wrap", [ValueAware, SharedOverHeads, lambda x: Combined([x])])
     def test_bad_scores_do_not_hide_behind_ranks(self, wrap: Any) -> None:

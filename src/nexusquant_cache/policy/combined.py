@@ -1,7 +1,7 @@
 """Policies made of other policies."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -117,7 +117,7 @@ class SharedOverHeads(PolicyOfPolicies):
 
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the ranks, the same for all heads."""
-        ranks = _ranks(self.policy, inputs)
+        ranks = _ranks(self.policy, inputs, _less)
         return aggregated(ranks, self.aggregate, 1, keepdim=True).expand_as(ranks)
 
 
@@ -171,8 +171,8 @@ class Combined(PolicyOfPolicies):
 
     def score(self, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
         """Return the aggregated ranks."""
-        ranked = _places if self.aggregate == "max" else _ranks
-        ranks = torch.stack([ranked(part, inputs) for part in self.parts])
+        count = _place if self.aggregate == "max" else _less
+        ranks = torch.stack([_ranks(part, inputs, count) for part in self.parts])
         if self.shares is None:
             return aggregated(ranks, self.aggregate, 0)
         shares = ranks.new_tensor(self.shares).view(-1, 1, 1, 1)
@@ -259,26 +259,30 @@ def _check_numbers(name: str, numbers: Sequence[float] | None, policies: Sequenc
         raise OptionError(msg)
 
 
-def _ranks(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-    """Return the part of its head's unprotected tokens that score less than a token; 0 for protected ones."""
-    scores = policy.checked_scores(inputs).float()
-    free = inputs.free
-    given = scores.index_select(-1, free).contiguous()
-    below = torch.searchsorted(given.sort(-1).values, given)
-    ranks = torch.zeros_like(scores)
-    ranks[..., free] = below.float() / max(len(free), 1)
-    return ranks
+def _ranks(policy: EvictionPolicy, inputs: ScoreInputs, count: Callable[[Tensor], Tensor]) -> Float[Tensor, "b h n"]:
+    """Return the part of its head's unprotected tokens that come after a token; 0 for protected ones.
 
-
-def _places(policy: EvictionPolicy, inputs: ScoreInputs) -> Float[Tensor, "b h n"]:
-    """Return the same where equal scores, of which pooling makes many, have one place after the other, the last first.
-
-    So a policy fills its share whatever its scores are.
+    Args:
+        policy: Whose scores decide.
+        inputs: What it is shown.
+        count: Returns how many scores come after each: `_less`, or `_place`.
     """
     scores = policy.checked_scores(inputs).float()
     free = inputs.free
-    order = scores.index_select(-1, free).argsort(dim=-1, stable=True)
-    places = torch.arange(len(free), dtype=scores.dtype, device=scores.device) / max(len(free), 1)
-    found = torch.zeros_like(scores)
-    found[..., free] = torch.empty_like(order, dtype=scores.dtype).scatter_(-1, order, places.expand(order.shape))
-    return found
+    ranks = torch.zeros_like(scores)
+    ranks[..., free] = count(scores.index_select(-1, free)).float() / max(len(free), 1)
+    return ranks
+
+
+def _less(scores: Tensor) -> Tensor:
+    """Return how many scores are less than each, of equal ones the same."""
+    scores = scores.contiguous()
+    return torch.searchsorted(scores.sort(-1).values, scores)
+
+
+def _place(scores: Tensor) -> Tensor:
+    """Return the place of each score from below; of equal ones, of which pooling makes many, the last comes highest.
+
+    So a policy fills its share whatever its scores are.
+    """
+    return scores.argsort(dim=-1, stable=True).argsort(dim=-1)
