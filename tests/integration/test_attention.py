@@ -423,8 +423,8 @@ class TestReconstruct:
         with pytest.raises(CacheStateError, match="compressed already"):
             once.read_again(model, ids)
 
-    def test_not_for_the_default_policy_beside_windows(self, caplog: pytest.LogCaptureFixture) -> None:
-        """There it did harm; a policy that looks at a second reading still gets one."""
+    def test_not_for_a_policy_that_does_not_look_at_it(self, caplog: pytest.LogCaptureFixture) -> None:
+        """Such as the default beside windows, where it did harm; others still get one there."""
         model = build("gemma3", "sdpa")
         ids = inputs(model, PROMPT, 2)["input_ids"]
         caches = [

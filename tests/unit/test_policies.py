@@ -615,6 +615,9 @@ class TestIfReadAgain:
         again, once = ReconstructionPolicy(), KeyNormPolicy()
         assert not IfReadAgain(again, otherwise=once).requires_reconstruction
         assert IfReadAgain(once, otherwise=again).requires_reconstruction
+        assert IfReadAgain(once, otherwise=once).wants_reconstruction
+        assert Combined([once, again]).wants_reconstruction
+        assert not Combined([once, FarAttentionPolicy()]).wants_reconstruction
         assert IfReadAgain(again, otherwise=FarAttentionPolicy()).scores_are_comparable
         assert not IfReadAgain(again, otherwise=once).scores_are_comparable
         assert DEFAULT_POLICY.scores_are_comparable

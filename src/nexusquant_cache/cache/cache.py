@@ -48,8 +48,8 @@ from nexusquant_cache.uncompiled import pass_over_wrappers, uncompiled
 
 _LOGGER = logging.getLogger(__name__)
 _NOT_READ_AGAIN = (
-    "nothing is read again: beside layers with a sliding window the default policy has no use for a second reading, "
-    "which made answers worse (docs/decisions.md, 54); with IfReadAgain you can make a policy that has"
+    "nothing is read again: the policy of this cache does not look at a second reading (wants_reconstruction). Nor "
+    "does the default policy beside layers with a sliding window, where it made answers worse (docs/decisions.md, 54)"
 )
 _ASKED_ONCE = frozenset({"policy", "make_policy", "make_codec", "make_phase"})
 _PLACEHOLDER = re.compile(r"(image|video|vision|audio|speech)\w*_token_(id|index)$")
@@ -419,9 +419,10 @@ class NexusQuantCache(DynamicCache):
                 model(text_ids, cache=cache)
             cache.read_again(model, text_ids)
 
-        The default policy makes use of it; of your own, those do that look at `ScoreInputs.reconstruction`.  A cache
-        that evicts nothing has no use for it, and nothing is read.  Nor has the default policy beside layers with a
-        sliding window (`DEFAULT_BESIDE_WINDOWS`); then a warning says so.
+        The default policy makes use of it; of your own, those do that look at `ScoreInputs.reconstruction` and say so
+        (`EvictionPolicy.wants_reconstruction`).  A cache that evicts nothing has no use for it, and nothing is read.
+        Nor is anything for a policy that does not look at it, such as the default beside layers with a sliding window
+        (`DEFAULT_BESIDE_WINDOWS`); then a warning says so.
 
         Args:
             model: The model that has read the prompt.
@@ -438,10 +439,10 @@ class NexusQuantCache(DynamicCache):
         if not self.shared.evicts:
             return
         policies = [part.layer.state.policy for part in compressed(self.parts())]
-        if policies and all(policy is DEFAULT_BESIDE_WINDOWS for policy in policies):
-            _LOGGER.warning(_NOT_READ_AGAIN)
-        else:
+        if not policies or any(policy is None or policy.wants_reconstruction for policy in policies):
             reconstruct(model, self, input_ids, chunk=chunk, progress=progress)
+        else:
+            _LOGGER.warning(_NOT_READ_AGAIN)
 
     def _compress_waiting(self, tokens: int) -> None:
         """Compress all layers that wait and are due before an update of so many tokens."""

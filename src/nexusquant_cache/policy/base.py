@@ -108,6 +108,11 @@ class EvictionPolicy(ABC):
         return False
 
     @property
+    def wants_reconstruction(self) -> bool:
+        """Whether the policy looks at `ScoreInputs.reconstruction`.  If not, `NexusQuantCache.read_again` is spared."""
+        return self.requires_reconstruction
+
+    @property
     def requires_reconstruction(self) -> bool:
         """Whether the policy cannot score without `ScoreInputs.reconstruction`."""
         return False

@@ -43,6 +43,11 @@ class PolicyOfPolicies(EvictionPolicy):
         return any(part.requires_queries for part in self.parts)
 
     @property
+    def wants_reconstruction(self) -> bool:
+        """Whether any of them does."""
+        return any(part.wants_reconstruction for part in self.parts)
+
+    @property
     def requires_reconstruction(self) -> bool:
         """Whether any of them does."""
         return any(part.requires_reconstruction for part in self.parts)
@@ -234,6 +239,11 @@ class IfReadAgain(PolicyOfPolicies):
     def parts(self) -> Sequence[EvictionPolicy]:
         """Both."""
         return self.policy, self.otherwise
+
+    @property
+    def wants_reconstruction(self) -> bool:
+        """True: it tells which policy scores."""
+        return True
 
     @property
     def requires_reconstruction(self) -> bool:
