@@ -13,7 +13,7 @@ options of it are ``key_bits`` and ``value_bits`` per channel (by default those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from math import prod
 
 import torch
@@ -128,6 +128,11 @@ class Files(FSL2Adapter):
 
 def create(options: dict[str, object]) -> AsyncSerdeProcessor:
     """Return the serde for the options of an adapter's JSON."""
+    known = ["max_workers", *(field.name for field in fields(Sides))]
+    for name in options:
+        if name not in known:
+            msg = f"{NAME} has no option {name!r}; there are {', '.join(known)}"
+            raise ValueError(msg)
     workers = int(str(options.get("max_workers", 1)))
     sides = Sides(**{name: value for name, value in options.items() if name != "max_workers"})
     return AsyncSerdeProcessor(CodesSerializer(sides), CodesDeserializer(sides), max_workers=workers)

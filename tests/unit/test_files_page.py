@@ -22,6 +22,7 @@ from nexusquant_cache.files.ids import TOKEN_IDS, packed_ids, unpacked_ids, with
 from nexusquant_cache.files.kept import KeptTokens, kept_tokens
 from nexusquant_cache.files.prompt import LEVELS, level_of, text_html
 from nexusquant_cache.files.reader import read_positions
+from nexusquant_cache.files.rows import layer_rows
 
 VOID = {"meta", "br", "path", "use", "rect", "image"}
 TOKENIZER = build_tokenizer()
@@ -212,6 +213,18 @@ class TestPage:
             ["header", "-", f"{summary.header_bytes:,}", "-", "JSON"],
         ]
         assert len(page.shares) == cache.get_seq_length()
+
+    @pytest.mark.parametrize("name", list(MAKERS))
+    def test_tokens_of_a_layer_add_up_to_what_it_keeps(self, name, saved):
+        """Packed tokens are a mean over heads, as kept ones are everywhere."""
+        path, cache = saved(name)
+        ours = {layer.layer_idx: layer for layer in cache.memory_report().layers if layer.kind == "compressed"}
+        rows = [row for row in layer_rows(inspect_file(path)) if row[1] == "compressed"]
+        assert rows
+        for layers, _, _, seen, exact, packed, _ in rows:
+            layer = ours[int(layers.split("-")[0])]
+            assert int(seen) == layer.seen_tokens
+            assert int(exact) + int(packed) == pytest.approx(layer.kept_tokens, abs=1)
 
     @pytest.mark.parametrize("name", list(MAKERS))
     def test_the_bytes_are_those_of_the_file(self, name, saved):

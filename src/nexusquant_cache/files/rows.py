@@ -6,10 +6,10 @@ from pathlib import Path
 from nexusquant_cache.files.checks import settings_of
 from nexusquant_cache.files.commands import FileSummary
 from nexusquant_cache.files.ids import TOKEN_IDS
-from nexusquant_cache.files.schema import LayerMeta, StockMeta
+from nexusquant_cache.files.schema import BodyMeta, LayerMeta, StockMeta
 
 LAYER_COLUMNS = ("layers", "kind", "batch x heads x dims", "seen", "exact", "packed", "codes")
-"""Headings of `layer_rows`."""
+"""Headings of `layer_rows`; tokens are counted for each head, on average."""
 PART_COLUMNS = ("part", "packed bytes", "at rest", "ratio", "stored as")
 """Headings of `part_rows`."""
 TEXT_COLUMNS = ("kind", "batch x heads x dims", "codes", "stored as")
@@ -90,6 +90,11 @@ def _layer_cells(layer: LayerMeta | StockMeta, summary: FileSummary) -> tuple[st
         f"{shape.batch} x {shape.heads} x {dims}",
         f"{layer.seen:,}",
         f"{(layer.sinks or 0) + layer.tail:,}",
-        "0" if body is None else f"{body.kept + body.dense:,}",
+        "0" if body is None else f"{_packed(body, shape.batch * shape.heads):,}",
         codes or _NONE,
     )
+
+
+def _packed(body: BodyMeta, heads: int) -> int:
+    """Return how many packed tokens each head of a layer has, on average."""
+    return body.kept + body.dense if body.total is None else round(body.total / max(heads, 1))

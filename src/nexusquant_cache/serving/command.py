@@ -138,4 +138,4 @@ def is_local(host: str) -> bool:
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:  # a name
-        return host == "localhost"
+        return host.lower() == "localhost"

@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any, cast
 
 from numba import njit, types
@@ -56,11 +57,16 @@ def inlined(function: Function) -> Function:
     return cast("Function", njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
+@lru_cache(maxsize=1)
+def _announce() -> None:
+    """Say what takes so long; for all functions of a process once."""
+    _LOG.warning("compiling the codec for this machine, once; that can take minutes")
+
+
 @contextmanager
 def _announced() -> Iterator[None]:
     """Say that something is compiled, if that takes long."""
-    what = "compiling a part of the codec for this machine, once; that can take minutes"
-    told = threading.Timer(_PATIENCE, _LOG.warning, [what])
+    told = threading.Timer(_PATIENCE, _announce)
     told.daemon = True
     told.start()
     try:
