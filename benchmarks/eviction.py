@@ -17,7 +17,7 @@ import argparse
 import copy
 import math
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,18 +81,21 @@ class Rule:
         pool: Width of the max-pooling.
         shares: Whether all heads of all layers share one budget.
         besides: What else some of the places of each head are for: nothing, the question, or unusual keys.
+        every: Of so many tokens one is asked for far attention.
     """
 
     window: int
     pool: int
     shares: bool
     besides: str = ""
+    every: int = 1
 
     @property
     def name(self) -> str:
         """What to call it."""
         queries = f"{self.window} queries, pooled over {self.pool}"
-        return f"{queries}, {'one budget' if self.shares else 'equal budgets'}{self.besides and f', {self.besides}'}"
+        name = f"{queries}, {'one budget' if self.shares else 'equal budgets'}{self.besides and f', {self.besides}'}"
+        return name if self.every == 1 else f"{name}, one far query in {self.every}"
 
     @property
     def policy(self) -> EvictionPolicy:
@@ -104,9 +107,10 @@ class Rule:
         other, share = BESIDES[self.besides]
         return Combined((policy, other), shares=(1 - share, share))
 
-    def keep(self, layers: list[ScoreInputs], ratio: float) -> Kept:
+    def keep(self, read: list[dict[int, ScoreInputs]], ratio: float) -> Kept:
         """Return what stays of a text, in the layers that are given."""
         policy, scored = self.policy, []
+        layers = [layer[self.every] for layer in read]
         for inputs in layers:
             scores = policy.checked_scores(inputs).double().masked_fill(inputs.protected, -torch.inf)
             budget = math.ceil(ratio * len(inputs.free))
@@ -130,6 +134,11 @@ RULES = (
     Rule(256, 1, shares=False),
     Rule(256, 1, shares=False, besides="a fifth for the question"),  # `DEFAULT_BESIDE_WINDOWS`
     Rule(256, 1, shares=False, besides="three tenths for unusual keys"),
+    *(
+        replace(rule, every=every)  # the default policies, with fewer queries
+        for rule in (Rule(64, 21, shares=True), Rule(256, 1, shares=False, besides="a fifth for the question"))
+        for every in (2, 4)
+    ),
 )
 
 
@@ -139,8 +148,11 @@ def evicting_layers(model: PreTrainedModel) -> list[int]:
     return [index for index, layer in enumerate(layers) if not layer.is_sliding]
 
 
-def scored_layers(model: PreTrainedModel, read: Prefilled) -> list[ScoreInputs]:
-    """Return what policies are shown of a text that was read: exact keys and queries."""
+def scored_layers(model: PreTrainedModel, read: Prefilled) -> list[dict[int, ScoreInputs]]:
+    """Return what policies are shown of each layer of a text that was read: exact keys, queries, and far attention.
+
+    The latter by how many tokens of which one is asked.
+    """
     tokens = read.cache.get_seq_length()
     place, real = torch.arange(tokens), torch.ones(1, tokens, dtype=torch.bool)
     protected = (place < SINKS) | (place >= tokens - RECENT)
@@ -148,8 +160,15 @@ def scored_layers(model: PreTrainedModel, read: Prefilled) -> list[ScoreInputs]:
     for index in evicting_layers(model):
         keys, values = read.cache.layers[index].keys, read.cache.layers[index].values
         queries = read.queries[index]
-        far = greatest_attention(queries, keys, real, least_distance=FAR)
-        found.append(ScoreInputs(keys, values, place, protected, index, queries=queries, far_attention=far))
+        seen = ScoreInputs(keys, values, place, protected, index, queries=queries)
+        found.append(
+            {
+                every: replace(
+                    seen, far_attention=greatest_attention(queries, keys, real, least_distance=FAR, every=every)
+                )
+                for every in sorted({rule.every for rule in RULES})
+            }
+        )
     return found
 
 

@@ -32,6 +32,7 @@ from triton.compiler import compile as compile_kernel
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
 from nexusquant_cache.codec.triton import kernels_encode as encode
+from nexusquant_cache.codec.triton import kernels_greatest as greatest
 from nexusquant_cache.evaluation.results import environment, read_json, write_json
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class Compiled:
 
 def compile_cases() -> list[CompileCase]:
     """Return every specialisation to compile."""
-    return [*attention.compile_cases(), *dense.compile_cases(), *encode.compile_cases()]
+    return [*attention.compile_cases(), *dense.compile_cases(), *encode.compile_cases(), *greatest.compile_cases()]
 
 
 def compile_case(case: CompileCase, capability: int) -> Compiled:

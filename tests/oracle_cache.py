@@ -448,7 +448,7 @@ class OracleLayer(CacheLayerMixin):
         """Return the greatest attention so far to each token of the prompt, with that of new queries.
 
         A query's softmax is over the tokens of the prompt, up to its own, without pads; of these it looks at those that
-        are some tokens before it.
+        are some tokens before it.  Not every query is asked.
         """
         found = dict(self.far)
         for index, row in enumerate(self.rows):
@@ -456,15 +456,16 @@ class OracleLayer(CacheLayerMixin):
             for place in range(queries.shape[2]):
                 own = self.seen - queries.shape[2] + place
                 visible = [at for at in range(self.prompt_from, own + 1) if not row.pads[at]]
-                if row.pads[own]:
+                every = observations.far_every(self.owner.cache_config.keep_ratio)
+                if row.pads[own] or (len(visible) - 1) % every:
                     continue
                 for head in range(queries.shape[1]):
                     keys = row.shown[0][head // group, visible].float()
                     weights = (keys @ queries[index, head, place].float() * keys.shape[-1] ** -0.5).softmax(0)
-                    for at, weight in zip(visible, weights.tolist(), strict=True):
-                        if own - at >= observations.FAR:
-                            key = index, head // group, at
-                            found[key] = max(found.get(key, 0.0), weight)
+                    far = max(len(visible) - observations.FAR, 0)
+                    for at, weight in zip(visible[:far], weights[:far].tolist(), strict=True):
+                        key = index, head // group, at
+                        found[key] = max(found.get(key, 0.0), weight)
         return found
 
     @property

@@ -21,7 +21,7 @@ from nexusquant_cache.codec.softmax import Softmax
 from nexusquant_cache.codec.triton import attend as triton_attend
 from nexusquant_cache.codec.triton import kernels_attend as attention
 from nexusquant_cache.codec.triton import kernels_decode as dense
-from nexusquant_cache.codec.triton import support
+from nexusquant_cache.codec.triton import kernels_greatest, support
 from nexusquant_cache.layer.compress import _Encoding
 from nexusquant_cache.layer.parts import part_of
 
@@ -79,6 +79,8 @@ def main(capability: int) -> None:
             triton_attend.attend(torch.randn(1, 8, 1, 64, dtype=torch.bfloat16), layer.held(), None, softmax)
             is not None
         )
+    queries, keys = torch.randn(1, 8, 50, 80, dtype=torch.bfloat16), torch.randn(1, 2, 100, 80, dtype=torch.bfloat16)
+    kernels_greatest.greatest_attention(queries, keys, range(1, 100, 2), 64)
 
 
 if __name__ == "__main__":

@@ -401,48 +401,47 @@ class TestRecordQueries:
         torch.testing.assert_close(tripled[0], 3 * plain[0])
 
 
-@pytest.mark.parametrize("distance", [0, 1, 4])
+@pytest.mark.parametrize(("distance", "every"), [(0, 1), (1, 1), (4, 1), (0, 2), (4, 3), (0, 20)])
 @pytest.mark.parametrize("block", [1, 37, 200, 1 << 25])
-def test_greatest_attention_by_hand(block: int, distance: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greatest_attention_by_hand(block: int, distance: int, every: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A softmax per query and head over the tokens before it, in a loop; padding neither attends nor is attended to.
 
-    What is nearer than the least distance takes part in the softmax, and is not looked at.
+    What is nearer than the least distance takes part in the softmax, and is not looked at.  Places and distances are
+    those of a row without its padding.
     """
     monkeypatch.setattr("nexusquant_cache.layer.observations._BLOCK", block)
     queries, keys = torch.randn(2, 6, 5, 8), torch.randn(2, 3, 12, 8)
     real = torch.ones(2, 12, dtype=torch.bool)
     real[1, :3] = real[1, 8] = False
-    found = greatest_attention(queries, keys, real, least_distance=distance)
+    found = greatest_attention(queries, keys, real, least_distance=distance, every=every)
     expected = torch.zeros(2, 3, 12)
     for row, head, place in torch.cartesian_prod(torch.arange(2), torch.arange(6), torch.arange(5)).tolist():
-        if real[row, 7 + place]:
-            visible = [at for at in range(8 + place) if real[row, at]]
+        visible = [at for at in range(8 + place) if real[row, at]]
+        if real[row, 7 + place] and (len(visible) - 1) % every == 0:
             weights = (keys[row, head // 2, visible] @ queries[row, head, place] / 8**0.5).softmax(0)
-            for at, weight in zip(visible, weights, strict=True):
-                if 7 + place - at < distance:
-                    continue
+            for at, weight in list(zip(visible, weights, strict=True))[: max(len(visible) - distance, 0)]:
                 expected[row, head // 2, at] = max(expected[row, head // 2, at], weight)
     torch.testing.assert_close(found, expected)
 
 
-@pytest.mark.parametrize("distance", [0, 1, 64, 200])
-@pytest.mark.parametrize(("rows", "columns"), [(7, 16), (64, 1), (128, 2048)])
+@pytest.mark.parametrize(("distance", "every"), [(0, 1), (1, 2), (64, 1), (64, 3), (200, 1), (0, 160)])
+@pytest.mark.parametrize("block", [(7, 16), (64, 1), (128, 2048)])
 @pytest.mark.parametrize("count", [150, 37])
 def test_greatest_attention_from_known_sums(
-    rows: int, columns: int, distance: int, count: int, monkeypatch: pytest.MonkeyPatch
+    block: tuple[int, int], distance: int, every: int, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where it is known what a softmax divides by, the same comes out, whatever the blocks."""
-    monkeypatch.setattr("nexusquant_cache.layer.observations._ROWS", rows)
-    monkeypatch.setattr("nexusquant_cache.layer.observations._COLUMNS", columns)
+    monkeypatch.setattr("nexusquant_cache.layer.observations._ROWS", block[0])
+    monkeypatch.setattr("nexusquant_cache.layer.observations._COLUMNS", block[1])
     queries, keys = 3 * torch.randn(2, 6, count, 8), torch.randn(2, 3, 150, 8)
     real = torch.ones(2, 150, dtype=torch.bool)
     logits = queries @ keys.repeat_interleave(2, 1).mT / 8**0.5
     future = torch.ones(count, 150, dtype=torch.bool).triu(151 - count)
     sums = logits.masked_fill(future, -torch.inf).logsumexp(-1)
-    expected = greatest_attention(queries, keys, real, least_distance=distance)
-    found = greatest_attention(queries, keys, real, least_distance=distance, log_sums=sums)
+    expected = greatest_attention(queries, keys, real, least_distance=distance, every=every)
+    found = greatest_attention(queries, keys, real, least_distance=distance, every=every, log_sums=sums)
     torch.testing.assert_close(found, expected)
-    assert bool((found == 0).any()) == (distance > 0)
+    assert bool((found == 0).any()) == (distance > 0 or every > 1)
 
 
 def test_rows_of_padding_alone_are_nothing() -> None:

@@ -220,7 +220,8 @@ class _GreatestAttention(Observer):
         for reader in self.readers:
             if reader.returned is not None and reader.returned() is keys:
                 assert self.real is not None
-                found = greatest_attention(queries, keys, self.real)[..., : reader.part.seen]
+                impl = reader.part.layer.shared.settings.impl
+                found = greatest_attention(queries, keys, self.real, by=impl)[..., : reader.part.seen]
                 reader.attention = found if reader.attention is None else torch.maximum(reader.attention, found)
 
     def store(self) -> None:

@@ -142,6 +142,45 @@ def attend(
     return plain_attend.attend(queries, held, mask, softmax)
 
 
+Greatest = Callable[[Tensor, Tensor, range, int], Tensor]
+"""A function of queries, keys, the places of the queries, and the least distance that counts; see
+`layer.observations.greatest_attention`."""
+
+
+def greatest_attention(  # noqa: PLR0913, PLR0917 - those of the function, and who may compute it
+    asked: Impl,
+    queries: Float[Tensor, "b q m d"],
+    keys: Float[Tensor, "b h n d"],
+    places: range,
+    least_distance: int,
+    plain: Greatest,
+) -> Float[Tensor, "b h n"]:
+    """Return the greatest attention weight of each token, by a Triton kernel where there is one for it.
+
+    Args:
+        asked: Which implementation may compute; one that cannot is passed over.
+        queries: See `layer.observations.greatest_attention`, like all that follow.
+        keys: Likewise.
+        places: Where the queries are.
+        least_distance: Likewise.
+        plain: The same in plain torch.
+    """
+    is_wanted = asked == "triton" or (asked == "auto" and keys.device.type != "cpu")
+    support = _module("triton", "support")
+    if is_wanted and keys.shape[-1] <= support.MOST_CHANNELS and support.why_not_on(keys.device) is None:
+        kernel: Greatest = _module("triton", "kernels_greatest").greatest_attention
+
+        def error() -> float:
+            some = queries[:, :, -_COMPARED:], places[-_COMPARED:]
+            expected = plain(some[0].float(), keys.float(), some[1], least_distance)
+            return distance(kernel(some[0], keys, some[1], least_distance), expected)
+
+        key = ("triton", "greatest_attention", keys.device, keys.dtype, keys.shape[-1])
+        if is_right(asked, key, error, _MOST_ATTENTION_ERROR):
+            return kernel(queries, keys, places, least_distance)
+    return plain(queries, keys, places, least_distance)
+
+
 def _choose_for_attention(held: HeldTokens) -> str:
     """Return the one implementation that computes for both codecs, plain torch if they differ."""
     assert held.keys is not None

@@ -218,7 +218,7 @@ class NexusQuantLayer(CacheLayerMixin):
             real = keys.new_ones(keys.shape[0], count, dtype=torch.bool)
             if state.pads is not None:
                 real = ~state.pads[:, state.pads.shape[1] - count :]
-            state.observed.append_far(scaled(queries.detach(), scaling), keys, real, log_sums)
+            state.observed.append_far(scaled(queries.detach(), scaling), keys, real, self.shared.settings, log_sums)
         state.note_shown(fresh)  # when all is there
 
     def _note_read(self, state: LayerState, seen: int, fresh: int) -> None:

@@ -8,11 +8,16 @@ import torch.nn.functional as F  # noqa: N812 - torch's own convention
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from nexusquant_cache.codec import impl
+from nexusquant_cache.codec.impl import Impl
 from nexusquant_cache.layer.tokens import own
+from nexusquant_cache.presets import CacheConfig
 
 FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
+_ENOUGH = 1 / 3  # of the tokens kept: then half of the queries say as much
 _BLOCK = 1 << 19  # logits computed at once: 2 MiB in float32
+_LARGE_BLOCK = 1 << 25  # likewise on an accelerator, which takes longer to begin
 _ROWS, _COLUMNS = 128, 2048  # queries of each query head, and tokens, where one KV head follows the other
 
 
@@ -58,6 +63,7 @@ class Observations:
         queries: Float[Tensor, "b q new d"],
         keys: Float[Tensor, "b h n d"],
         real: Bool[Tensor, "b n"],
+        settings: CacheConfig,
         log_sums: Float[Tensor, "b q new"] | None = None,
     ) -> None:
         """Look at the attention that the queries of the newest tokens pay to the prompt.
@@ -66,10 +72,14 @@ class Observations:
             queries: Scaled as `ScoreInputs.queries`.
             keys: Of all its tokens.
             real: Which of them are not padding.
+            settings: Those of the cache.
             log_sums: See `greatest_attention`.
         """
         self._save()
-        found = greatest_attention(queries, keys, real, least_distance=FAR, log_sums=log_sums)
+        every = far_every(settings.keep_ratio)
+        found = greatest_attention(
+            queries, keys, real, least_distance=FAR, every=every, log_sums=log_sums, by=settings.impl
+        )
         if self.far is not None:
             torch.maximum(found[..., : self.far.shape[2]], self.far, out=found[..., : self.far.shape[2]])
         self.far = found
@@ -114,19 +124,29 @@ class Observations:
         return F.pad(self.reconstruction, (0, tokens - self.reconstruction.shape[2]), value=1.0)
 
 
+def far_every(keep_ratio: float) -> int:
+    """Return of how many tokens one is asked which tokens far before it attends to.
+
+    Where more than a third is kept, every second query chooses as well as all (`benchmarks/eviction.py`).
+    """
+    return 2 if keep_ratio > _ENOUGH else 1
+
+
 def scaled(queries: Float[Tensor, "b q w d"], scaling: float | None) -> Float[Tensor, "b q w d"]:
     """Return queries that give the model's logits at the usual scaling, ``head_dim ** -0.5``."""
     factor = 1.0 if scaling is None else scaling * queries.shape[-1] ** 0.5
     return queries if abs(factor - 1) < 1e-6 else queries * factor  # noqa: PLR2004 - a rounding
 
 
-def greatest_attention(
+def greatest_attention(  # noqa: PLR0913 - half of them have defaults
     queries: Float[Tensor, "b q m d"],
     keys: Float[Tensor, "b h n d"],
     real: Bool[Tensor, "b n"],
     *,
     least_distance: int = 0,
+    every: int = 1,
     log_sums: Float[Tensor, "b q m"] | None = None,
+    by: Impl = "torch",
 ) -> Float[Tensor, "b h n"]:
     """Return the greatest attention weight that a token gets from any query, over the query heads of its KV head.
 
@@ -135,83 +155,92 @@ def greatest_attention(
     Args:
         queries: Scaled as `ScoreInputs.queries`.
         keys: All keys.
-        real: Which tokens are not padding; others neither attend nor are attended to.
+        real: Which tokens are not padding; others neither attend nor are attended to, and have no place.
         least_distance: Attention of a query to a token counts that is so many tokens before it.  All of it is in the
             softmax.
+        every: Of so many tokens one is asked: those whose place among the keys is a multiple of it.
         log_sums: The logarithm of the sum that each query's softmax divides by, where it is known already: then no
             softmax has to be computed.
+        by: Which implementation may compute, see `codec.impl`.
     """
-    heads, head_dim = keys.shape[1], keys.shape[3]
     real = real.to(keys.device)
-    is_padded = not bool(real.all())
+    if not bool(real.all()):
+        found = keys.new_zeros(keys.shape[:3], dtype=torch.float32)
+        for row, is_real in enumerate(real):  # each as if it were alone
+            if bool(is_real.any()):
+                own_queries = queries[row : row + 1, :, is_real[keys.shape[2] - queries.shape[2] :]]
+                own_keys, own_real = keys[row : row + 1, :, is_real], real[row : row + 1, is_real]
+                found[row, :, is_real] = greatest_attention(
+                    own_queries, own_keys, own_real, least_distance=least_distance, every=every, by=by
+                )[0]
+        return found
     if keys.device.type == "cpu":  # how products of half precision are rounded there depends on the processor
         queries, keys = queries.float(), keys.float()
-    groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
-    if log_sums is None or is_padded:
-        return _by_softmax(groups, keys, real, least_distance, is_padded=is_padded)
-    return _by_sums(groups, keys, log_sums.unflatten(1, (heads, -1)), least_distance)
+    tokens, count = keys.shape[2], queries.shape[2]
+    first = (count - tokens) % every
+    queries, asked = queries[:, :, first::every], range(tokens - count + first, tokens, every)
+    if log_sums is None:
+        return impl.greatest_attention(by, queries, keys, asked, least_distance, _by_softmax)
+    return _by_sums(queries, keys, log_sums[:, :, first::every], asked, least_distance)
 
 
 def _by_softmax(
-    groups: Float[Tensor, "b h group m d"],
-    keys: Float[Tensor, "b h n d"],
-    real: Bool[Tensor, "b n"],
-    least_distance: int,
-    *,
-    is_padded: bool,
+    queries: Float[Tensor, "b q m d"], keys: Float[Tensor, "b h n d"], asked: range, least_distance: int
 ) -> Float[Tensor, "b h n"]:
-    """Return what `greatest_attention` does, from the weights of some queries after the other."""
-    batch, heads, tokens = keys.shape[:3]
-    count = groups.shape[3]
+    """Return what `greatest_attention` does, from the weights of some queries after the other.
+
+    Args:
+        queries: Those that are asked.
+        keys: All keys; none is of padding.
+        asked: The places of the queries.
+        least_distance: See there.
+    """
+    batch, heads, tokens, head_dim = keys.shape
+    groups = (queries * head_dim**-0.5).unflatten(1, (heads, -1))
     greatest = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
-    step = max(_BLOCK // (batch * heads * groups.shape[2] * tokens), 1)
-    for start in range(tokens - count, tokens, step):
-        stop = min(start + step, tokens)
-        part = groups[:, :, :, start - tokens + count : stop - tokens + count]
+    block = _BLOCK if keys.device.type == "cpu" else _LARGE_BLOCK
+    step = max(block // max(batch * queries.shape[1] * tokens, 1), 1)
+    for at in range(0, len(asked), step):
+        part, places = groups[:, :, :, at : at + step], asked[at : at + step]
+        start, stop = places[0], places[-1] + 1
         logits = (part.flatten(2, 3) @ keys[:, :, :stop].mT).float().unflatten(2, part.shape[2:4])
-        future = torch.ones(stop - start, stop - start, dtype=torch.bool, device=keys.device).triu(1)
-        logits[..., start:].masked_fill_(future, -torch.inf)
-        if is_padded:
-            logits.masked_fill_(~real[:, None, None, None, :stop], -torch.inf)
+        comes_later = _is_near(places, range(start, stop), 0, keys.device)
+        logits[..., start:].masked_fill_(comes_later, -torch.inf)
         weights = logits.softmax(-1)
-        if is_padded:
-            weights.masked_fill_(~real[:, None, None, start:stop, None], 0.0)
         # What is far from the first of these queries is far from all, and needs no mask.
         far = max(start - least_distance + 1, 0)
-        weights[..., far:].masked_fill_(
-            _is_near(range(start, stop), range(far, stop), least_distance, keys.device), 0.0
-        )
+        weights[..., far:].masked_fill_(_is_near(places, range(far, stop), least_distance, keys.device), 0.0)
         torch.maximum(greatest[..., :stop], weights.amax((2, 3)), out=greatest[..., :stop])
     return greatest
 
 
 def _by_sums(
-    groups: Float[Tensor, "b h group m d"],
+    queries: Float[Tensor, "b q m d"],
     keys: Float[Tensor, "b h n d"],
-    log_sums: Float[Tensor, "b h group m"],
+    log_sums: Float[Tensor, "b q m"],
+    asked: range,
     least_distance: int,
 ) -> Float[Tensor, "b h n"]:
-    """Return what `greatest_attention` does without padding: where sums are known, the greatest logarithm is enough.
+    """Return what `greatest_attention` does: where sums are known, the greatest logarithm is enough.
 
     A sum is one more channel of its query, so that products are logarithms of weights.  Near tokens are left out of
     them, and blocks are small enough to stay in a core's cache.
     """
-    batch, heads, group, count = groups.shape[:4]
-    tokens, device = keys.shape[2], keys.device
-    queries = torch.cat([groups, -log_sums[..., None]], -1).flatten(0, 1)
+    (batch, heads, tokens, head_dim), device = keys.shape, keys.device
+    queries = torch.cat([queries * head_dim**-0.5, -log_sums[..., None]], -1)
+    queries = queries.unflatten(1, (heads, -1)).flatten(0, 1)
     keys = F.pad(keys, (0, 1), value=1.0).flatten(0, 1)
     greatest = torch.full((batch * heads, tokens), -torch.inf, dtype=torch.float32, device=device)
-    for head, start in product(range(batch * heads), range(tokens - count, tokens, _ROWS)):
-        stop = min(start + _ROWS, tokens)
-        some = queries[head, :, start - tokens + count : stop - tokens + count].flatten(0, 1)
-        end = max(stop - least_distance, 0)
+    for head, at in product(range(batch * heads), range(0, len(asked), _ROWS)):
+        some, places = queries[head, :, at : at + _ROWS].flatten(0, 1), asked[at : at + _ROWS]
+        end = max(places[-1] + 1 - least_distance, 0)
         for left in range(0, end, _COLUMNS):
             right = min(left + _COLUMNS, end)
             logs = some @ keys[head, left:right].T
-            near = max(start - least_distance + 1, left)
+            near = max(places[0] - least_distance + 1, left)
             if near < right:
-                is_near = _is_near(range(start, stop), range(near, right), least_distance, device)
-                logs.unflatten(0, (group, -1))[..., near - left :].masked_fill_(is_near, -torch.inf)
+                is_near = _is_near(places, range(near, right), least_distance, device)
+                logs.unflatten(0, (-1, len(places)))[..., near - left :].masked_fill_(is_near, -torch.inf)
             place = greatest[head, left:right]
             torch.maximum(place, logs.amax(0), out=place)
     # Of huge logits a rounding makes no weight larger than 1.
@@ -222,5 +251,5 @@ def _is_near(
     queries: range, tokens: range, least_distance: int, device: torch.device
 ) -> Bool[Tensor, "queries tokens"]:
     """Return which tokens are less than a distance before which queries, or after them."""
-    query, token = (torch.arange(each.start, each.stop, device=device) for each in (queries, tokens))
+    query, token = (torch.arange(each.start, each.stop, each.step, device=device) for each in (queries, tokens))
     return query[:, None] - token < least_distance

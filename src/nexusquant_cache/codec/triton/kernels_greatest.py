@@ -1,0 +1,170 @@
+"""The greatest attention weight that each token gets from any query of a prompt; no matrix of weights is written.
+
+One kernel finds what the softmax of each query divides by, as flash attention does (Dao et al., 2022,
+"FlashAttention", arXiv:2205.14135, section 3.1).  The other has a tile of tokens and goes through all queries behind
+it: with the sums known, the greatest logarithm is enough, and needs no order.
+"""
+
+from collections.abc import Iterator
+from math import log2
+from typing import Any, no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+
+from nexusquant_cache.codec.triton.compile_case import CompileCase, compile_case
+
+_QUERIES, _TOKENS = 64, 64  # of a tile
+_OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
+_LOG2_E = log2(2.718281828459045)
+
+
+@triton.jit
+@no_type_check
+def _tile(at, row, row_stride, rows, channel, channel_stride, D: tl.constexpr):
+    """Return some vectors in rows; what is beyond the last, or beyond their channels, is 0."""
+    inside = (row < rows)[:, None] & (channel < D)[None, :]
+    return tl.load(at + row[:, None] * row_stride + channel[None, :] * channel_stride, mask=inside, other=0.0)
+
+
+@triton.jit
+@no_type_check
+def sums_kernel(
+    queries,
+    keys,
+    sums,
+    queries_b,
+    queries_h,
+    queries_m,
+    queries_d,
+    keys_b,
+    keys_h,
+    keys_n,
+    keys_d,
+    heads,
+    group,
+    count,
+    tokens,
+    first,
+    every,
+    scale,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the logarithm, to base 2, of what the softmax of each query divides by."""
+    number = tl.program_id(1).to(tl.int64)
+    batch, head = number // (heads * group), number % (heads * group)
+    channel, row = tl.arange(0, CHANNELS), tl.program_id(0) * BM + tl.arange(0, BM)
+    place = first + row * every
+    at = queries + batch * queries_b + head * queries_h
+    q = _tile(at, row.to(tl.int64), queries_m, count, channel, queries_d, D)
+    at = keys + batch * keys_b + (head // group) * keys_h
+    greatest, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
+    end = tl.minimum(first + (tl.minimum((tl.program_id(0) + 1) * BM, count) - 1) * every + 1, tokens)
+    for start in range(0, end, BN):
+        token = start + tl.arange(0, BN)
+        k = _tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        logits = tl.where(token[None, :] <= place[:, None], logits, float("-inf"))
+        now = tl.maximum(greatest, tl.max(logits, 1))
+        total = total * tl.exp2(greatest - now) + tl.sum(tl.exp2(logits - now[:, None]), 1)
+        greatest = now
+    tl.store(sums + number * count + row, greatest + tl.log2(total), mask=row < count)
+
+
+@triton.jit
+@no_type_check
+def greatest_kernel(
+    queries,
+    keys,
+    sums,
+    found,
+    queries_b,
+    queries_h,
+    queries_m,
+    queries_d,
+    keys_b,
+    keys_h,
+    keys_n,
+    keys_d,
+    heads,
+    group,
+    count,
+    tokens,
+    first,
+    every,
+    distance,
+    scale,
+    D: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the greatest weight of each token, over the query heads of its KV head; 0 where no query looks."""
+    number = tl.program_id(1).to(tl.int64)
+    batch, head = number // heads, number % heads
+    channel, token = tl.arange(0, CHANNELS), tl.program_id(0) * BN + tl.arange(0, BN)
+    at = keys + batch * keys_b + head * keys_h
+    k = tl.trans(_tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D))
+    greatest = tl.full([BN], float("-inf"), tl.float32)
+    # The first query that is far enough behind the first of these tokens.
+    begin = tl.maximum(tl.program_id(0) * BN + distance - first + every - 1, 0) // every
+    for member in range(group):
+        at = queries + batch * queries_b + (head * group + member) * queries_h
+        divisors = sums + (number * group + member) * count
+        for start in range(begin, count, BM):
+            row = start + tl.arange(0, BM)
+            q = _tile(at, row.to(tl.int64), queries_m, count, channel, queries_d, D)
+            divisor = tl.load(divisors + row, mask=row < count, other=float("inf"))
+            logs = tl.dot(q, k, input_precision=PRECISION) * scale - divisor[:, None]
+            is_far = (first + row * every)[:, None] - token[None, :] >= distance
+            greatest = tl.maximum(greatest, tl.max(tl.where(is_far, logs, float("-inf")), 0))
+    # Of huge logits a rounding makes no weight larger than 1.
+    tl.store(found + number * tokens + token, tl.exp2(tl.minimum(greatest, 0.0)), mask=token < tokens)
+
+
+def greatest_attention(
+    queries: Float[Tensor, "b q m d"], keys: Float[Tensor, "b h n d"], asked: range, least_distance: int
+) -> Float[Tensor, "b h n"]:
+    """Return the greatest attention weight of each token, see `layer.observations.greatest_attention`.
+
+    Args:
+        queries: Those that are asked, of one dtype with the keys; they give logits at ``head_dim ** -0.5``.
+        keys: All keys.
+        asked: Places of the queries among the keys.
+        least_distance: A token counts if it is so many tokens before a query; at least 0.
+    """
+    batch, heads, tokens, head_dim = keys.shape
+    group, count = queries.shape[1] // heads, len(asked)
+    found = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
+    if not found.numel() or not count:
+        return found
+    sums = found.new_empty(batch, heads * group, count)
+    shared = (*queries.stride(), *keys.stride(), heads, group, count, tokens, asked.start, asked.step)
+    scale = head_dim**-0.5 * _LOG2_E
+    how: dict[str, Any] = _constexprs(head_dim, fine=keys.dtype == torch.float32) | _OPTIONS
+    sums_kernel[triton.cdiv(count, _QUERIES), batch * heads * group](queries, keys, sums, *shared, scale, **how)
+    greatest_kernel[triton.cdiv(tokens, _TOKENS), batch * heads](
+        queries, keys, sums, found, *shared, least_distance, scale, **how
+    )
+    return found
+
+
+def _constexprs(head_dim: int, *, fine: bool) -> dict[str, Any]:
+    channels = max(triton.next_power_of_2(head_dim), 16)
+    precision = "ieee" if fine else "tf32"
+    return {"D": head_dim, "CHANNELS": channels, "BM": _QUERIES, "BN": _TOKENS, "PRECISION": precision}
+
+
+def compile_cases() -> Iterator[CompileCase]:
+    """Yield what a model with heads of 128 channels would launch."""
+    types = {"queries": "*bf16", "keys": "*bf16", "sums": "*fp32", "found": "*fp32", "scale": "fp32"}
+    for name, kernel, rows in (("sums", sums_kernel, _TOKENS), ("greatest", greatest_kernel, _QUERIES)):
+        yield compile_case(f"{name} d=128", kernel, types, _constexprs(128, fine=False), _OPTIONS, rows)
