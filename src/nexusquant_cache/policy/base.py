@@ -37,8 +37,9 @@ class ScoreInputs:
             tokens are not known: the end of the prompt was cropped, or the row ends with as much padding.
         reconstruction: The greatest attention that any query paid to a token while the model read the prompt a second
             time; None without `nexusquant_cache.attention.reconstruct`.
-        far_attention: The greatest attention that any query of these tokens paid to a token at least 64 before it; None
-            if the policy does not want it, or the prompt was saved by a release that did not know it.
+        far_attention: The greatest attention that any query of these tokens, or any second one where more than a third
+            is kept, paid to a token at least 64 before it; None if the policy does not want it, or the prompt was saved
+            by a release that did not know it.
         phase: The rotary phase of the keys, if it is known.
     """
 

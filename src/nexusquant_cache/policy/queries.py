@@ -145,6 +145,9 @@ class FarAttentionPolicy(PooledPolicy):
 
     Where it is not known, as in a prompt that was saved by an earlier release, the last queries decide.
 
+    It costs the logits of the prompt once more; where more than a third of the tokens is kept (`keep_ratio`), those of
+    every second query.
+
     Args:
         pool: Width of the max-pooling, in tokens; odd.
     """
