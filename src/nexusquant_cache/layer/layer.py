@@ -218,7 +218,10 @@ class NexusQuantLayer(CacheLayerMixin):
             real = keys.new_ones(keys.shape[0], count, dtype=torch.bool)
             if state.pads is not None:
                 real = ~state.pads[:, state.pads.shape[1] - count :]
-            state.observed.append_far(scaled(queries.detach(), scaling), keys, real, self.shared.settings, log_sums)
+            exact = queries.detach()
+            if exact.device.type == "cpu":  # the sums are of products that nobody has rounded
+                exact = exact.float()
+            state.observed.append_far(scaled(exact, scaling), keys, real, self.shared.settings, log_sums)
         state.note_shown(fresh)  # when all is there
 
     def _note_read(self, state: LayerState, seen: int, fresh: int) -> None:

@@ -11,6 +11,7 @@ from torch.nn.attention import SDPBackend
 _FLASH: Callable[..., tuple[Tensor, Tensor]] | None = getattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None
 )
+_SUMMED = {torch.float32, torch.bfloat16, torch.float16}  # the sums are float32 for all
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,11 @@ class ExactAttention:
         return _FLASH(query, key, value, is_causal=True, scale=self.scale)
 
     def _is_flash_on_cpu(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Tell whether torch would take this way, for a causal prompt in float32 that needs no gradients."""
+        """Tell whether torch would take this way, for a causal prompt that needs no gradients."""
         given = query, key, value
         if not self.is_causal or self.attn_mask is not None or self.dropout_p or query.shape[2] != key.shape[2]:
             return False
-        if any(x.device.type != "cpu" or x.dtype != torch.float32 for x in given) or torch.is_autocast_enabled("cpu"):
+        if any(x.device.type != "cpu" or x.dtype not in _SUMMED for x in given) or torch.is_autocast_enabled("cpu"):
             return False
         if torch.is_grad_enabled() and any(x.requires_grad for x in given):
             return False
