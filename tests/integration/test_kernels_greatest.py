@@ -10,7 +10,9 @@ from nexusquant_cache.layer.observations import greatest_attention
 
 pytest.importorskip("triton", reason="triton is for Linux")
 
-from nexusquant_cache.codec.triton import kernels_greatest
+from triton.runtime.errors import OutOfResources
+
+from nexusquant_cache.codec.triton import kernels_greatest, support
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") != "1",
@@ -70,11 +72,51 @@ def test_half_precision_is_near() -> None:
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
-def test_a_wrong_kernel_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its numbers are compared with those of plain torch at the first use."""
+@pytest.mark.parametrize("tokens", [5, 60, 150])
+def test_a_wrong_kernel_is_not_used(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its numbers are compared with those of plain torch at the first use, also if that is a text too short to matter.
+
+    Of 60 tokens none is 64 before another.
+    """
     monkeypatch.setattr("nexusquant_cache.codec.impl._ERRORS", {})
-    monkeypatch.setattr(kernels_greatest, "greatest_attention", lambda _, keys, *__: torch.ones(keys.shape[:3]))
-    queries, keys = states((1, 4, 2, 150, 150, 16))
-    real = torch.ones(1, 150, dtype=torch.bool)
+    right = kernels_greatest.greatest_attention
+    monkeypatch.setattr(kernels_greatest, "greatest_attention", lambda *given: 0.25 * right(*given))
+    queries, keys = states((1, 4, 2, tokens, tokens, 16))
+    real = torch.ones(1, tokens, dtype=torch.bool)
     with pytest.raises(UnsupportedError, match="differs from plain torch"):
-        greatest_attention(queries, keys, real, by="triton")
+        greatest_attention(queries, keys, real, least_distance=64, by="triton")
+
+
+def test_autocast_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nexusquant_cache.codec.impl._ERRORS", {})
+    queries, keys = states((1, 4, 2, 200, 200, 16))
+    real, by = torch.ones(1, 200, dtype=torch.bool), ("torch", "triton")
+    queries, keys = queries + 8, keys + 8  # as with biases: where a rounding counts
+    expected = [greatest_attention(queries, keys, real, by=each) for each in by]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [greatest_attention(queries, keys, real, by=each) for each in by]
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_what_the_kernels_cannot_do_plain_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Insisting on them is an error; by default a line in the log says why."""
+    queries, keys = (x.double() for x in states((1, 2, 1, 70, 70, 16)))
+    assert "one dtype, not torch.float64" in str(support.why_not_for(queries, keys))
+    assert "one dtype, not torch.float32" in str(support.why_not_for(queries.float(), keys.half()))
+    wide = torch.randn(1, 1, 3, 300)
+    with pytest.raises(UnsupportedError, match="up to 256, not 300"):
+        greatest_attention(wide, wide, torch.ones(1, 3, dtype=torch.bool), by="triton")
+
+    def too_large(*_: object, **__: object) -> None:
+        raise OutOfResources(132_096, 101_376, "shared memory")
+
+    monkeypatch.setattr(kernels_greatest, "sums_kernel", {(2, 2): too_large})
+    monkeypatch.setattr("nexusquant_cache.codec.impl._ERRORS", {})
+    with pytest.raises(UnsupportedError, match="the card is too small for a kernel"):
+        greatest_attention(queries.float(), keys.float(), torch.ones(1, 70, dtype=torch.bool), by="triton")
+
+
+def test_no_query_is_asked() -> None:
+    queries, keys = states((1, 2, 1, 1, 70, 16))
+    found = greatest_attention(queries, keys, torch.ones(1, 70, dtype=torch.bool), every=2, by="triton")
+    assert not found.any()

@@ -12,6 +12,7 @@ An implementation is a folder beside this file and its name in `Impl`.  The fold
 
 import logging
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
 from importlib import import_module
@@ -70,6 +71,11 @@ def _device(transform: VectorTransform) -> torch.device:
     return transform.reference.device
 
 
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Let kernels be launched on this device, which need not be the current one where a model spans several."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def encode(
     codec: VectorCodec,
     vectors: Float[Tensor, "b h n d"],
@@ -79,7 +85,8 @@ def encode(
     """Return finite vectors, encoded; see `codec.torch.encode.encode`."""
     name, layouts = choose(codec, transform), codec.layouts
     if name != "torch":
-        packed: PackedVectors = _module(name, "encode").encode(vectors, transform, layouts, candidates)
+        with _on(vectors.device):
+            packed: PackedVectors = _module(name, "encode").encode(vectors, transform, layouts, candidates)
 
         def error() -> float:
             some = vectors[:, :, :_COMPARED]
@@ -100,7 +107,8 @@ def decode(codec: VectorCodec, packed: PackedVectors, transform: VectorTransform
     """Return the vectors as a new float32 tensor."""
     name, layouts = choose(codec, transform), codec.layouts
     if name != "torch":
-        vectors: Tensor = _module(name, "decode").decode(packed, transform, layouts)
+        with _on(_device(transform)):
+            vectors: Tensor = _module(name, "decode").decode(packed, transform, layouts)
 
         def error() -> float:
             return distance(_compared(vectors), plain_decode.decode(packed.map(_compared), transform, layouts))
@@ -158,26 +166,37 @@ def greatest_attention(  # noqa: PLR0913, PLR0917 - those of the function, and w
     """Return the greatest attention weight of each token, by a Triton kernel where there is one for it.
 
     Args:
-        asked: Which implementation may compute; one that cannot is passed over.
+        asked: Which implementation may compute; ``"cpu"`` has none, and plain torch does it.
         queries: See `layer.observations.greatest_attention`, like all that follow.
         keys: Likewise.
         places: Where the queries are.
         least_distance: Likewise.
         plain: The same in plain torch.
+
+    Raises:
+        UnsupportedError: If the kernel was insisted on and cannot run.
     """
     is_wanted = asked == "triton" or (asked == "auto" and keys.device.type != "cpu")
-    support = _module("triton", "support")
-    if is_wanted and keys.shape[-1] <= support.MOST_CHANNELS and support.why_not_on(keys.device) is None:
-        kernel: Greatest = _module("triton", "kernels_greatest").greatest_attention
+    if not is_wanted or not len(places):
+        return plain(queries, keys, places, least_distance)
+    reason = _module("triton", "support").why_not_for(queries, keys)
+    if reason is not None:
+        refuse(asked, reason)
+        return plain(queries, keys, places, least_distance)
+    kernel: Greatest = _module("triton", "kernels_greatest").greatest_attention
 
-        def error() -> float:
-            some = queries[:, :, -_COMPARED:], places[-_COMPARED:]
-            expected = plain(some[0].float(), keys.float(), some[1], least_distance)
-            return distance(kernel(some[0], keys, some[1], least_distance), expected)
+    def error() -> float:
+        # At any distance: of a short text nothing is far.
+        some, at = queries[:, :, -_COMPARED:], places[-_COMPARED:]
+        return distance(kernel(some, keys, at, 0), plain(some.float(), keys.float(), at, 0))
 
-        key = ("triton", "greatest_attention", keys.device, keys.dtype, keys.shape[-1])
-        if is_right(asked, key, error, _MOST_ATTENTION_ERROR):
-            return kernel(queries, keys, places, least_distance)
+    key = ("triton", "greatest_attention", keys.device, keys.dtype, keys.shape[-1])
+    try:
+        with _on(keys.device):
+            if is_right(asked, key, error, _MOST_ATTENTION_ERROR):
+                return kernel(queries, keys, places, least_distance)
+    except UnsupportedError as found:
+        refuse(asked, str(found))
     return plain(queries, keys, places, least_distance)
 
 
@@ -196,7 +215,8 @@ def _attend_by(name: str, queries: Tensor, held: HeldTokens, mask: Tensor | None
     assert held.keys is not None
     asked, module = held.keys.codec.impl, _module(name, "attend")
     try:
-        found: tuple[Tensor, Tensor | None] | None = module.attend(queries, held, mask, softmax)
+        with _on(queries.device):
+            found: tuple[Tensor, Tensor | None] | None = module.attend(queries, held, mask, softmax)
     except UnsupportedError as reason:
         refuse(asked, str(reason))
         return None

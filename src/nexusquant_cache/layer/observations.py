@@ -17,7 +17,7 @@ FAR = 64
 """So many tokens before a query its attention is far: what is nearer, every token gets from those that follow it."""
 _ENOUGH = 1 / 3  # of the tokens kept: then half of the queries say as much
 _BLOCK = 1 << 19  # logits computed at once: 2 MiB in float32
-_LARGE_BLOCK = 1 << 25  # likewise on an accelerator, which takes longer to begin
+_LARGE_BLOCK = 1 << 24  # likewise on an accelerator, which takes longer to begin
 _ROWS, _COLUMNS = 128, 2048  # queries of each query head, and tokens, where one KV head follows the other
 
 
@@ -174,14 +174,16 @@ def greatest_attention(  # noqa: PLR0913 - half of them have defaults
                     own_queries, own_keys, own_real, least_distance=least_distance, every=every, by=by
                 )[0]
         return found
-    if keys.device.type == "cpu":  # how products of half precision are rounded there depends on the processor
-        queries, keys = queries.float(), keys.float()
-    tokens, count = keys.shape[2], queries.shape[2]
-    first = (count - tokens) % every
-    queries, asked = queries[:, :, first::every], range(tokens - count + first, tokens, every)
-    if log_sums is None:
-        return impl.greatest_attention(by, queries, keys, asked, least_distance, _by_softmax)
-    return _by_sums(queries, keys, log_sums[:, :, first::every], asked, least_distance)
+    with torch.autocast(keys.device.type, enabled=False):
+        # How products of half precision are rounded on a CPU depends on the processor.
+        if keys.device.type == "cpu" or queries.dtype != keys.dtype:
+            queries, keys = queries.float(), keys.float()
+        tokens, count = keys.shape[2], queries.shape[2]
+        first = (count - tokens) % every
+        queries, asked = queries[:, :, first::every], range(tokens - count + first, tokens, every)
+        if log_sums is None:
+            return impl.greatest_attention(by, queries, keys, asked, least_distance, _by_softmax)
+        return _by_sums(queries, keys, log_sums[:, :, first::every], asked, least_distance)
 
 
 def _by_softmax(

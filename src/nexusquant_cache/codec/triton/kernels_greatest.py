@@ -14,10 +14,13 @@ import triton
 import triton.language as tl
 from jaxtyping import Float
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from nexusquant_cache.codec.triton.compile_case import CompileCase, compile_case
+from nexusquant_cache.errors import UnsupportedError
 
-_QUERIES, _TOKENS = 64, 64  # of a tile
+_TILE = 64  # queries, and tokens
+_WIDE = 128  # channels; with more of them in float32, such a tile would not fit into the shared memory of every card
 _OPTIONS = {"num_warps": 4, "num_stages": 2, "enable_fp_fusion": True}
 _LOG2_E = log2(2.718281828459045)
 
@@ -58,15 +61,15 @@ def sums_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the logarithm, to base 2, of what the softmax of each query divides by."""
-    number = tl.program_id(1).to(tl.int64)
+    number, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = number // (heads * group), number % (heads * group)
-    channel, row = tl.arange(0, CHANNELS), tl.program_id(0) * BM + tl.arange(0, BM)
+    channel, row = tl.arange(0, CHANNELS), tile * BM + tl.arange(0, BM)
     place = first + row * every
     at = queries + batch * queries_b + head * queries_h
     q = _tile(at, row.to(tl.int64), queries_m, count, channel, queries_d, D)
     at = keys + batch * keys_b + (head // group) * keys_h
     greatest, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
-    end = tl.minimum(first + (tl.minimum((tl.program_id(0) + 1) * BM, count) - 1) * every + 1, tokens)
+    end = tl.minimum(first + (tl.minimum((tile + 1) * BM, count) - 1) * every + 1, tokens)
     for start in range(0, end, BN):
         token = start + tl.arange(0, BN)
         k = _tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D)
@@ -108,14 +111,14 @@ def greatest_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the greatest weight of each token, over the query heads of its KV head; 0 where no query looks."""
-    number = tl.program_id(1).to(tl.int64)
+    number, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     batch, head = number // heads, number % heads
-    channel, token = tl.arange(0, CHANNELS), tl.program_id(0) * BN + tl.arange(0, BN)
+    channel, token = tl.arange(0, CHANNELS), tile * BN + tl.arange(0, BN)
     at = keys + batch * keys_b + head * keys_h
     k = tl.trans(_tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D))
     greatest = tl.full([BN], float("-inf"), tl.float32)
     # The first query that is far enough behind the first of these tokens.
-    begin = tl.maximum(tl.program_id(0) * BN + distance - first + every - 1, 0) // every
+    begin = tl.maximum(tile * BN + distance - first + every - 1, 0) // every
     for member in range(group):
         at = queries + batch * queries_b + (head * group + member) * queries_h
         divisors = sums + (number * group + member) * count
@@ -140,6 +143,9 @@ def greatest_attention(
         keys: All keys.
         asked: Places of the queries among the keys.
         least_distance: A token counts if it is so many tokens before a query; at least 0.
+
+    Raises:
+        UnsupportedError: If the shared memory of the card is too small.
     """
     batch, heads, tokens, head_dim = keys.shape
     group, count = queries.shape[1] // heads, len(asked)
@@ -149,22 +155,28 @@ def greatest_attention(
     sums = found.new_empty(batch, heads * group, count)
     shared = (*queries.stride(), *keys.stride(), heads, group, count, tokens, asked.start, asked.step)
     scale = head_dim**-0.5 * _LOG2_E
-    how: dict[str, Any] = _constexprs(head_dim, fine=keys.dtype == torch.float32) | _OPTIONS
-    sums_kernel[triton.cdiv(count, _QUERIES), batch * heads * group](queries, keys, sums, *shared, scale, **how)
-    greatest_kernel[triton.cdiv(tokens, _TOKENS), batch * heads](
-        queries, keys, sums, found, *shared, least_distance, scale, **how
-    )
+    how = _constexprs(head_dim, fine=keys.dtype == torch.float32)
+    try:
+        sums_kernel[batch * heads * group, triton.cdiv(count, how["BM"])](
+            queries, keys, sums, *shared, scale, **how, **_OPTIONS
+        )
+        greatest_kernel[batch * heads, triton.cdiv(tokens, how["BN"])](
+            queries, keys, sums, found, *shared, least_distance, scale, **how, **_OPTIONS
+        )
+    except OutOfResources as error:
+        msg = f"the card is too small for a kernel: {error}"
+        raise UnsupportedError(msg) from error
     return found
 
 
 def _constexprs(head_dim: int, *, fine: bool) -> dict[str, Any]:
     channels = max(triton.next_power_of_2(head_dim), 16)
-    precision = "ieee" if fine else "tf32"
-    return {"D": head_dim, "CHANNELS": channels, "BM": _QUERIES, "BN": _TOKENS, "PRECISION": precision}
+    size = _TILE // 2 if fine and channels > _WIDE else _TILE
+    return {"D": head_dim, "CHANNELS": channels, "BM": size, "BN": size, "PRECISION": "ieee" if fine else "tf32"}
 
 
 def compile_cases() -> Iterator[CompileCase]:
     """Yield what a model with heads of 128 channels would launch."""
     types = {"queries": "*bf16", "keys": "*bf16", "sums": "*fp32", "found": "*fp32", "scale": "fp32"}
-    for name, kernel, rows in (("sums", sums_kernel, _TOKENS), ("greatest", greatest_kernel, _QUERIES)):
-        yield compile_case(f"{name} d=128", kernel, types, _constexprs(128, fine=False), _OPTIONS, rows)
+    for name, kernel in (("sums", sums_kernel), ("greatest", greatest_kernel)):
+        yield compile_case(f"{name} d=128", kernel, types, _constexprs(128, fine=False), _OPTIONS, _TILE)
