@@ -1,8 +1,8 @@
 """What compression costs in time: encoding, and each generated token against the plain cache, in one run.
 
 python benchmarks/speed.py
-python benchmarks/speed.py --tokens 16384 --rounds 3
-python benchmarks/speed.py --model gemma3 --tokens 16384 --rounds 3
+python benchmarks/speed.py --tokens 16384 --rounds 3 --fills 1
+python benchmarks/speed.py --model gemma3 --tokens 16384 --rounds 3 --fills 1
 python benchmarks/speed.py --dtype bfloat16
 
 ``nexusquant-cache bench`` measures the same on a model of yours.
@@ -33,12 +33,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of the prompt")
     parser.add_argument("--rounds", type=int, default=7, help="rounds; the median counts")
     parser.add_argument("--steps", type=int, default=16, help="generated tokens per cache and round")
+    parser.add_argument(
+        "--fills", type=int, default=3, help="times that each cache is filled; the fastest encoding counts"
+    )
     parser.add_argument("--output", type=Path, help="result file")
     given = parser.parse_args()
 
     text = python_topics() if given.text is None else read_text(given.text)
     name = "Python's help topics" if given.text is None else given.text.name
-    options = BenchOptions(given.tokens, rounds=given.rounds, steps=given.steps, fills=3)
+    options = BenchOptions(given.tokens, rounds=given.rounds, steps=given.steps, fills=given.fills)
     with shown_steps() as report:
         loaded = load_measured(given.model)
         loaded.model.to(getattr(torch, given.dtype))
