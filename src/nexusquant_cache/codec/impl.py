@@ -7,7 +7,8 @@ An implementation is a folder beside this file and its name in `Impl`.  The fold
   `codec.torch`; the last with ``specialisation(queries, held)`` too.  ``attend`` may return None for a mask that it
   does not know, and raise `UnsupportedError` where the device cannot do the work after all.
 
-`codec.cpu` and `codec.triton` are the examples.  Besides the codec, Triton has a kernel for `greatest_attention`.  Nothing of a folder is imported before it is chosen, or asked why not.
+`codec.cpu` and `codec.triton` are the examples.  Besides the codec, Triton has a kernel for `greatest_attention`.
+Nothing of a folder is imported before it is chosen, or asked why not.
 """
 
 import logging
