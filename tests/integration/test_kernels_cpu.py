@@ -1,11 +1,14 @@
 """Compiled functions compute what plain torch does: codes, vectors and attention."""
 
+import gc
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
+from feeding import attended
 from integration.packed import codec_of, correlated, logits_of, poisoned
+from integration.tiny import SMALL
 from torch import Tensor
 
 pytest.importorskip("numba", reason="an extra")
@@ -13,6 +16,7 @@ pytest.importorskip("numba", reason="an extra")
 import numba
 import numpy as np
 
+from nexusquant_cache import NexusQuantCache
 from nexusquant_cache.codec import impl as selector
 from nexusquant_cache.codec.base import PackedVectors, RaggedVectors, is_there
 from nexusquant_cache.codec.cpu import attend, compiled, decode, encode, kernels_read, support, workers
@@ -345,6 +349,42 @@ def test_a_machine_that_keeps_nothing_on_disk_compiles_all_the_same(monkeypatch:
     numbers = np.ones(3, np.float32)
     double(numbers)
     assert numbers.tolist() == [2, 2, 2]
+
+
+def test_what_is_remembered_goes_with_what_it_is_of() -> None:
+    """Every step asks for the same views; tokens are dropped, cropped and reordered in between, and caches go."""
+    before = [len(known) for known in (support._SIDES, support._FRONTS)]
+    caches = {impl: NexusQuantCache("balanced", impl=impl, **SMALL) for impl in ("torch", "cpu")}
+
+    def step(count: int, tokens: int = 1) -> None:
+        layers = caches["cpu"].layers
+        rows = len(layers[0].state.exact[0]) if layers else 2
+        for _ in range(count):
+            states = torch.randn(2, rows, 2, tokens, 16)
+            seen = caches["cpu"].get_seq_length() + tokens
+            visible = torch.ones(tokens, seen, dtype=torch.bool).tril(seen - tokens) if tokens > 1 else None
+            expected, found = (attended(cache, *states.clone(), 0, mask=visible) for cache in caches.values())
+            assert (found - expected).norm() <= TOLERANCE * expected.norm()
+
+    step(1, 150)
+    step(40)
+    for change in (
+        lambda cache: cache.crop(-3),
+        lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache: cache.batch_repeat_interleave(2),
+        lambda cache: cache.batch_select_indices(torch.tensor([3, 0])),
+    ):
+        for cache in caches.values():
+            change(cache)
+        step(5)
+    step(1, 90)  # a later turn, of which some is dropped
+    step(20)
+    assert caches["cpu"].memory_report().kept_tokens < caches["cpu"].get_seq_length()
+    assert len(support._FRONTS) > before[1]
+    caches.clear()
+    del cache
+    gc.collect()
+    assert [len(known) for known in (support._SIDES, support._FRONTS)] <= before
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

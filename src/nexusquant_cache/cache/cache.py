@@ -166,8 +166,7 @@ class NexusQuantCache(DynamicCache):
 
     def parts(self) -> list[Part]:
         """Return the layers behind one face."""
-        known = self._parts
-        if len(known) != len(self.layers) or any(a.layer is not b for a, b in zip(known, self.layers, strict=True)):
+        if [id(part.layer) for part in self._parts] != list(map(id, self.layers)):
             self._parts = [part_of(layer, index) for index, layer in enumerate(self.layers)]
         return self._parts
 

@@ -236,10 +236,9 @@ class Forward:
 
     def _make_way(self, parts: list[Part], part: CompressedPart, tokens: int) -> None:
         """Do what has to be done in other layers before this one takes so many new tokens."""
-        ours = list(compressed(parts))
         if self.shared.when == "during_prefill" and tokens > 1:
             # Layers before have had the tokens of this forward; the last one may still wait from the forward before.
-            for other in ours:
+            for other in compressed(parts):
                 if other is not part:
                     other.encode_early(self._before)
         if part.is_pending and part.is_due(tokens):

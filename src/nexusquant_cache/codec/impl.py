@@ -46,6 +46,7 @@ _MOST_TIES = 0.05  # vectors of which rounding may have decided
 _COMPARED = 256  # tokens of each head that are encoded or decoded in plain torch too
 
 
+@lru_cache(maxsize=32)
 def _module(name: str, what: str) -> Any:  # noqa: ANN401 - see the top of this file
     return import_module(f"{__package__}.{name}.{what}")
 
