@@ -288,6 +288,22 @@ def reading_table(content: dict[str, Any]) -> str:
     return markdown(head, rows)
 
 
+def step_profile_table(content: dict[str, Any]) -> str:
+    """Return where the time of a step goes, for each layer."""
+    head = ("cache", "step, ms", "attention, ms a layer", "update, ms a layer", "of both, compiled", "around it")
+    rows = (
+        (
+            _cache_name(row["cache"]) if row["cache"] != "plain" else "plain",
+            f"{row['step']:.0f}",
+            f"{row['attention']:.2f}",
+            f"{row['update']:.2f}",
+            *((f"{row['compiled']:.2f}", f"{row['around']:.2f}") if row["around"] is not None else ("", "")),
+        )
+        for row in content["rows"]
+    )
+    return markdown(head, rows)
+
+
 def states_table(content: dict[str, Any]) -> str:
     """Return what states add to the calls around an attention, and what those take."""
     head = ("attention", "added, microseconds", "with states", "with plain tensors", "of that, attention")
@@ -855,6 +871,7 @@ TABLES: dict[str, tuple[Callable[[dict[str, Any]], str], str]] = {
     "presets": (presets_table, "memory"),
     "speed": (speed_table, "speed_cpu"),
     "reading": (reading_table, "reading"),
+    "step_profile": (step_profile_table, "step_profile"),
     "states": (states_table, "states"),
     "instructions": (instructions_table, "instructions"),
     "compatibility": (compatibility_table, "compatibility"),
