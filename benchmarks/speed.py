@@ -59,6 +59,7 @@ def main() -> None:
             "dtype": result.dtype,
             "text": text_id(name, text),
             "tokens": given.tokens,
+            "fills": given.fills,
             "rounds": given.rounds,
             "steps": given.steps,
         },

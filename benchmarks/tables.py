@@ -258,7 +258,8 @@ def _fit_cell(row: dict[str, Any]) -> str:
 
 def speed_table(content: dict[str, Any]) -> str:
     """Return time per generated token, and speed of encoding."""
-    head = ("cache", "ms per token", "times plain", "in CPU seconds", "encoded tokens per s")
+    where = content["environment"]
+    head = (f"cache ({where['cpu']})", "ms per token", "times plain", "in CPU seconds", "encoded tokens per s")
     table = [
         (
             "plain" if row["cache"] == "plain" else f"`{row['cache']}`",
@@ -297,7 +298,7 @@ def step_profile_table(content: dict[str, Any]) -> str:
             f"{row['step']:.0f}",
             f"{row['attention']:.2f}",
             f"{row['update']:.2f}",
-            *((f"{row['compiled']:.2f}", f"{row['around']:.2f}") if row["around"] is not None else ("", "")),
+            *((f"{row['compiled']:.2f}", f"{row['around']:.2f}") if "around" in row else ("", "")),
         )
         for row in content["rows"]
     )

@@ -47,7 +47,7 @@ def application(model: str | None, options: ServerOptions, replicas: int, cpus: 
         num_replicas=replicas,
         ray_actor_options={"num_cpus": cpus},
         max_ongoing_requests=options.waiting + BESIDES,
-        max_queued_requests=max(replicas * options.waiting, 1),  # where a replica's own are full; more are answered with 503
+        max_queued_requests=max(replicas * options.waiting, 1),  # more are answered with 503
         request_router_config=STAYS,
     )
     return deployment(serve.ingress(build)()).bind()

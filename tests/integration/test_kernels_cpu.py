@@ -1,7 +1,7 @@
 """Compiled functions compute what plain torch does: codes, vectors and attention."""
 
-import gc
 from dataclasses import dataclass, replace
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 import pytest
@@ -351,9 +351,8 @@ def test_a_machine_that_keeps_nothing_on_disk_compiles_all_the_same(monkeypatch:
     assert numbers.tolist() == [2, 2, 2]
 
 
-def test_what_is_remembered_goes_with_what_it_is_of() -> None:
-    """Every step asks for the same views; tokens are dropped, cropped and reordered in between, and caches go."""
-    before = [len(known) for known in (support._SIDES, support._FRONTS)]
+def test_a_cache_goes_on_after_whatever_is_done_to_it() -> None:
+    """Tokens are cropped, rows reordered, repeated and chosen; tensors move to memory that processes share."""
     caches = {impl: NexusQuantCache("balanced", impl=impl, **SMALL) for impl in ("torch", "cpu")}
 
     def step(count: int, tokens: int = 1) -> None:
@@ -373,6 +372,7 @@ def test_what_is_remembered_goes_with_what_it_is_of() -> None:
         lambda cache: cache.reorder_cache(torch.tensor([1, 0])),
         lambda cache: cache.batch_repeat_interleave(2),
         lambda cache: cache.batch_select_indices(torch.tensor([3, 0])),
+        ForkingPickler.dumps,  # as a queue between processes does: storages move, tensors stay
     ):
         for cache in caches.values():
             change(cache)
@@ -380,11 +380,6 @@ def test_what_is_remembered_goes_with_what_it_is_of() -> None:
     step(1, 90)  # a later turn, of which some is dropped
     step(20)
     assert caches["cpu"].memory_report().kept_tokens < caches["cpu"].get_seq_length()
-    assert len(support._FRONTS) > before[1]
-    caches.clear()
-    del cache
-    gc.collect()
-    assert [len(known) for known in (support._SIDES, support._FRONTS)] <= before
 
 
 def test_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

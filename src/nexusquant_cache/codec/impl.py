@@ -192,14 +192,19 @@ def greatest_attention(  # noqa: PLR0913, PLR0917 - those of the function, and w
         some, at = queries[:, :, -_COMPARED:], places[-_COMPARED:]
         return distance(kernel(some, keys, at, 0), plain(some.float(), keys.float(), at, 0))
 
-    key = ("triton", "greatest_attention", keys.device, keys.dtype, keys.shape[-1])
-    try:
-        with _on(keys.device):
-            if is_right(asked, key, error, _MOST_ATTENTION_ERROR):
-                return kernel(queries, keys, places, least_distance)
-    except UnsupportedError as found:
-        refuse(asked, str(found))
-    return plain(queries, keys, places, least_distance)
+    group = queries.shape[1] // keys.shape[1]
+    key = ("triton", "greatest_attention", keys.device, keys.dtype, keys.shape[-1], group, places.step)
+    with _on(keys.device):
+        try:
+            found = kernel(queries, keys, places, least_distance)
+        except UnsupportedError as why:  # the card is too small
+            refuse(asked, str(why))
+            return plain(queries, keys, places, least_distance)
+        return (
+            found
+            if is_right(asked, key, error, _MOST_ATTENTION_ERROR)
+            else plain(queries, keys, places, least_distance)
+        )
 
 
 def _choose_for_attention(held: HeldTokens) -> str:

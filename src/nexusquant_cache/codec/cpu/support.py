@@ -1,7 +1,6 @@
 """Where compiled functions run, and what they are given of a codec."""
 
 from collections.abc import Hashable
-from dataclasses import replace
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -10,7 +9,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from nexusquant_cache.codec.base import PackedVectors, RaggedVectors
 from nexusquant_cache.codec.layout import BLOCK, CodeLayout
@@ -77,30 +75,18 @@ class Side(NamedTuple):
 
 
 def side_of(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> Side:
-    """Return a transform as compiled functions take it; only where `why_not` returns None.
-
-    Views are remembered as long as the transform is there, since every step of every layer asks for them.
-    """
-    known: tuple[Side, tuple[CodeLayout, ...]] | None = _SIDES.get(transform)
-    if known is None or known[1] is not layouts:
-        known = _SIDES[transform] = (_side_of(transform, layouts), layouts)
-    if transform.mean is None:
-        return known[0]
-    return known[0]._replace(mean=transform.mean[:, :, 0].float().contiguous().numpy())  # a copy, so not remembered
-
-
-_SIDES = WeakIdKeyDictionary()
-
-
-def _side_of(transform: VectorTransform, layouts: tuple[CodeLayout, ...]) -> Side:
+    """Return a transform as compiled functions take it; only where `why_not` returns None."""
     found = transform.rotation.axes(transform.reference.device)
     assert found is not None, "why_not has found nothing"
     (axes, steps), reference = found, transform.reference[..., 0]
     steps = steps[None, None] if steps.ndim == 1 else steps
+    mean = (
+        _none(layouts[0].head_dim) if transform.mean is None else transform.mean[:, :, 0].float().contiguous().numpy()
+    )
     plans = _first_layout(reference.shape) if transform.plans is None else transform.plans.contiguous().numpy()
     tables = _tables(tuple(layout.block_bits for layout in layouts))
     axes, steps, reference = axes.contiguous(), steps.contiguous(), reference.contiguous()
-    return Side(axes.numpy(), steps.numpy(), reference.numpy(), _none(layouts[0].head_dim), plans, tables)
+    return Side(axes.numpy(), steps.numpy(), reference.numpy(), mean, plans, tables)
 
 
 @lru_cache(maxsize=16)
@@ -156,23 +142,10 @@ def rows_of(packed: PackedVectors) -> Rows:
 
 
 def ragged_rows_of(packed: RaggedVectors) -> Rows:
-    """Return where the rows of each head are that the prompt has left: one head behind the other.
-
-    That stays as it is until tokens are dropped, which makes other tensors; so it is remembered as long as these are
-    there.  All of it but the places are views.
-    """
-    if not (packed.words.is_contiguous() and packed.scales.is_contiguous()):
-        packed = replace(packed, words=packed.words.contiguous(), scales=packed.scales.contiguous())
-    known: tuple[Rows, Tensor, Tensor] | None = _FRONTS.get(packed.words)
-    if known is None or known[1] is not packed.scales or known[2] is not packed.counts:
-        starts, counts = packed.starts.flatten().numpy(), packed.counts.flatten().numpy()
-        where = np.stack([starts * packed.words.shape[1], starts, counts])
-        rows = Rows(_bytes_of(packed.words), _bytes_of(packed.scales), where)
-        known = _FRONTS[packed.words] = (rows, packed.scales, packed.counts)
-    return known[0]
-
-
-_FRONTS = WeakIdKeyDictionary()
+    """Return where the rows of each head are that the prompt has left: one head behind the other."""
+    starts, counts = packed.starts.flatten().numpy(), packed.counts.flatten().numpy()
+    where = np.stack([starts * packed.words.shape[1], starts, counts])
+    return Rows(_bytes_of(packed.words.contiguous()), _bytes_of(packed.scales.contiguous()), where)
 
 
 @lru_cache(maxsize=64)
