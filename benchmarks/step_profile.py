@@ -4,8 +4,8 @@ python benchmarks/step_profile.py           # writes results/step_profile.json
 python benchmarks/step_profile.py --check   # fails where more is around it than the budget allows
 
 *Around* is what the update of a layer and its attention take but for the compiled function: checks, views, arguments
-and the way from torch's attention to the function and back.  Caches are profiled one after the other: `speed.py` compares
-their steps, in turn.
+and the way from torch's attention to the function and back.  Caches are profiled one after the other; `speed.py` lets
+them take turns.
 """
 
 from __future__ import annotations
