@@ -36,10 +36,11 @@ from nexusquant_cache.evaluation.timing import time_steps
 from nexusquant_cache.releases import CACHE
 
 SPEED = {
+    "environment": {"cpu": "One"},
     "rows": [
         {"cache": "plain", "milliseconds": 80.4, "relative": 1.0, "relative_cpu": 1.0, "encode_tokens_per_s": None},
         {"cache": "max", "milliseconds": 100.0, "relative": 1.25, "relative_cpu": 1.5, "encode_tokens_per_s": 12345.6},
-    ]
+    ],
 }
 
 
@@ -442,7 +443,7 @@ class TestTables:
         assert tables.stale([document], tmp_path) == [document]
         written = tables.render(document.read_text(), tmp_path)
         assert "| `max` | 100 | 1.25x | 1.50x | 12,346 |\n" in written
-        assert written.startswith("before\n<!-- table:speed -->\n\n| cache |")
+        assert written.startswith("before\n<!-- table:speed -->\n\n| cache (One) |")
         assert written.endswith("|\n\n<!-- /table -->\nafter\n")
         document.write_text(written)
         assert tables.stale([document], tmp_path) == []
