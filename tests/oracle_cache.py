@@ -456,7 +456,7 @@ class OracleLayer(CacheLayerMixin):
             for place in range(queries.shape[2]):
                 own = self.seen - queries.shape[2] + place
                 visible = [at for at in range(self.prompt_from, own + 1) if not row.pads[at]]
-                every = observations.far_every(self.owner.cache_config.keep_ratio)
+                every = observations.query_step(self.owner.cache_config.keep_ratio)
                 if row.pads[own] or (len(visible) - 1) % every:
                     continue
                 for head in range(queries.shape[1]):

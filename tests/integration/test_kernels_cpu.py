@@ -1,5 +1,6 @@
 """Compiled functions compute what plain torch does: codes, vectors and attention."""
 
+import time
 from dataclasses import dataclass, replace
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -349,6 +350,20 @@ def test_a_machine_that_keeps_nothing_on_disk_compiles_all_the_same(monkeypatch:
     numbers = np.ones(3, np.float32)
     double(numbers)
     assert numbers.tolist() == [2, 2, 2]
+
+
+def test_that_the_codec_is_compiled_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(compiled, "_PATIENCE", 0.01)
+    compiled._announce.cache_clear()
+    for seconds in (0.0, 0.3, 0.3):
+        with compiled._announced():
+            time.sleep(seconds)
+    assert [message for message in caplog.messages if message.startswith("compiling the codec")] == [
+        "compiling the codec for this machine, once; that can take minutes"
+    ]
+    compiled._announce.cache_clear()
 
 
 def test_a_cache_goes_on_after_whatever_is_done_to_it() -> None:

@@ -33,6 +33,17 @@ def run(*arguments):
     return CliRunner().invoke(app, arguments)
 
 
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_a_terminal_shows_that_something_happens_and_then_nothing_of_it(is_terminal, monkeypatch):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(cli.sys, "stderr", stream)
+    with cli._starting():
+        assert stream.getvalue() == ("starting ..." if is_terminal else "")
+    assert stream.getvalue().rpartition("\r")[2] == ""
+    assert stream.getvalue().strip("\r ") == ("starting ..." if is_terminal else "")
+
+
 def row(name, held, answer):
     held = Footprint(32_768, 32_768, held, 377_487_360)
     needle = NeedleResult("task", "single", 32_768, 0.4, ("123456",), answer, "123456" in answer, held)

@@ -355,6 +355,7 @@ def test_more_tokens_than_the_model_was_made_for():
     [
         ({}, {"elsewhere.example", "127.0.0.1.elsewhere.example"}),
         ({"host": "127.0.0.9"}, {"elsewhere.example", "127.0.0.1.elsewhere.example"}),
+        ({"host": "LOCALHOST"}, {"elsewhere.example", "127.0.0.1.elsewhere.example"}),
         ({"api_key": "a key"}, set()),  # a web page elsewhere does not know it
         ({"host": "0.0.0.0"}, set()),  # noqa: S104 - others reach it, by names that we do not know
     ],

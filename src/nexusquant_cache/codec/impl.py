@@ -181,7 +181,10 @@ def greatest_attention(  # noqa: PLR0913, PLR0917 - those of the function, and w
     is_wanted = asked == "triton" or (asked == "auto" and keys.device.type != "cpu")
     if not is_wanted or not len(places):
         return plain(queries, keys, places, least_distance)
-    reason = _module("triton", "support").why_not_for(queries, keys)
+    support = _module("triton", "support")
+    reason = support.why_not_on(keys.device)
+    if keys.shape[-1] > support.MOST_CHANNELS:
+        reason = f"Triton kernels cover head dimensions up to {support.MOST_CHANNELS}, not {keys.shape[-1]}"
     if reason is not None:
         refuse(asked, reason)
         return plain(queries, keys, places, least_distance)
@@ -200,11 +203,9 @@ def greatest_attention(  # noqa: PLR0913, PLR0917 - those of the function, and w
         except UnsupportedError as why:  # the card is too small
             refuse(asked, str(why))
             return plain(queries, keys, places, least_distance)
-        return (
-            found
-            if is_right(asked, key, error, _MOST_ATTENTION_ERROR)
-            else plain(queries, keys, places, least_distance)
-        )
+        if is_right(asked, key, error, _MOST_ATTENTION_ERROR):
+            return found
+    return plain(queries, keys, places, least_distance)
 
 
 def _choose_for_attention(held: HeldTokens) -> str:

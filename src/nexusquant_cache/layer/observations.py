@@ -76,7 +76,7 @@ class Observations:
             log_sums: See `greatest_attention`.
         """
         self._save()
-        every = far_every(settings.keep_ratio)
+        every = query_step(settings.keep_ratio)
         found = greatest_attention(
             queries, keys, real, least_distance=FAR, every=every, log_sums=log_sums, by=settings.impl
         )
@@ -124,8 +124,8 @@ class Observations:
         return F.pad(self.reconstruction, (0, tokens - self.reconstruction.shape[2]), value=1.0)
 
 
-def far_every(keep_ratio: float) -> int:
-    """Return of how many tokens one is asked which tokens far before it attends to.
+def query_step(keep_ratio: float) -> int:
+    """Return the step from one query that is asked for far attention to the next; 1 asks all.
 
     Where more than a third is kept, every second query chooses as well as all (`benchmarks/eviction.py`).
     """
@@ -176,7 +176,7 @@ def greatest_attention(  # noqa: PLR0913 - half of them have defaults
         return found
     with torch.autocast(keys.device.type, enabled=False):
         # How products of half precision are rounded on a CPU depends on the processor.
-        if keys.device.type == "cpu" or queries.dtype != keys.dtype:
+        if keys.device.type == "cpu" or queries.dtype != keys.dtype or keys.dtype == torch.float64:
             queries, keys = queries.float(), keys.float()
         tokens, count = keys.shape[2], queries.shape[2]
         first = (count - tokens) % every

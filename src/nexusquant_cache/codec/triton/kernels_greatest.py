@@ -27,10 +27,11 @@ _LOG2_E = log2(2.718281828459045)
 
 @triton.jit
 @no_type_check
-def _tile(at, row, row_stride, rows, channel, channel_stride, D: tl.constexpr):
-    """Return some vectors in rows; what is beyond the last, or beyond their channels, is 0."""
-    inside = (row < rows)[:, None] & (channel < D)[None, :]
-    return tl.load(at + row[:, None] * row_stride + channel[None, :] * channel_stride, mask=inside, other=0.0)
+def _tile(rows, row, count, D: tl.constexpr, CHANNELS: tl.constexpr):
+    """Return some vectors of ``[count, D]``; what is beyond the last, or beyond their channels, is 0."""
+    channel = tl.arange(0, CHANNELS)
+    inside = (row < count)[:, None] & (channel < D)[None, :]
+    return tl.load(rows + row.to(tl.int64)[:, None] * D + channel[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -39,15 +40,6 @@ def sums_kernel(
     queries,
     keys,
     sums,
-    queries_b,
-    queries_h,
-    queries_m,
-    queries_d,
-    keys_b,
-    keys_h,
-    keys_n,
-    keys_d,
-    heads,
     group,
     count,
     tokens,
@@ -61,24 +53,22 @@ def sums_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the logarithm, to base 2, of what the softmax of each query divides by."""
-    number, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = number // (heads * group), number % (heads * group)
-    channel, row = tl.arange(0, CHANNELS), tile * BM + tl.arange(0, BM)
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a query head
+    row = tile * BM + tl.arange(0, BM)
     place = first + row * every
-    at = queries + batch * queries_b + head * queries_h
-    q = _tile(at, row.to(tl.int64), queries_m, count, channel, queries_d, D)
-    at = keys + batch * keys_b + (head // group) * keys_h
+    q = _tile(queries + head * count * D, row, count, D, CHANNELS)
+    own_keys = keys + head // group * tokens * D
     greatest, total = tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32)
     end = tl.minimum(first + (tl.minimum((tile + 1) * BM, count) - 1) * every + 1, tokens)
     for start in range(0, end, BN):
         token = start + tl.arange(0, BN)
-        k = _tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D)
+        k = _tile(own_keys, token, tokens, D, CHANNELS)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         logits = tl.where(token[None, :] <= place[:, None], logits, float("-inf"))
         now = tl.maximum(greatest, tl.max(logits, 1))
         total = total * tl.exp2(greatest - now) + tl.sum(tl.exp2(logits - now[:, None]), 1)
         greatest = now
-    tl.store(sums + number * count + row, greatest + tl.log2(total), mask=row < count)
+    tl.store(sums + head * count + row, greatest + tl.log2(total), mask=row < count)
 
 
 @triton.jit
@@ -88,15 +78,6 @@ def greatest_kernel(
     keys,
     sums,
     found,
-    queries_b,
-    queries_h,
-    queries_m,
-    queries_d,
-    keys_b,
-    keys_h,
-    keys_n,
-    keys_d,
-    heads,
     group,
     count,
     tokens,
@@ -111,26 +92,23 @@ def greatest_kernel(
     PRECISION: tl.constexpr,
 ):
     """Write the greatest weight of each token, over the query heads of its KV head; 0 where no query looks."""
-    number, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    batch, head = number // heads, number % heads
-    channel, token = tl.arange(0, CHANNELS), tile * BN + tl.arange(0, BN)
-    at = keys + batch * keys_b + head * keys_h
-    k = tl.trans(_tile(at, token.to(tl.int64), keys_n, tokens, channel, keys_d, D))
+    head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)  # a KV head
+    token = tile * BN + tl.arange(0, BN)
+    k = tl.trans(_tile(keys + head * tokens * D, token, tokens, D, CHANNELS))
     greatest = tl.full([BN], float("-inf"), tl.float32)
     # The first query that is far enough behind the first of these tokens.
     begin = tl.maximum(tile * BN + distance - first + every - 1, 0) // every
     for member in range(group):
-        at = queries + batch * queries_b + (head * group + member) * queries_h
-        divisors = sums + (number * group + member) * count
+        query_head = head * group + member
         for start in range(begin, count, BM):
             row = start + tl.arange(0, BM)
-            q = _tile(at, row.to(tl.int64), queries_m, count, channel, queries_d, D)
-            divisor = tl.load(divisors + row, mask=row < count, other=float("inf"))
+            q = _tile(queries + query_head * count * D, row, count, D, CHANNELS)
+            divisor = tl.load(sums + query_head * count + row, mask=row < count, other=float("inf"))
             logs = tl.dot(q, k, input_precision=PRECISION) * scale - divisor[:, None]
             is_far = (first + row * every)[:, None] - token[None, :] >= distance
             greatest = tl.maximum(greatest, tl.max(tl.where(is_far, logs, float("-inf")), 0))
     # Of huge logits a rounding makes no weight larger than 1.
-    tl.store(found + number * tokens + token, tl.exp2(tl.minimum(greatest, 0.0)), mask=token < tokens)
+    tl.store(found + head * tokens + token, tl.exp2(tl.minimum(greatest, 0.0)), mask=token < tokens)
 
 
 def greatest_attention(
@@ -152,8 +130,9 @@ def greatest_attention(
     found = torch.zeros(batch, heads, tokens, dtype=torch.float32, device=keys.device)
     if not found.numel() or not count:
         return found
+    queries, keys = queries.contiguous(), keys.contiguous()  # little beside all their products
     sums = found.new_empty(batch, heads * group, count)
-    shared = (*queries.stride(), *keys.stride(), heads, group, count, tokens, asked.start, asked.step)
+    shared = (group, count, tokens, asked.start, asked.step)
     scale = head_dim**-0.5 * _LOG2_E
     how = _constexprs(head_dim, fine=keys.dtype == torch.float32)
     try:

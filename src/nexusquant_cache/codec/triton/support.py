@@ -6,7 +6,6 @@ from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
-from torch import Tensor
 
 from nexusquant_cache.codec.base import PackedVectors
 from nexusquant_cache.codec.layout import CodeLayout
@@ -14,7 +13,6 @@ from nexusquant_cache.codec.operands import PackedOperand
 from nexusquant_cache.codec.transform import VectorTransform
 
 _LEAST_CAPABILITY = (8, 0)  # bfloat16 and the matrix instructions that the kernels are made of
-_FLOATS = {torch.float16, torch.bfloat16, torch.float32}
 MOST_CHANNELS = 256
 """The largest head dimension that Triton kernels cover."""
 
@@ -33,15 +31,6 @@ def why_not(layouts: tuple[CodeLayout, ...], transform: VectorTransform) -> str 
     if reason is None and transform.side_plan(layouts) is None:
         reason = f"{type(transform.rotation).__name__} is not written as whole numbers (Rotation.axes)"
     return reason
-
-
-def why_not_for(queries: Tensor, keys: Tensor) -> str | None:
-    """Return why Triton kernels cannot look at the attention of these queries to these keys; None if they can."""
-    if keys.shape[-1] > MOST_CHANNELS:
-        return f"Triton kernels cover head dimensions up to {MOST_CHANNELS}, not {keys.shape[-1]}"
-    if queries.dtype != keys.dtype or keys.dtype not in _FLOATS:
-        return f"Triton kernels need queries and keys of one dtype, not {queries.dtype} and {keys.dtype}"
-    return why_not_on(keys.device)
 
 
 @lru_cache(maxsize=16)
